@@ -1,0 +1,125 @@
+"""AdamW: schedule, decay mask from the parameter table, clipping."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+import optax
+
+from prelnroberta import params as parameters
+from prelnroberta.config import RobertaPreLayerNormConfig
+from prelnroberta.errors import InputError
+
+Schedule = Literal["linear", "cosine", "polynomial", "constant"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimization:
+    """How the parameters move.
+
+    Attributes:
+        steps: optimizer steps of the whole run; the schedule ends there.
+        learning_rate: the peak, reached after warm-up.
+        warmup_steps: steps of linear rise from 0.
+        schedule: the way from the peak down to `end_learning_rate` at `steps`; constant stays.
+        polynomial_power: of the polynomial schedule; 1 is linear.
+        adam_beta1, adam_beta2, adam_epsilon: as in AdamW (Loshchilov and Hutter, 2019).
+        weight_decay: decoupled; scaled by the learning rate.
+        decay_biases, decay_norms: whether these decay, too. fairseq decays everything, BERT and
+            most fine-tuning neither. Kernels and embedding tables always do.
+        clip_norm: largest global gradient norm; 0 does not clip.
+
+    Raises:
+        InputError: naming the field, its value and what was expected.
+    """
+
+    steps: int
+    learning_rate: float
+    warmup_steps: int = 0
+    schedule: Schedule = "linear"
+    end_learning_rate: float = 0.0
+    polynomial_power: float = 1.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.98
+    adam_epsilon: float = 1e-6
+    weight_decay: float = 0.01
+    decay_biases: bool = False
+    decay_norms: bool = False
+    clip_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        def require(holds: bool, field: str, expected: str) -> None:
+            if not holds:
+                raise InputError(f"{field}={getattr(self, field)!r}, expected {expected}")
+
+        require(self.steps > 0, "steps", "1 or more")
+        require(0 <= self.warmup_steps <= self.steps, "warmup_steps", f"0 to steps={self.steps}")
+        require(self.schedule in get_args(Schedule), "schedule", f"one of {get_args(Schedule)}")
+        require(_positive(self.learning_rate), "learning_rate", "a number > 0")
+        require(
+            0 <= self.end_learning_rate <= self.learning_rate,
+            "end_learning_rate",
+            f"0 to learning_rate={self.learning_rate}",
+        )
+        require(_positive(self.polynomial_power), "polynomial_power", "a number > 0")
+        require(0 <= self.adam_beta1 < 1, "adam_beta1", "a number in [0, 1)")
+        require(0 <= self.adam_beta2 < 1, "adam_beta2", "a number in [0, 1)")
+        require(_positive(self.adam_epsilon), "adam_epsilon", "a number > 0")
+        require(self.weight_decay == 0 or _positive(self.weight_decay), "weight_decay", "0 or more")
+        require(self.clip_norm == 0 or _positive(self.clip_norm), "clip_norm", "0 (off) or more")
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def learning_rate(settings: Optimization) -> optax.Schedule:
+    """The learning rate as a function of the number of steps already taken."""
+    peak, end, warmup = settings.learning_rate, settings.end_learning_rate, settings.warmup_steps
+    fall_steps = max(settings.steps - warmup, 1)
+    if settings.schedule == "constant":
+        fall = optax.constant_schedule(peak)
+    elif settings.schedule == "cosine":
+        fall = optax.cosine_decay_schedule(peak, fall_steps, alpha=end / peak)
+    else:
+        power = settings.polynomial_power if settings.schedule == "polynomial" else 1.0
+        fall = optax.polynomial_schedule(peak, end, power, fall_steps)
+    if warmup == 0:
+        return fall
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), fall], [warmup])
+
+
+def decay_mask(
+    settings: Optimization, config: RobertaPreLayerNormConfig, model: str = "masked_lm"
+) -> parameters.Tree:
+    """A tree of bools: which leaves decay, by the kinds of the parameter table."""
+    decays = {
+        "kernel": True,
+        "embedding": True,
+        "bias": settings.decay_biases,
+        "norm": settings.decay_norms,
+    }
+    rows = parameters.table(config, model)
+    return parameters.unflatten({path: decays[row.kind] for path, row in rows.items()})
+
+
+def adamw(
+    settings: Optimization, config: RobertaPreLayerNormConfig, model: str = "masked_lm"
+) -> optax.GradientTransformation:
+    """The optimizer: clip by global norm, then AdamW. Moments are float32."""
+    steps = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
+    steps.append(
+        optax.adamw(
+            learning_rate(settings),
+            b1=settings.adam_beta1,
+            b2=settings.adam_beta2,
+            eps=settings.adam_epsilon,
+            mu_dtype=jnp.float32,
+            weight_decay=settings.weight_decay,
+            mask=decay_mask(settings, config, model),
+        )
+    )
+    return optax.chain(*steps)

@@ -1,0 +1,209 @@
+"""The parameter table: every weight of the model, declared once.
+
+A row gives a path its shape in letters, its initial value and its kind. The model's `init`, the
+strict tree check, the optimizer's decay mask, the shardings and the name tables of other
+frameworks all read it. The letters are the logical axes, too: a sharding rule maps a letter to
+a mesh axis.
+
+    B batch    L length     D hidden   H heads    K head dim   F mlp   N layers   V vocab
+    E hidden again, where a matrix has it twice    P position rows     T token types
+    M masked (read) positions
+
+Layers are always stacked on a leading N axis, whether they are run by a scan or unrolled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from prelnroberta.config import RobertaPreLayerNormConfig
+from prelnroberta.errors import InputError
+
+Tree = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One row of the table.
+
+    Attributes:
+        shape: letters, one a dimension.
+        init: normal is N(0, initializer_range); embedding the same with a zero pad row.
+        kind: what it is to the optimizer.
+    """
+
+    shape: str
+    init: Literal["normal", "embedding", "zeros", "ones"]
+    kind: Literal["kernel", "embedding", "bias", "norm"]
+
+
+def _norm(path: str, shape: str) -> dict[str, Parameter]:
+    return {
+        f"{path}/scale": Parameter(shape, "ones", "norm"),
+        f"{path}/bias": Parameter(shape, "zeros", "norm"),
+    }
+
+
+def _dense(path: str, kernel: str, bias: str) -> dict[str, Parameter]:
+    return {
+        f"{path}/kernel": Parameter(kernel, "normal", "kernel"),
+        f"{path}/bias": Parameter(bias, "zeros", "bias"),
+    }
+
+
+_EMBEDDINGS = {
+    "embeddings/word": Parameter("VD", "embedding", "embedding"),
+    "embeddings/position": Parameter("PD", "embedding", "embedding"),
+    "embeddings/token_type": Parameter("TD", "normal", "embedding"),
+    **_norm("embeddings/norm", "D"),
+}
+_ENCODER = {
+    **_norm("encoder/layers/attention_norm", "ND"),
+    **_dense("encoder/layers/attention/query", "NDHK", "NHK"),
+    **_dense("encoder/layers/attention/key", "NDHK", "NHK"),
+    **_dense("encoder/layers/attention/value", "NDHK", "NHK"),
+    **_dense("encoder/layers/attention/output", "NHKD", "ND"),
+    **_norm("encoder/layers/mlp_norm", "ND"),
+    **_dense("encoder/layers/mlp/wi", "NDF", "NF"),
+    **_dense("encoder/layers/mlp/wo", "NFD", "ND"),
+    **_norm("encoder/final_norm", "D"),
+}
+_LM_HEAD = {
+    **_dense("lm_head/dense", "DE", "E"),
+    **_norm("lm_head/norm", "E"),
+    "lm_head/bias": Parameter("V", "zeros", "bias"),
+}
+_UNTIED_DECODER = {"lm_head/decoder": Parameter("VD", "normal", "kernel")}
+
+MODELS = ("encoder", "masked_lm")
+
+
+def table(config: RobertaPreLayerNormConfig, model: str = "masked_lm") -> dict[str, Parameter]:
+    """The rows of one model, path -> Parameter, in reading order.
+
+    Args:
+        model: one of `MODELS`: the encoder alone, or with a head.
+    """
+    rows = {**_EMBEDDINGS, **_ENCODER}
+    if model == "masked_lm":
+        rows |= _LM_HEAD
+        if not config.tie_word_embeddings:
+            rows |= _UNTIED_DECODER
+    elif model != "encoder":
+        raise ValueError(f"model {model!r}: expected one of {MODELS}")
+    return rows
+
+
+def sizes(config: RobertaPreLayerNormConfig) -> dict[str, int]:
+    """What each shape letter stands for under this config."""
+    return {
+        "D": config.hidden_size,
+        "E": config.hidden_size,
+        "F": config.intermediate_size,
+        "H": config.num_attention_heads,
+        "K": config.head_dim,
+        "N": config.num_hidden_layers,
+        "P": config.max_position_embeddings,
+        "T": config.type_vocab_size,
+        "V": config.vocab_size,
+    }
+
+
+def shapes(
+    config: RobertaPreLayerNormConfig, model: str = "masked_lm"
+) -> dict[str, tuple[int, ...]]:
+    """path -> shape in numbers. Every parameter is float32."""
+    size = sizes(config)
+    return {
+        path: tuple(size[letter] for letter in row.shape)
+        for path, row in table(config, model).items()
+    }
+
+
+def parameter_count(config: RobertaPreLayerNormConfig, model: str = "masked_lm") -> int:
+    """How many numbers the tree holds; a tied word table counts once."""
+    return sum(math.prod(shape) for shape in shapes(config, model).values())
+
+
+def init(config: RobertaPreLayerNormConfig, key: jax.Array, model: str = "masked_lm") -> Tree:
+    """A new parameter tree, float32, pure in (config, key, model).
+
+    Each leaf draws from a key folded with its path, so that a leaf's value does not depend on
+    which other leaves the model has. Distribution as transformers' torch classes: N(0,
+    initializer_range), zero biases, unit norms, zero rows for the pad token and pad position.
+    """
+    shape = shapes(config, model)
+
+    def initial(path: str, row: Parameter) -> jax.Array:
+        path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        return _initial(row, shape[path], config, path_key)
+
+    return unflatten({path: initial(path, row) for path, row in table(config, model).items()})
+
+
+def _initial(
+    row: Parameter, shape: tuple[int, ...], config: RobertaPreLayerNormConfig, key: jax.Array
+) -> jax.Array:
+    if row.init == "zeros":
+        return jnp.zeros(shape, jnp.float32)
+    if row.init == "ones":
+        return jnp.ones(shape, jnp.float32)
+    value = config.initializer_range * jax.random.normal(key, shape, jnp.float32)
+    return value.at[config.pad_token_id].set(0.0) if row.init == "embedding" else value
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Nested dicts -> {"encoder/layers/mlp/wi/kernel": leaf}."""
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def unflatten(flat: Mapping[str, Any]) -> Tree:
+    """The inverse of `flatten`."""
+    return traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
+def check(
+    tree: Tree, config: RobertaPreLayerNormConfig, model: str = "masked_lm", source: str = "params"
+) -> None:
+    """Holds a tree to the table, strictly: paths, shapes, dtype float32.
+
+    Raises:
+        InputError: one message that lists every missing, unexpected and mis-shaped leaf, the
+            unexpected ones with the nearest name of the table.
+    """
+    check_leaves(float32_leaves(shapes(config, model)), flatten(tree), source)
+
+
+def float32_leaves(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `check_leaves` expects of named float32 arrays."""
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+
+
+def check_leaves(
+    expected: Mapping[str, jax.ShapeDtypeStruct], found: Mapping[str, Any], source: str
+) -> None:
+    """Compares named arrays by shape and dtype; raises InputError listing every difference."""
+    problems = [
+        f"missing {name} {_kind(leaf)}" for name, leaf in expected.items() if name not in found
+    ]
+    for name, leaf in found.items():
+        if name not in expected:
+            near = difflib.get_close_matches(name, expected, n=1)
+            problems.append(f"unexpected {name}" + (f" (nearest: {near[0]})" if near else ""))
+        elif _kind(leaf) != _kind(expected[name]):
+            problems.append(f"{name} is {_kind(leaf)}, expected {_kind(expected[name])}")
+    if problems:
+        raise InputError(f"{source}: " + "; ".join(problems))
+
+
+def _kind(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"

@@ -1,0 +1,82 @@
+"""What tests share: random trees, batches with pads on every side, and how errors are measured."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from prelnroberta import params as parameters
+from prelnroberta.config import RobertaPreLayerNormConfig
+
+TINY = RobertaPreLayerNormConfig.preset("tiny")
+# Odd on purpose: two token types, another pad id, sizes that share no factor with the defaults.
+ODD = RobertaPreLayerNormConfig(
+    vocab_size=101,
+    hidden_size=42,
+    num_hidden_layers=3,
+    num_attention_heads=7,
+    intermediate_size=37,
+    hidden_act="gelu_new",
+    max_position_embeddings=33,
+    type_vocab_size=2,
+    layer_norm_eps=1e-12,
+    pad_token_id=3,
+    tie_word_embeddings=False,
+)
+
+
+def random_params(
+    config: RobertaPreLayerNormConfig, model: str = "masked_lm", seed: int = 0, scale: float = 0.3
+) -> parameters.Tree:
+    """A tree in which no parameter has its initial value: norms and biases are random as well."""
+    rng = np.random.default_rng(seed)
+    leaves = {}
+    for path, shape in parameters.shapes(config, model).items():
+        value = scale * rng.standard_normal(shape)
+        leaves[path] = (value + 1.0 if path.endswith("/scale") else value).astype(np.float32)
+    return parameters.unflatten(leaves)
+
+
+def ragged_batch(
+    config: RobertaPreLayerNormConfig, B: int = 5, L: int = 16, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """input_ids, attention_mask, token_type_ids and labels: no pads, pads right, left, in the
+    middle, and a row of one token."""
+    rng = np.random.default_rng(seed)
+    pad = config.pad_token_id
+    ids = rng.integers(4, config.vocab_size, (B, L))
+    ids[1, L - 5 :] = pad
+    ids[2, : L // 3] = pad
+    ids[3, 4:7] = pad
+    ids[4, 1:] = pad
+    mask = (ids != pad).astype(np.int64)
+    labels = np.where(
+        (rng.random((B, L)) < 0.4) & (mask == 1), rng.integers(4, config.vocab_size, (B, L)), -100
+    )
+    labels[0, 0] = 5
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "token_type_ids": rng.integers(0, config.type_vocab_size, (B, L)),
+        "labels": labels,
+    }
+
+
+def rms_relative(found: np.ndarray, expected: np.ndarray) -> float:
+    """rms of the difference over rms of the expected values."""
+    found, expected = np.float64(found), np.float64(expected)
+    return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
+
+
+def max_relative(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference over rms of the expected values."""
+    found, expected = np.float64(found), np.float64(expected)
+    return float(np.abs(found - expected).max() / np.sqrt(np.mean(expected**2)))
+
+
+def assert_close(
+    found: np.ndarray, expected: np.ndarray, name: str, rms: float = 2e-6, largest: float = 2e-5
+) -> None:
+    """The parity ladder's bounds (design, section 6): torch's own float32 shows half of them."""
+    assert np.shape(found) == np.shape(expected), f"{name}: {np.shape(found)}"
+    measured = rms_relative(found, expected), max_relative(found, expected)
+    assert measured[0] <= rms and measured[1] <= largest, f"{name}: rms, max = {measured}"
