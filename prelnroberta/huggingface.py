@@ -73,30 +73,22 @@ def _expand(
     rows = []
     table, shapes = parameters.table(config, model), parameters.shapes(config, model)
     for path, row in table.items():
-        stacked = row.shape.startswith("N")
-        shape = shapes[path][1:] if stacked else shapes[path]
+        shape = shapes[path][1:] if row.stacked else shapes[path]
         their_shape = _to_torch(row, np.empty(shape, np.bool_)).shape
-        for n in range(config.num_hidden_layers) if stacked else (None,):
+        for n in range(config.num_hidden_layers) if row.stacked else (None,):
             rows.append((path, n, theirs(path).format(n=n), their_shape))
     return rows
 
 
-def _matrix(row: parameters.Parameter, shape: tuple[int, ...]) -> tuple[int, int]:
-    """A kernel's (in, out): the letters of its input are D alone, or all but the last."""
-    letters = row.shape.removeprefix("N")
-    inputs = 1 if letters.startswith("D") else len(letters) - 1
-    return int(np.prod(shape[:inputs])), int(np.prod(shape[inputs:]))
-
-
 def _to_torch(row: parameters.Parameter, value: np.ndarray) -> np.ndarray:
     """One layer's leaf as torch keeps it: kernels [out, in], the rest flat but for embeddings."""
-    if row.kind == "kernel" and row.shape != "VD":
-        return value.reshape(_matrix(row, value.shape)).T
+    if row.kind == "kernel":
+        return value.reshape(row.matrix(value.shape)).T
     return value.reshape(-1) if row.kind == "bias" else value
 
 
 def _from_torch(row: parameters.Parameter, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if row.kind == "kernel" and row.shape != "VD":
+    if row.kind == "kernel":
         value = value.T
     return value.reshape(shape)
 

@@ -45,6 +45,20 @@ class Parameter:
     init: Literal["normal", "embedding", "zeros", "ones"]
     kind: Literal["kernel", "embedding", "bias", "norm"]
 
+    @property
+    def stacked(self) -> bool:
+        """Whether it has one entry a layer, along a leading N axis."""
+        return self.shape.startswith("N")
+
+    def matrix(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """The (in, out) sizes of a kernel of this shape, without the N axis.
+
+        The letters of its input are D alone or, where it leads back to D, all but the last.
+        """
+        letters = self.shape.removeprefix("N")
+        inputs = 1 if letters.startswith("D") else len(letters) - 1
+        return math.prod(shape[:inputs]), math.prod(shape[inputs:])
+
 
 def _norm(path: str, shape: str) -> dict[str, Parameter]:
     return {
@@ -82,7 +96,7 @@ _LM_HEAD = {
     **_norm("lm_head/norm", "E"),
     "lm_head/bias": Parameter("V", "zeros", "bias"),
 }
-_UNTIED_DECODER = {"lm_head/decoder": Parameter("VD", "normal", "kernel")}
+_UNTIED_DECODER = {"lm_head/decoder": Parameter("VD", "normal", "embedding")}
 
 MODELS = ("encoder", "masked_lm")
 

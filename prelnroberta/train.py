@@ -55,13 +55,13 @@ class TrainState:
         return self.replace(window=Scores.zero())
 
 
-TrainStep = Callable[[TrainState, Batch], TrainState]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Scores]]
 
 
 def train_step(
     score: ScoreFn, optimizer: optax.GradientTransformation, seed: int, accumulate: int = 1
 ) -> TrainStep:
-    """The pure training step (state, batch) -> state.
+    """The pure training step (state, batch) -> (next state, scores of this batch).
 
     Args:
         score: batch -> summed scores; its loss sum is differentiated.
@@ -78,7 +78,7 @@ def train_step(
         (_, scores), gradients = jax.value_and_grad(loss, has_aux=True)(params)
         return scores, gradients
 
-    def step(state: TrainState, batch: Batch) -> TrainState:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scores]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if accumulate == 1:
             scores, gradients = gradient(state.params, batch, key)
@@ -95,13 +95,14 @@ def train_step(
         mean = 1.0 / jnp.maximum(scores.weight, 1.0)
         gradients = jax.tree.map(lambda g: g * mean, gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        return TrainState(
+        after = TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             opt_state=opt_state,
             window=state.window + scores,
             gradient_norm=optax.global_norm(gradients),
         )
+        return after, scores
 
     return step
 

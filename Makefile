@@ -1,0 +1,61 @@
+# Everything runs in .venv, made on first use and kept. `make demo` and `make test` are all that a
+# machine with Python 3.11 and make needs; what is already installed is not installed again.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PROJECT := setup.cfg pyproject.toml constraints.txt
+
+# PyPI's Linux wheel of torch is the CUDA build, gigabytes of it; the local version label +cpu can
+# only match a CPU build: one that pip finds by itself, or PyTorch's own index of CPU builds.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+ifeq ($(shell uname -s),Linux)
+TORCH := torch==2.13.0+cpu
+else
+TORCH := torch==2.13.0
+endif
+
+.PHONY: help install demo test test-fast lint clean
+
+help:
+	@echo "make demo       pretrain a small model on real English (about 6 minutes on 2 cores)"
+	@echo "make test       the whole test suite"
+	@echo "make test-fast  the same without slow tests"
+	@echo "make lint       ruff"
+	@echo "make install    only the environment, .venv"
+	@echo "make clean      remove .venv and caches; runs/ stays"
+
+install: $(VENV)/installed
+
+$(VENV)/installed: $(PROJECT)
+	@echo "setting up $(VENV) (once; takes a minute or two)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --editable '.[viz]'
+	@touch $@
+
+$(VENV)/tested: $(VENV)/installed tests/oracle/requirements.txt
+	@echo "adding PyTorch (CPU) and the test tools to $(VENV) (once)"
+	@$(PIP) '$(TORCH)' 2>/dev/null || $(PIP) '$(TORCH)' --index-url $(TORCH_INDEX)
+	@$(PIP) --editable '.[viz,dev,torch]'
+	@rm -rf $(VENV)/transformers4
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target $(VENV)/transformers4 --requirement tests/oracle/requirements.txt
+	@touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python -m experiments.demo
+
+test: $(VENV)/tested
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/tested
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

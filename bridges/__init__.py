@@ -1,0 +1,1 @@
+"""Models of other frameworks, regenerated from the parameter tree. Nothing here yet."""

@@ -1,0 +1,307 @@
+"""Every flag of every program, declared once, and what the flags become: typed settings.
+
+A program names the groups it takes (`declare("run", "corpus", ...)`), then `launch(main)`. Flags
+are read here and nowhere else; below this file there are dataclasses only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import app, flags, logging
+
+from prelnroberta.config import RobertaPreLayerNormConfig
+from prelnroberta.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from prelnroberta.data.corpus import DocstringCorpus, FileCorpus
+    from prelnroberta.data.masking import Masking
+    from prelnroberta.modeling import Execution
+    from prelnroberta.optimizer import Optimization
+
+FLAGS = flags.FLAGS
+
+
+_CONFIG_INTS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+_CONFIG_FLOATS = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "initializer_range",
+    "layer_norm_eps",
+)
+
+
+def _run() -> None:
+    flags.DEFINE_string(
+        "run_dir", None, "Where the run lives. The same command again resumes it.", required=True
+    )
+    flags.DEFINE_integer("seed", 0, "Fixes initial values, data order, masks and dropout.")
+    flags.DEFINE_integer("log_every", 10, "Steps between reports of the training loss.")
+    flags.DEFINE_integer("eval_every", 500, "Steps between evaluations; each one is saved.")
+    flags.DEFINE_integer("eval_rows", 1024, "Validation rows per evaluation, at most.")
+    flags.DEFINE_integer("save_every", 500, "Steps between checkpoints.")
+    flags.DEFINE_integer("keep_checkpoints", 2, "Latest checkpoints kept, besides the best.")
+
+
+def _corpus() -> None:
+    flags.DEFINE_list(
+        "corpus",
+        ["docstrings"],
+        "Text to train on: files, folders or globs of .txt, .md and .jsonl, each also as .gz, "
+        "comma-separated; or 'docstrings', the prose in the installed Python packages.",
+    )
+    flags.DEFINE_string("text_field", "text", "The field of .jsonl lines that holds the text.")
+    flags.DEFINE_float("validation_fraction", 0.05, "Share of documents held out.")
+    flags.DEFINE_string(
+        "tokenizer",
+        None,
+        "A tokenizer.json, or a folder with tokenizer.json, vocab.json + merges.txt, or fairseq's "
+        "encoder.json + vocab.bpe + dict.txt. Trained on the corpus if absent.",
+    )
+    flags.DEFINE_integer("vocab_size", 8192, "Size of the tokenizer to train.")
+    flags.DEFINE_string(
+        "cache_dir", "~/.cache/prelnroberta", "Where tokenized text is kept for other runs."
+    )
+
+
+def _rows() -> None:
+    flags.DEFINE_integer("sequence_length", 128, "L, tokens in a row, specials included.")
+    flags.DEFINE_enum(
+        "packing",
+        "contiguous",
+        ["contiguous", "documents", "sentences"],
+        "Rows of contiguous text across documents (fairseq's none), or whole documents or lines "
+        "packed so that attention and positions never cross a boundary.",
+    )
+    flags.DEFINE_integer("batch_size", 32, "B, rows in an optimizer step.")
+
+
+def _masking() -> None:
+    flags.DEFINE_float("mask_rate", 0.15, "Share of tokens to predict, inside (0, 1).")
+    flags.DEFINE_enum(
+        "mask_sampling",
+        "exact",
+        ["exact", "bernoulli"],
+        "exact: a fixed count, specials among them (fairseq). bernoulli: each token by itself, "
+        "never a special (Hugging Face).",
+    )
+    flags.DEFINE_enum(
+        "mask_unit", "token", ["token", "word", "span"], "What is masked as one piece."
+    )
+    flags.DEFINE_float("mask_random", 0.1, "Of the chosen, the share replaced by random tokens.")
+    flags.DEFINE_float("mask_same", 0.1, "Of the chosen, the share left as it is.")
+    flags.DEFINE_float(
+        "eval_mask_rate", 0.15, "Mask rate of evaluations, the same for all runs that compare."
+    )
+
+
+def _model() -> None:
+    flags.DEFINE_string("preset", "small", "Named architecture (prelnroberta.config.PRESETS).")
+    flags.DEFINE_string(
+        "init_from", None, "A Hugging Face folder to start from: its config, weights, tokenizer."
+    )
+    flags.DEFINE_bool(
+        "fast_start",
+        False,
+        "Start with first-layer heads that look at the neighbours, which ends the plateau at word "
+        "frequencies early (prelnroberta/fast_start.py).",
+    )
+    for name in _CONFIG_INTS:
+        flags.DEFINE_integer(name, None, "Replaces the preset's.")
+    for name in _CONFIG_FLOATS:
+        flags.DEFINE_float(name, None, "Replaces the preset's.")
+
+
+def _optimization() -> None:
+    flags.DEFINE_integer("steps", 10_000, "Optimizer steps in all.")
+    flags.DEFINE_float("learning_rate", 1e-3, "Peak learning rate.")
+    flags.DEFINE_integer("warmup_steps", 500, "Steps of linear warm-up.")
+    flags.DEFINE_enum(
+        "schedule",
+        "linear",
+        ["linear", "cosine", "polynomial", "constant"],
+        "How the learning rate falls after warm-up.",
+    )
+    flags.DEFINE_float("end_learning_rate", 0.0, "Where it has fallen to at the last step.")
+    flags.DEFINE_float("polynomial_power", 1.0, "Power of the polynomial schedule.")
+    flags.DEFINE_float("adam_beta1", 0.9, "Decay of the mean of gradients.")
+    flags.DEFINE_float("adam_beta2", 0.98, "Decay of the mean of their squares.")
+    flags.DEFINE_float("adam_epsilon", 1e-6, "Added to the root of the latter.")
+    flags.DEFINE_float("weight_decay", 0.01, "Decoupled weight decay.")
+    flags.DEFINE_bool("decay_biases", False, "Whether biases decay (fairseq: yes).")
+    flags.DEFINE_bool("decay_norms", False, "Whether LayerNorms decay (fairseq: yes).")
+    flags.DEFINE_float("clip_norm", 0.0, "Largest global gradient norm; 0 does not clip.")
+    flags.DEFINE_integer("accumulate", 1, "Parts of a batch computed one after the other.")
+
+
+def _compute() -> None:
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of activations.")
+    flags.DEFINE_enum(
+        "remat", "none", ["none", "dots", "full"], "What the backward pass computes again."
+    )
+    flags.DEFINE_bool("scan_layers", None, "Loop over one compiled layer. Default: not on CPU.")
+
+
+def _predict() -> None:
+    flags.DEFINE_enum("task", None, ["fill_mask"], "What to predict.", required=True)
+    flags.DEFINE_string("model", None, "A Hugging Face folder or a finished run.", required=True)
+    flags.DEFINE_multi_string("text", [], "A text; may be given several times.")
+    flags.DEFINE_string("file", None, "Texts, one a line. Standard input if neither is given.")
+    flags.DEFINE_enum("format", "text", ["text", "json"], "For eyes, or as JSON lines.")
+    flags.DEFINE_integer("top_k", 5, "Guesses shown for each mask.")
+    flags.DEFINE_integer("batch_size", 32, "Texts computed at once.")
+
+
+_GROUPS: dict[str, Callable[[], None]] = {
+    "run": _run,
+    "corpus": _corpus,
+    "rows": _rows,
+    "masking": _masking,
+    "model": _model,
+    "optimization": _optimization,
+    "compute": _compute,
+    "predict": _predict,
+}
+# What may change between the parts of a resumed run without changing a single number of it.
+_FREE = {"run_dir", "cache_dir", "keep_checkpoints"}
+
+
+def declare(*groups: str) -> None:
+    """Declares the flags of these groups for the program that is running."""
+    for group in groups:
+        _GROUPS[group]()
+    for flag in _own():
+        # --help shows the flags that belong to the program's own file.
+        FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
+def _own() -> list[flags.Flag]:
+    return FLAGS.flags_by_module_dict()[__name__]
+
+
+def launch(main: Callable[[], int | None]) -> None:
+    """Parses flags and runs `main`; input errors are one line and exit code 2."""
+
+    def guarded(argv: list[str]) -> int | None:
+        if len(argv) > 1:
+            print(
+                f"error: unexpected argument {argv[1]!r}: flags are --name=value", file=sys.stderr
+            )
+            return 2
+        if not FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)
+        try:
+            return main()
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    app.run(guarded)
+
+
+def positive(*names: str) -> None:
+    """Raises InputError for a flag that is below 1."""
+    for name in names:
+        if FLAGS[name].value < 1:
+            raise InputError(f"--{name}={FLAGS[name].value}, expected 1 or more")
+
+
+def corpus() -> DocstringCorpus | FileCorpus:
+    """--corpus"""
+    from prelnroberta.data.corpus import DocstringCorpus, FileCorpus
+
+    if FLAGS.corpus == ["docstrings"]:
+        return DocstringCorpus()
+    if not FLAGS.corpus:
+        raise InputError("--corpus is empty, expected 'docstrings', files, folders or globs")
+    return FileCorpus(FLAGS.corpus, FLAGS.text_field)
+
+
+def masking(vocab_size: int, word_starts: np.ndarray) -> Masking:
+    """--mask_*; the split is what is left to `<mask>`."""
+    from prelnroberta.data.masking import Masking
+
+    return Masking(
+        vocab_size=vocab_size,
+        rate=FLAGS.mask_rate,
+        sampling=FLAGS.mask_sampling,
+        unit=FLAGS.mask_unit,
+        mask=1.0 - FLAGS.mask_random - FLAGS.mask_same,
+        random=FLAGS.mask_random,
+        same=FLAGS.mask_same,
+        word_starts=word_starts,
+    )
+
+
+def evaluation_masking(masking: Masking) -> Masking:
+    """--eval_mask_rate: the training's masks at that rate, specials never among them, because a
+    `<s>` that is known by its place says nothing of the text."""
+    return dataclasses.replace(masking, rate=FLAGS.eval_mask_rate, sampling="bernoulli")
+
+
+def config(vocab_size: int) -> RobertaPreLayerNormConfig:
+    """--preset and what replaces its fields."""
+    changes = {
+        name: FLAGS[name].value
+        for name in (*_CONFIG_INTS, *_CONFIG_FLOATS)
+        if FLAGS[name].value is not None
+    }
+    return RobertaPreLayerNormConfig.preset(FLAGS.preset, vocab_size=vocab_size, **changes)
+
+
+def optimization() -> Optimization:
+    """The optimizer's settings, each under its field's name."""
+    from prelnroberta.optimizer import Optimization
+
+    names = [field.name for field in dataclasses.fields(Optimization)]
+    return Optimization(**{name: FLAGS[name].value for name in names})
+
+
+def execution() -> Execution:
+    """--dtype, --remat, --scan_layers"""
+    import jax.numpy as jnp
+
+    from prelnroberta.modeling import Execution
+
+    return Execution(dtype=jnp.dtype(FLAGS.dtype), remat=FLAGS.remat, scan_layers=FLAGS.scan_layers)
+
+
+def settings_text() -> str:
+    """The flags of this program as a flagfile that reruns it."""
+    lines = (line for flag in _own() for line in flag.serialize().splitlines())
+    return "".join(f"{line}\n" for line in lines if line)
+
+
+def check_same_settings(saved: Path) -> None:
+    """Raises InputError naming each flag that differs from the flagfile of an earlier part."""
+    before = _parse(saved.read_text(encoding="utf-8"))
+    now = _parse(settings_text())
+    differing = [
+        f"{name} (there {before.get(name, 'absent')}, here {now.get(name, 'absent')})"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and name.removeprefix("--") not in _FREE
+    ]
+    if differing:
+        raise InputError(
+            f"{saved.parent} holds a run with other flags: {'; '.join(differing)}. Give the same "
+            "flags to resume it, or another --run_dir"
+        )
+
+
+def _parse(text: str) -> dict[str, str]:
+    return dict(line.partition("=")[::2] for line in text.splitlines())

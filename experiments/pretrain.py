@@ -1,0 +1,286 @@
+"""Pretrains a masked language model from raw text.
+
+    python -m experiments.pretrain --flagfile=experiments/recipes/small_cpu.flags --run_dir=runs/a
+
+The same command again goes on where the run stopped, bit for bit: data order, masks, dropout,
+optimizer and reports. A run directory holds all that it takes to rerun or use it:
+
+    flags.txt        the run's flags, a flagfile          tokenizer/    Hugging Face's files
+    corpus.json      what the text was, with digests      checkpoints/  the latest and the best
+    metrics.jsonl    every report; events/, loss.png      model/        the result, a Hugging Face
+                                                                        folder with its tokenizer
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from experiments import flags
+from experiments.flags import FLAGS
+from prelnroberta.config import RobertaPreLayerNormConfig
+from prelnroberta.errors import InputError
+from prelnroberta.files import written_whole
+
+if TYPE_CHECKING:
+    import tokenizers
+
+    from prelnroberta.data.loader import Loader
+    from prelnroberta.data.packing import Rows
+    from prelnroberta.data.token_files import TokenFiles
+    from prelnroberta.metrics import UnigramBaseline
+    from prelnroberta.train import ScoreFn, TrainState
+
+flags.declare("run", "corpus", "rows", "masking", "model", "optimization", "compute")
+
+
+def main() -> int:
+    run_dir = Path(FLAGS.run_dir)
+    config = check_settings(run_dir)
+    tokenizer, config = settle_vocabulary(run_dir, config)
+    loader, validation_rows, files = load_rows(tokenizer, config)
+    claim(run_dir, tokenizer, config, files)
+    return run(run_dir, tokenizer, config, loader, validation_rows, files[0])
+
+
+def check_settings(run_dir: Path) -> RobertaPreLayerNormConfig:
+    """Refuses whatever flags alone can get wrong, before any work; returns the architecture."""
+    flags.positive(
+        "log_every", "eval_every", "eval_rows", "save_every", "keep_checkpoints", "batch_size"
+    )
+    flags.positive("accumulate")
+    if FLAGS.batch_size % FLAGS.accumulate:
+        raise InputError(
+            f"--accumulate={FLAGS.accumulate} does not divide --batch_size={FLAGS.batch_size}"
+        )
+    flags.optimization()
+    if FLAGS.init_from and FLAGS.fast_start:
+        raise InputError("--fast_start is for new weights, --init_from for given ones: drop one")
+    if FLAGS.init_from:
+        config = RobertaPreLayerNormConfig.from_json(FLAGS.init_from)
+    else:
+        config = flags.config(FLAGS.vocab_size)
+    flags.masking(config.vocab_size, np.zeros(config.vocab_size, bool))
+    config.check_length(FLAGS.sequence_length, f"--sequence_length={FLAGS.sequence_length}: a row")
+    if (run_dir / "flags.txt").exists():
+        flags.check_same_settings(run_dir / "flags.txt")
+    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise InputError(f"--run_dir={run_dir} exists and holds no run: give a new or empty folder")
+    return config
+
+
+def settle_vocabulary(
+    run_dir: Path, config: RobertaPreLayerNormConfig
+) -> tuple[tokenizers.Tokenizer, RobertaPreLayerNormConfig]:
+    """The run's tokenizer, loaded or trained, and the config that fits it."""
+    from prelnroberta.data.corpus import is_validation
+    from prelnroberta.data.tokenizer import load_tokenizer, train_tokenizer
+
+    source = FLAGS.tokenizer or FLAGS.init_from
+    if (run_dir / "tokenizer").exists():
+        tokenizer = load_tokenizer(run_dir / "tokenizer")
+    elif source:
+        tokenizer = load_tokenizer(source)
+    else:
+        print(f"training a tokenizer of {FLAGS.vocab_size:,} tokens", flush=True)
+        documents = flags.corpus().documents()
+        fraction = FLAGS.validation_fraction
+        train = (d.text for d in documents if not is_validation(d.key, fraction))
+        tokenizer = train_tokenizer(train, FLAGS.vocab_size)
+    size = tokenizer.get_vocab_size()
+    if FLAGS.init_from and size != config.vocab_size:
+        raise InputError(
+            f"the tokenizer of {source} has {size} tokens, the weights of {FLAGS.init_from} are "
+            f"for {config.vocab_size}: give the --tokenizer that they were trained with"
+        )
+    return tokenizer, config.replace(vocab_size=size)
+
+
+def load_rows(
+    tokenizer: tokenizers.Tokenizer, config: RobertaPreLayerNormConfig
+) -> tuple[Loader, Rows, tuple[TokenFiles, TokenFiles]]:
+    """Text -> token files -> rows -> shuffled, masked batches."""
+    from prelnroberta.data.loader import Loader
+    from prelnroberta.data.packing import open_rows
+    from prelnroberta.data.token_files import prepare
+    from prelnroberta.data.tokenizer import line_ends, word_starts
+
+    files = prepare(flags.corpus(), tokenizer, FLAGS.cache_dir, FLAGS.validation_fraction)
+    rows, validation_rows = (
+        open_rows(split, FLAGS.sequence_length, FLAGS.packing, line_ends(tokenizer))
+        for split in files
+    )
+    masking = flags.masking(config.vocab_size, word_starts(tokenizer))
+    return Loader(rows, masking, FLAGS.batch_size, FLAGS.seed), validation_rows, files
+
+
+def claim(
+    run_dir: Path,
+    tokenizer: tokenizers.Tokenizer,
+    config: RobertaPreLayerNormConfig,
+    files: tuple[TokenFiles, TokenFiles],
+) -> None:
+    """Writes what makes a folder a run: all of it known to be good by now."""
+    from prelnroberta.data.tokenizer import save_tokenizer
+
+    if (run_dir / "flags.txt").exists():
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(tokenizer, run_dir / "tokenizer", config.max_length)
+    manifest = {"train": files[0].manifest, "validation": files[1].manifest}
+    with written_whole(run_dir / "corpus.json") as partial:
+        partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    with written_whole(run_dir / "flags.txt") as partial:
+        partial.write_text(flags.settings_text(), encoding="utf-8")
+
+
+def run(
+    run_dir: Path,
+    tokenizer: tokenizers.Tokenizer,
+    config: RobertaPreLayerNormConfig,
+    loader: Loader,
+    validation_rows: Rows,
+    train_files: TokenFiles,
+) -> int:
+    """State -> steps -> report -> model."""
+    import jax
+
+    from experiments.report import Report, draw_losses, duration
+    from experiments.training import Cadence, train
+    from prelnroberta import params as parameters
+    from prelnroberta.checkpoint import Checkpoints
+    from prelnroberta.data.tokenizer import save_tokenizer
+    from prelnroberta.fast_start import fast_start
+    from prelnroberta.heads import MaskedLM, masked_lm_scores
+    from prelnroberta.huggingface import load_pretrained, save_pretrained
+    from prelnroberta.optimizer import adamw, learning_rate
+    from prelnroberta.train import TrainState, as_jit, train_step
+
+    settings = flags.optimization()
+    module = MaskedLM(config, flags.execution())
+    optimizer = adamw(settings, config)
+
+    def score(params: parameters.Tree, batch: dict, key: jax.Array | None) -> Any:
+        return masked_lm_scores(module, params, batch, key)
+
+    # 1. this run's own checkpoint  2. --init_from  3. new values
+    checkpoints = Checkpoints(run_dir / "checkpoints", FLAGS.keep_checkpoints)
+    if FLAGS.init_from:
+        params = jax.device_put(load_pretrained(FLAGS.init_from)[0])
+    else:
+        params = parameters.init(config, jax.random.key(FLAGS.seed))
+    if FLAGS.fast_start:
+        params = fast_start(params, config, unigram_baseline(train_files).log_probabilities)
+    state = TrainState.create(params, optimizer)
+    if checkpoints.latest() is not None:
+        state, _ = checkpoints.restore(state)
+        print(
+            f"resuming {run_dir} at step {int(state.step):,} of {settings.steps:,}, bit for bit: "
+            "data order, masks, dropout, optimizer and reports go on as if it had never stopped"
+        )
+    start = int(state.step)
+
+    begin = time.monotonic()
+    step = as_jit(train_step(score, optimizer, FLAGS.seed, FLAGS.accumulate))
+    step = step.lower(state, loader.batch(start)).compile()
+    print(
+        f"{parameters.parameter_count(config):,} parameters, {len(loader.source):,} rows of "
+        f"{FLAGS.sequence_length} tokens ({loader.source.fill:.0%} full), "
+        f"{settings.steps * loader.batch_size / len(loader.source):.1f} epochs; "
+        f"compiled in {time.monotonic() - begin:.1f} s",
+        flush=True,
+    )
+    report = Report(run_dir, settings.steps, start)
+    try:
+        with loader.prefetch(start) as batches:
+            state, stopped = train(
+                state,
+                step,
+                batches,
+                cadence=Cadence(
+                    steps=settings.steps,
+                    log_every=FLAGS.log_every,
+                    eval_every=FLAGS.eval_every,
+                    save_every=FLAGS.save_every,
+                ),
+                report=report,
+                checkpoints=checkpoints,
+                validate=validation(score, loader, validation_rows, train_files),
+                learning_rate=learning_rate(settings),
+                tokens_per_step=loader.batch_size * FLAGS.sequence_length * loader.source.fill,
+            )
+    finally:
+        report.close()
+        checkpoints.close()
+    if stopped is not None:
+        print(
+            f"{stopped.name}: saved step {int(state.step):,} of {settings.steps:,} in {run_dir}; "
+            "the same command goes on from there"
+        )
+        return 128 + stopped
+
+    save_pretrained(run_dir / "model", state.params, config)
+    save_tokenizer(tokenizer, run_dir / "model", config.max_length)
+    picture = draw_losses(run_dir) or "not drawn: install prelnroberta[viz]"
+    print(
+        f"finished {settings.steps:,} steps in {duration(time.monotonic() - begin)}\n"
+        f"loss picture: {picture}\nmodel: {run_dir / 'model'}\nfill masks with it:\n  python -m "
+        f'experiments.predict --task=fill_mask --model={run_dir / "model"} --text="A list of '
+        '<mask>."'
+    )
+    return 0
+
+
+def unigram_baseline(train_files: TokenFiles) -> UnigramBaseline:
+    """Word frequencies of the training text, for all tokens that are ever asked for."""
+    from prelnroberta.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID
+    from prelnroberta.metrics import UnigramBaseline
+
+    mask_id = len(train_files.counts) - 1
+    return UnigramBaseline(train_files.counts, (BOS_ID, PAD_ID, EOS_ID, UNK_ID, mask_id))
+
+
+def validation(
+    score: ScoreFn, loader: Loader, rows: Rows, train_files: TokenFiles
+) -> Callable[[TrainState], dict[str, float]]:
+    """state -> loss, perplexity and accuracy on held-out rows, beside the unigram baseline's."""
+    import jax
+
+    from prelnroberta.data.loader import evaluation_batches
+    from prelnroberta.data.packing import spread
+    from prelnroberta.train import evaluate
+
+    masking = flags.evaluation_masking(loader.masking)
+    rows = spread(rows, FLAGS.eval_rows)
+    baseline = unigram_baseline(train_files)
+    evaluate_batch = evaluate(score)
+
+    def validate(state: TrainState) -> dict[str, float]:
+        ours, unigram = [], []
+        for batch in evaluation_batches(rows, masking, loader.batch_size, FLAGS.seed):
+            ours.append(evaluate_batch(state.params, batch))
+            unigram.append(baseline.scores(batch["masked_labels"], batch["masked_weights"]))
+        weight, loss, correct = (
+            math.fsum(float(getattr(scores, name)) for scores in jax.device_get(ours))
+            for name in ("weight", "loss", "correct")
+        )
+        return {
+            "loss": loss / weight,
+            "perplexity": math.exp(min(loss / weight, 700.0)),
+            "accuracy": correct / weight,
+            "unigram_loss": math.fsum(float(s.loss) for s in unigram) / weight,
+            "most_frequent_accuracy": sum(int(s.correct) for s in unigram) / weight,
+            "masked_tokens": weight,
+        }
+
+    return validate
+
+
+if __name__ == "__main__":
+    flags.launch(main)

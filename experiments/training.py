@@ -1,0 +1,163 @@
+"""The training loop that every program shares: step, report, evaluate, save, stop when asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import jax
+
+from experiments.report import Report
+from prelnroberta.checkpoint import Checkpoints
+from prelnroberta.errors import InputError
+from prelnroberta.train import Batch, TrainState, TrainStep
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cadence:
+    """When things happen, in optimizer steps; everything happens at the last one as well."""
+
+    steps: int
+    log_every: int
+    eval_every: int
+    save_every: int
+
+    def due(self, every: int, step: int) -> bool:
+        return step % every == 0 or step == self.steps
+
+
+class Interruption:
+    """While entered, SIGINT and SIGTERM ask the loop to stop after its step. A second one kills."""
+
+    signal: signal.Signals | None = None
+
+    def __enter__(self) -> Interruption:
+        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        for s in self._before:
+            signal.signal(s, signal.SIG_DFL)
+
+    def __exit__(self, *_: object) -> None:
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+
+def train(
+    state: TrainState,
+    step: TrainStep,
+    batches: Iterator[Batch],
+    *,
+    cadence: Cadence,
+    report: Report,
+    checkpoints: Checkpoints,
+    validate: Callable[[TrainState], dict[str, float]],
+    learning_rate: Callable[[int], Any],
+    tokens_per_step: float,
+) -> tuple[TrainState, signal.Signals | None]:
+    """Takes steps from `state.step` to `cadence.steps`.
+
+    One step is dispatched ahead of the one that is waited for, so that the device never waits for
+    the host. Returns the last state, and the signal that ended the loop early, if one did: the
+    state is on disk in either case.
+
+    Raises:
+        InputError: the loss is no longer finite, or a checkpoint could not be written.
+    """
+    clock = _Clock()
+    running = None
+    with Interruption() as interruption:
+        for number in range(int(state.step) + 1, cadence.steps + 1):
+            batch = clock.waiting(lambda: next(batches))
+            state, scores = step(state, batch)
+            jax.block_until_ready(running)
+            running = scores
+            report.advance()
+            stop = interruption.signal is not None
+            validation = None
+            if cadence.due(cadence.log_every, number):
+                state = _report_window(
+                    state, number, report, clock, learning_rate(number - 1), tokens_per_step
+                )
+            if cadence.due(cadence.eval_every, number) and not stop:
+                validation = clock.paused(lambda state=state: validate(state))
+                report.record("validation", number, **validation)
+            if stop or validation or cadence.due(cadence.save_every, number):
+                loss = validation["loss"] if validation else None
+                clock.paused(lambda state=state, loss=loss: checkpoints.save(state, {}, loss))
+            if stop:
+                break
+        checkpoints.wait()
+    return state, interruption.signal
+
+
+def _report_window(
+    state: TrainState,
+    number: int,
+    report: Report,
+    clock: _Clock,
+    learning_rate: Any,
+    tokens_per_step: float,
+) -> TrainState:
+    window = jax.device_get(state.window)
+    loss = float(window.loss / max(window.weight, 1.0))
+    if not math.isfinite(loss):
+        raise InputError(
+            f"step {number}: the training loss is {loss}; nothing of this step is saved. Lower "
+            "--learning_rate, lengthen --warmup_steps or set --clip_norm, in another --run_dir"
+        )
+    report.record(
+        "train",
+        number,
+        loss=loss,
+        accuracy=float(window.correct / max(window.weight, 1.0)),
+        learning_rate=float(learning_rate),
+        gradient_norm=float(state.gradient_norm),
+        **clock.lap(tokens_per_step),
+    )
+    return state.new_window()
+
+
+class _Clock:
+    """Where the time since the last report went: steps, waiting for input, and what is neither."""
+
+    def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self._begin = time.monotonic()
+        self._waited = self._paused = 0.0
+        self._steps = 0
+
+    def waiting(self, action: Callable[[], Any]) -> Any:
+        """Runs what brings a step its input."""
+        begin = time.monotonic()
+        result = action()
+        self._waited += time.monotonic() - begin
+        self._steps += 1
+        return result
+
+    def paused(self, action: Callable[[], Any]) -> Any:
+        """Runs what is no part of a step: evaluation, saving."""
+        begin = time.monotonic()
+        result = action()
+        self._paused += time.monotonic() - begin
+        return result
+
+    def lap(self, tokens_per_step: float) -> dict[str, float]:
+        """Tokens per second, the share of time spent waiting for input, seconds; starts anew."""
+        seconds = time.monotonic() - self._begin - self._paused
+        lap = {
+            "tokens_per_second": self._steps * tokens_per_step / seconds,
+            "input_wait": self._waited / seconds,
+            "seconds": seconds,
+        }
+        self._start()
+        return lap
