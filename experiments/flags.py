@@ -7,6 +7,8 @@ are read here and nowhere else; below this file there are dataclasses only.
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -154,6 +156,10 @@ def _compute() -> None:
     flags.DEFINE_bool("scan_layers", None, "Loop over one compiled layer. Default: not on CPU.")
 
 
+def _demo() -> None:
+    flags.DEFINE_string("run_dir", "runs/demo", "Where the run lives.")
+
+
 def _predict() -> None:
     flags.DEFINE_enum("task", None, ["fill_mask"], "What to predict.", required=True)
     flags.DEFINE_string("model", None, "A Hugging Face folder or a finished run.", required=True)
@@ -173,6 +179,7 @@ _GROUPS: dict[str, Callable[[], None]] = {
     "optimization": _optimization,
     "compute": _compute,
     "predict": _predict,
+    "demo": _demo,
 }
 # What may change between the parts of a resumed run without changing a single number of it.
 _FREE = {"run_dir", "cache_dir", "keep_checkpoints"}
@@ -191,6 +198,10 @@ def _own() -> list[flags.Flag]:
     return FLAGS.flags_by_module_dict()[__name__]
 
 
+# What the machine refuses, wherever it happens: not bugs, and nothing a program could check first.
+_MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
 def launch(main: Callable[[], int | None]) -> None:
     """Parses flags and runs `main`; input errors are one line and exit code 2."""
 
@@ -206,6 +217,14 @@ def launch(main: Callable[[], int | None]) -> None:
             return main()
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
+            return 2
+        except BrokenPipeError:  # `| head`: whoever reads has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except OSError as error:
+            if error.errno not in _MACHINE_ERRORS:
+                raise
+            print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -248,10 +267,21 @@ def masking(vocab_size: int, word_starts: np.ndarray) -> Masking:
     )
 
 
+def check_masking() -> None:
+    """Refuses --mask_* and --eval_mask_rate that no vocabulary could make right."""
+    import numpy as np
+
+    V = 1 << 10
+    evaluation_masking(masking(V, np.zeros(V, bool)))
+
+
 def evaluation_masking(masking: Masking) -> Masking:
     """--eval_mask_rate: the training's masks at that rate, specials never among them, because a
     `<s>` that is known by its place says nothing of the text."""
-    return dataclasses.replace(masking, rate=FLAGS.eval_mask_rate, sampling="bernoulli")
+    try:
+        return dataclasses.replace(masking, rate=FLAGS.eval_mask_rate, sampling="bernoulli")
+    except InputError as error:
+        raise InputError(f"--eval_mask_rate: {error}") from None
 
 
 def config(vocab_size: int) -> RobertaPreLayerNormConfig:
@@ -292,9 +322,9 @@ def check_same_settings(saved: Path) -> None:
     before = _parse(saved.read_text(encoding="utf-8"))
     now = _parse(settings_text())
     differing = [
-        f"{name} (there {before.get(name, 'absent')}, here {now.get(name, 'absent')})"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and name.removeprefix("--") not in _FREE
+        f"--{name} (there {before.get(name, 'not set')}, here {now.get(name, 'not set')})"
+        for name in sorted((before.keys() | now.keys()) - _FREE)
+        if before.get(name) != now.get(name)
     ]
     if differing:
         raise InputError(
@@ -304,4 +334,12 @@ def check_same_settings(saved: Path) -> None:
 
 
 def _parse(text: str) -> dict[str, str]:
-    return dict(line.partition("=")[::2] for line in text.splitlines())
+    """name -> value of what `settings_text` wrote, where a bool is --name or --noname."""
+    values = {}
+    for line in text.splitlines():
+        name, equals, value = line.removeprefix("--").partition("=")
+        if not equals:
+            value = str(name in FLAGS).lower()
+            name = name if name in FLAGS else name.removeprefix("no")
+        values[name] = value
+    return values

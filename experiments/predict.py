@@ -41,7 +41,9 @@ def main() -> int:
             yield text
 
     show = show_json if FLAGS.format == "json" else show_text
-    for masks in fill(remembered(), FLAGS.top_k, FLAGS.batch_size):
+    # Whoever types waits for each answer.
+    batch_size = 1 if reads_keyboard() else FLAGS.batch_size
+    for masks in fill(remembered(), FLAGS.top_k, batch_size):
         show(asked.pop(0), masks)
     return 0
 
@@ -56,13 +58,17 @@ def model_directory(path: Path) -> Path:
     raise InputError(f"--model={path}: no config.json there, expected a model folder or a run")
 
 
+def reads_keyboard() -> bool:
+    return not FLAGS.text and FLAGS.file is None and sys.stdin.isatty()
+
+
 def texts() -> Iterator[str]:
     """--text, --file, or standard input; one text a line, empty lines left out."""
     if FLAGS.text:
         yield from FLAGS.text
         return
     if FLAGS.file is None:
-        if sys.stdin.isatty():
+        if reads_keyboard():
             print("reading from the keyboard, a text a line; end with Ctrl-D", file=sys.stderr)
         lines, name = sys.stdin.buffer, "standard input"
     else:
@@ -71,14 +77,22 @@ def texts() -> Iterator[str]:
             lines = open(name, "rb")  # noqa: SIM115 - closed below, with standard input's likes
         except OSError as error:
             raise InputError(f"--file={name}: {error.strerror}") from None
+    offset, empty = 0, True
     with lines:
         for number, line in enumerate(lines, 1):
             try:
                 text = line.decode("utf-8").strip()
             except UnicodeDecodeError as error:
-                raise InputError(f"{name}:{number}: not UTF-8 at byte {error.start}") from None
+                raise InputError(
+                    f"{name}: not UTF-8 at byte {offset + error.start} (line {number}); convert it "
+                    "to UTF-8"
+                ) from None
+            offset += len(line)
             if text:
+                empty = False
                 yield text
+    if empty:
+        raise InputError(f"{name} holds no text, expected a text with <mask> a line")
 
 
 def show_text(text: str, masks: list[list[Guess]]) -> None:

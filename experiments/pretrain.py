@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from experiments import flags
 from experiments.flags import FLAGS
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from prelnroberta.data.packing import Rows
     from prelnroberta.data.token_files import TokenFiles
     from prelnroberta.metrics import UnigramBaseline
+    from prelnroberta.params import Tree
     from prelnroberta.train import ScoreFn, TrainState
 
 flags.declare("run", "corpus", "rows", "masking", "model", "optimization", "compute")
@@ -43,10 +43,14 @@ flags.declare("run", "corpus", "rows", "masking", "model", "optimization", "comp
 def main() -> int:
     run_dir = Path(FLAGS.run_dir)
     config = check_settings(run_dir)
+    if (run_dir / "model" / "config.json").exists():  # the last file that a run writes
+        print(f"{run_dir} is complete: {FLAGS.steps:,} steps of {FLAGS.steps:,}\n{use(run_dir)}")
+        return 0
+    params = given_params()
     tokenizer, config = settle_vocabulary(run_dir, config)
     loader, validation_rows, files = load_rows(tokenizer, config)
     claim(run_dir, tokenizer, config, files)
-    return run(run_dir, tokenizer, config, loader, validation_rows, files[0])
+    return run(run_dir, tokenizer, config, params, loader, validation_rows, files[0])
 
 
 def check_settings(run_dir: Path) -> RobertaPreLayerNormConfig:
@@ -59,20 +63,56 @@ def check_settings(run_dir: Path) -> RobertaPreLayerNormConfig:
         raise InputError(
             f"--accumulate={FLAGS.accumulate} does not divide --batch_size={FLAGS.batch_size}"
         )
+    if not 0 < FLAGS.validation_fraction < 1:
+        raise InputError(
+            f"--validation_fraction={FLAGS.validation_fraction}, expected a share inside (0, 1): "
+            "evaluation needs held-out text, and training the rest"
+        )
+    if not 0 <= FLAGS.seed < 2**63:
+        raise InputError(f"--seed={FLAGS.seed}, expected 0 or more, below 2^63")
     flags.optimization()
+    flags.corpus()
     if FLAGS.init_from and FLAGS.fast_start:
         raise InputError("--fast_start is for new weights, --init_from for given ones: drop one")
     if FLAGS.init_from:
         config = RobertaPreLayerNormConfig.from_json(FLAGS.init_from)
     else:
         config = flags.config(FLAGS.vocab_size)
-    flags.masking(config.vocab_size, np.zeros(config.vocab_size, bool))
+    flags.check_masking()
+    if FLAGS.sequence_length < 3:
+        raise InputError(f"--sequence_length={FLAGS.sequence_length}, expected 3 or more")
+    if FLAGS.fast_start:
+        from prelnroberta.fast_start import check_length
+
+        check_length(config, FLAGS.sequence_length)
     config.check_length(FLAGS.sequence_length, f"--sequence_length={FLAGS.sequence_length}: a row")
     if (run_dir / "flags.txt").exists():
         flags.check_same_settings(run_dir / "flags.txt")
-    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise InputError(f"--run_dir={run_dir} exists and holds no run: give a new or empty folder")
+    else:
+        check_room(run_dir)
     return config
+
+
+def check_room(run_dir: Path) -> None:
+    """Makes the folder of a new run; raises InputError where none can be."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        empty = not any(run_dir.iterdir())
+    except FileExistsError:
+        raise InputError(f"--run_dir={run_dir} is a file: give a new or empty folder") from None
+    except OSError as error:
+        raise InputError(f"--run_dir={run_dir} cannot be made: {error.strerror}") from None
+    if not empty:
+        raise InputError(f"--run_dir={run_dir} exists and holds no run: give a new or empty folder")
+    if not os.access(run_dir, os.W_OK):
+        raise InputError(f"--run_dir={run_dir} cannot be written to: give another folder")
+
+
+def given_params() -> Tree | None:
+    """The weights of --init_from, read before the long work."""
+    from prelnroberta.huggingface import load_pretrained
+
+    return load_pretrained(FLAGS.init_from)[0] if FLAGS.init_from else None
 
 
 def settle_vocabulary(
@@ -112,10 +152,14 @@ def load_rows(
     from prelnroberta.data.tokenizer import line_ends, word_starts
 
     files = prepare(flags.corpus(), tokenizer, FLAGS.cache_dir, FLAGS.validation_fraction)
-    rows, validation_rows = (
-        open_rows(split, FLAGS.sequence_length, FLAGS.packing, line_ends(tokenizer))
-        for split in files
-    )
+    ends = line_ends(tokenizer)
+    opened = []
+    for split in files:
+        try:
+            opened.append(open_rows(split, FLAGS.sequence_length, FLAGS.packing, ends))
+        except InputError as error:
+            raise InputError(f"{split.manifest['split']} split: {error}") from None
+    rows, validation_rows = opened
     masking = flags.masking(config.vocab_size, word_starts(tokenizer))
     return Loader(rows, masking, FLAGS.batch_size, FLAGS.seed), validation_rows, files
 
@@ -126,24 +170,36 @@ def claim(
     config: RobertaPreLayerNormConfig,
     files: tuple[TokenFiles, TokenFiles],
 ) -> None:
-    """Writes what makes a folder a run: all of it known to be good by now."""
+    """Writes what makes a folder a run: all of it known to be good by now.
+
+    The flags come first and the corpus last, so that a run killed here is a run already, whose
+    next start writes the rest. From then on the text is the one it began with, or is refused.
+    """
     from prelnroberta.data.tokenizer import save_tokenizer
 
-    if (run_dir / "flags.txt").exists():
+    record = run_dir / "corpus.json"
+    if record.exists():
+        began = json.loads(record.read_text(encoding="utf-8"))["train"]["text"]["sha256"]
+        if began != files[0].manifest["text"]["sha256"]:
+            raise InputError(
+                f"the corpus is no longer the text that {run_dir} began with ({record}): give that "
+                "text to resume it, or another --run_dir"
+            )
         return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(tokenizer, run_dir / "tokenizer", config.max_length)
-    manifest = {"train": files[0].manifest, "validation": files[1].manifest}
-    with written_whole(run_dir / "corpus.json") as partial:
-        partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     with written_whole(run_dir / "flags.txt") as partial:
         partial.write_text(flags.settings_text(), encoding="utf-8")
+    with written_whole(run_dir / "tokenizer") as partial:
+        save_tokenizer(tokenizer, partial, config.max_length)
+    manifest = {"train": files[0].manifest, "validation": files[1].manifest}
+    with written_whole(record) as partial:
+        partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def run(
     run_dir: Path,
     tokenizer: tokenizers.Tokenizer,
     config: RobertaPreLayerNormConfig,
+    params: Tree | None,
     loader: Loader,
     validation_rows: Rows,
     train_files: TokenFiles,
@@ -158,7 +214,7 @@ def run(
     from prelnroberta.data.tokenizer import save_tokenizer
     from prelnroberta.fast_start import fast_start
     from prelnroberta.heads import MaskedLM, masked_lm_scores
-    from prelnroberta.huggingface import load_pretrained, save_pretrained
+    from prelnroberta.huggingface import save_pretrained
     from prelnroberta.optimizer import adamw, learning_rate
     from prelnroberta.train import TrainState, as_jit, train_step
 
@@ -171,10 +227,10 @@ def run(
 
     # 1. this run's own checkpoint  2. --init_from  3. new values
     checkpoints = Checkpoints(run_dir / "checkpoints", FLAGS.keep_checkpoints)
-    if FLAGS.init_from:
-        params = jax.device_put(load_pretrained(FLAGS.init_from)[0])
-    else:
+    if params is None:
         params = parameters.init(config, jax.random.key(FLAGS.seed))
+    else:
+        params = jax.device_put(params)
     if FLAGS.fast_start:
         params = fast_start(params, config, unigram_baseline(train_files).log_probabilities)
     state = TrainState.create(params, optimizer)
@@ -225,16 +281,22 @@ def run(
         )
         return 128 + stopped
 
-    save_pretrained(run_dir / "model", state.params, config)
-    save_tokenizer(tokenizer, run_dir / "model", config.max_length)
     picture = draw_losses(run_dir) or "not drawn: install prelnroberta[viz]"
+    save_tokenizer(tokenizer, run_dir / "model", config.max_length)
+    save_pretrained(run_dir / "model", state.params, config)
     print(
         f"finished {settings.steps:,} steps in {duration(time.monotonic() - begin)}\n"
-        f"loss picture: {picture}\nmodel: {run_dir / 'model'}\nfill masks with it:\n  python -m "
-        f'experiments.predict --task=fill_mask --model={run_dir / "model"} --text="A list of '
-        '<mask>."'
+        f"loss picture: {picture}\n{use(run_dir)}"
     )
     return 0
+
+
+def use(run_dir: Path) -> str:
+    """What to do with a finished run."""
+    return (
+        f"model: {run_dir / 'model'}\nfill masks with it:\n  python -m experiments.predict "
+        f'--task=fill_mask --model={run_dir / "model"} --text="A list of <mask>."'
+    )
 
 
 def unigram_baseline(train_files: TokenFiles) -> UnigramBaseline:
@@ -270,6 +332,11 @@ def validation(
             math.fsum(float(getattr(scores, name)) for scores in jax.device_get(ours))
             for name in ("weight", "loss", "correct")
         )
+        if not weight:
+            raise InputError(
+                f"evaluation masks no token of {len(rows)} rows: raise --eval_mask_rate or "
+                "--eval_rows"
+            )
         return {
             "loss": loss / weight,
             "perplexity": math.exp(min(loss / weight, 700.0)),

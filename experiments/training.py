@@ -86,10 +86,12 @@ def train(
                 state = _report_window(
                     state, number, report, clock, learning_rate(number - 1), tokens_per_step
                 )
-            if cadence.due(cadence.eval_every, number) and not stop:
+            # Even when asked to stop: the resumed run goes on after this step, and would miss it.
+            if cadence.due(cadence.eval_every, number):
                 validation = clock.paused(lambda state=state: validate(state))
                 report.record("validation", number, **validation)
             if stop or validation or cadence.due(cadence.save_every, number):
+                _check_finite(state, number)
                 loss = validation["loss"] if validation else None
                 clock.paused(lambda state=state, loss=loss: checkpoints.save(state, {}, loss))
             if stop:
@@ -106,23 +108,28 @@ def _report_window(
     learning_rate: Any,
     tokens_per_step: float,
 ) -> TrainState:
+    _check_finite(state, number)
     window = jax.device_get(state.window)
-    loss = float(window.loss / max(window.weight, 1.0))
-    if not math.isfinite(loss):
-        raise InputError(
-            f"step {number}: the training loss is {loss}; nothing of this step is saved. Lower "
-            "--learning_rate, lengthen --warmup_steps or set --clip_norm, in another --run_dir"
-        )
     report.record(
         "train",
         number,
-        loss=loss,
+        loss=float(window.loss / max(window.weight, 1.0)),
         accuracy=float(window.correct / max(window.weight, 1.0)),
         learning_rate=float(learning_rate),
         gradient_norm=float(state.gradient_norm),
         **clock.lap(tokens_per_step),
     )
     return state.new_window()
+
+
+def _check_finite(state: TrainState, number: int) -> None:
+    loss, norm = float(state.window.loss), float(state.gradient_norm)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise InputError(
+            f"step {number}: the training loss is {loss}, the gradient's norm {norm}; nothing of "
+            "this step is saved. Lower --learning_rate, lengthen --warmup_steps or set "
+            "--clip_norm, in another --run_dir"
+        )
 
 
 class _Clock:

@@ -11,7 +11,8 @@ complete step or none. orbax alone would load a flipped byte without a word (mea
 
 from __future__ import annotations
 
-import errno
+import logging
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ class CheckpointError(InputError):
     """A checkpoint could not be written or read; the message says which and what still stands."""
 
 
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    """orbax logs the traceback of each of its threads; their errors reach us as exceptions."""
+    return "orbax" not in record.pathname
+
+
 class Checkpoints:
     """The checkpoints of one run: the latest `keep` and the one with the lowest loss.
 
@@ -40,6 +46,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policies
 
+        logging.getLogger("absl").addFilter(_is_not_orbax)
         self.directory = Path(directory).absolute()
         self._ocp = ocp
         best = policies.BestN(
@@ -94,7 +101,8 @@ class Checkpoints:
         self._reporting(self._manager.wait_until_finished)
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits as `wait` does, and lets go. Raises CheckpointError if a write failed."""
+        self._reporting(self._manager.close)
 
     def restore(
         self, like: TrainState, step: int | None = None
@@ -148,11 +156,14 @@ class Checkpoints:
         try:
             action()
         except Exception as error:
-            if not _is_full_disk(error):
+            reason = _system_error(error)
+            if reason is None:
                 raise
+            step = self.latest()
+            stands = "no checkpoint stands yet" if step is None else f"that of step {step} is whole"
             raise CheckpointError(
-                f"disk full while saving below {self.directory}; the checkpoint of step "
-                f"{self._manager.latest_step()} is whole: make room and run the same command again"
+                f"a checkpoint could not be saved below {self.directory}: {reason}; {stands}: "
+                "make room there and run the same command again"
             ) from error
 
 
@@ -202,11 +213,13 @@ def _damaged(where: str, error: Exception) -> CheckpointError:
     )
 
 
-def _is_full_disk(error: BaseException | None) -> bool:
+def _system_error(error: BaseException | None) -> str | None:
+    """What the operating system said, if it is behind this error: its own word, as "No space left
+    on device". tensorstore gives it in the text of a ValueError."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            return True
-        if "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error):
-            return True
+        if isinstance(error, OSError):
+            return error.strerror or str(error)
+        if found := re.search(r"([^:]+) \[os_error_code='", str(error)):
+            return found[1].strip()
         error = error.__cause__ or error.__context__
-    return False
+    return None

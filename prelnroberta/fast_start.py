@@ -11,13 +11,15 @@ follows gives it that one skill, and nothing that training cannot change:
 - Each head of the first layer looks at one neighbour: -1, +1, -2, +2, ... Its query reads the
   sinusoids as they are, its key turned by the offset, so that they match at that distance. Its
   value leaves the sinusoids out.
-- Kernels have variance 1 / fan-in, and those that write to the residual stream twice that
-  deviation: the embedding norm gives the stream unit size, beside which 0.02 is silence.
+- Kernels have variance 1 / fan-in: the embedding norm gives the residual stream unit size, beside
+  which 0.02 is silence. What the first layer's attention writes to the stream is four times as
+  large, all else half: the neighbours come through clean.
 - The output bias is the log frequency of each token: what the plateau teaches is known at once.
 
-The architecture is untouched. Measured on 2 cores, 4 layers of 128 (WORKSPACE.md, decisions): 0.3
-nats below the unigram baseline after about 60 steps of 2,048 tokens; with plain values not after
-400. The rotation is that of RoFormer (Su et al., 2021), used here as an initial value only.
+The architecture is untouched, and so is every later step; but it is no plain start, and whoever
+studies how order is learned should not use it. What each part is worth was measured (WORKSPACE.md,
+"How a masked LM leaves the plateau"). The rotation is RoFormer's (Su et al., 2021), as an initial
+value only.
 """
 
 from __future__ import annotations
@@ -29,35 +31,49 @@ from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 
-# At width 128, deviation of positions against that of words.
+# Deviation of the positions' K dimensions against that of words.
 _POSITION_GAIN = 2.0
-_RESIDUAL_GAIN = 2.0
-# How much higher a head scores its neighbour than a random place, in nats.
-_SHARPNESS = 10.0
+# What sublayers write to the stream, against 1 / sqrt(fan-in).
+_FIRST_ATTENTION_GAIN = 4.0
+_RESIDUAL_GAIN = 0.5
+# Squared length of the product of query and key scales, times sqrt(K): with it a head puts all its
+# weight on its neighbour.
+_SHARPNESS = 20.0
+
+
+def check_length(config: RobertaPreLayerNormConfig, length: int) -> None:
+    """Raises InputError where rows of `length` tokens are longer than the sinusoids tell apart.
+
+    K / 2 evenly spaced frequencies repeat after 2 * K positions, and K must be even for pairs of
+    sine and cosine.
+    """
+    K = config.head_dim
+    if K % 2 or length > 2 * K:
+        raise InputError(
+            f"fast start: heads of dimension {K} tell {2 * K} positions apart, rows have {length}: "
+            "take shorter rows or wider heads (of an even dimension), or leave fast start out"
+        )
 
 
 def fast_start(
-    params: parameters.Tree, config: RobertaPreLayerNormConfig, log_frequencies: np.ndarray
+    params: parameters.Tree,
+    config: RobertaPreLayerNormConfig,
+    log_frequencies: np.ndarray,
 ) -> parameters.Tree:
     """A freshly initialized masked-LM tree with the values above; float32, same shapes.
 
     Args:
         params: from `params.init`.
         log_frequencies: [V], log of each token's share of the training text, -inf for none.
-
-    Raises:
-        InputError: for an odd head dimension, which cannot hold pairs of sine and cosine.
     """
     K = config.head_dim
-    if K % 2:
-        raise InputError(f"fast start needs an even head dimension, not {K}")
     flat, table = parameters.flatten(params), parameters.table(config)
     for path, row in table.items():
         if row.kind == "kernel":
             shape = flat[path].shape[1:] if row.stacked else flat[path].shape
             fan_in, _ = row.matrix(shape)
             gain = _RESIDUAL_GAIN if path.endswith(("/output/kernel", "/wo/kernel")) else 1.0
-            flat[path] *= gain / (config.initializer_range * fan_in**0.5)
+            flat[path] = flat[path] * (gain / (config.initializer_range * fan_in**0.5))
 
     turns = np.pi * (np.arange(K // 2) + 0.5) / (K // 2)  # radians a token
     positions = np.zeros((config.max_position_embeddings, config.hidden_size))
@@ -77,6 +93,8 @@ def fast_start(
     for name, first in (("query", query), ("key", key)):
         path = f"{layer}/{name}/kernel"
         flat[path] = flat[path].at[0].set(scale * first)
+    output = f"{layer}/output/kernel"
+    flat[output] = flat[output].at[0].multiply(_FIRST_ATTENTION_GAIN / _RESIDUAL_GAIN)
     flat[f"{layer}/value/kernel"] = flat[f"{layer}/value/kernel"].at[0, :K].set(0.0)
 
     known = np.isfinite(log_frequencies)

@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
 import numpy as np
 
 from prelnroberta import params as parameters
@@ -80,3 +92,96 @@ def assert_close(
     assert np.shape(found) == np.shape(expected), f"{name}: {np.shape(found)}"
     measured = rms_relative(found, expected), max_relative(found, expected)
     assert measured[0] <= rms and measured[1] <= largest, f"{name}: rms, max = {measured}"
+
+
+# ---------------------------------------------------------------------------------------------
+# Programs, run as people run them.
+
+_SCRATCH = tempfile.TemporaryDirectory(prefix="prelnroberta-tests-")
+SCRATCH = Path(_SCRATCH.name)
+ROOT = Path(__file__).parent.parent
+# One compilation for all runs of the same shapes.
+ENVIRONMENT = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(SCRATCH / "compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
+
+def command(program: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", f"experiments.{program}", *map(str, arguments)]
+
+
+def call(program: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess:
+    """Runs a program to its end; text in, text out."""
+    options = {"capture_output": True, "text": True, "timeout": 300} | options
+    return subprocess.run(command(program, *arguments), cwd=ROOT, env=ENVIRONMENT, **options)
+
+
+@functools.cache
+def corpus_file() -> Path:
+    """450 KB of English that Python brings along."""
+    path = SCRATCH / "corpus.txt"
+    path.write_text("\n\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
+    return path
+
+
+def tiny_flags(**changes: Any) -> list[str]:
+    """A run of seconds: dropout, accumulation, and cadences that share no factor."""
+    values = {
+        "preset": "tiny",
+        "vocab_size": 300,
+        "sequence_length": 32,
+        "batch_size": 8,
+        "accumulate": 2,
+        "corpus": corpus_file(),
+        "cache_dir": SCRATCH / "cache",
+        "validation_fraction": 0.1,
+        "steps": 40,
+        "warmup_steps": 5,
+        "log_every": 7,
+        "eval_every": 9,
+        "save_every": 4,
+        "eval_rows": 16,
+    }
+    return [f"--{name}={value}" for name, value in (values | changes).items()]
+
+
+@functools.cache
+def finished_run() -> Path:
+    """A run of `tiny_flags()` that nothing interrupted."""
+    run_dir = SCRATCH / "finished"
+    done = call("pretrain", *tiny_flags(), f"--run_dir={run_dir}")
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+@dataclasses.dataclass
+class Disk:
+    path: Path
+    _filler: str = "filler"
+
+    def fill(self) -> None:
+        """Leaves less than a page."""
+        with (self.path.parent / self._filler).open("wb", buffering=0) as file:
+            with contextlib.suppress(OSError):
+                while file.write(bytes(1 << 16)):
+                    pass
+            with contextlib.suppress(OSError):
+                while file.write(bytes(512)):
+                    pass
+
+    def empty(self) -> None:
+        (self.path.parent / self._filler).unlink()
+
+
+@contextlib.contextmanager
+def filled_disk(mount: Path, size: str = "16m") -> Iterator[Disk]:
+    """A file system of its own, small, to be filled. Needs a user namespace where not root."""
+    mount.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", mount], check=True)
+    try:
+        yield Disk(mount / "content")
+    finally:
+        subprocess.run(["umount", "-l", mount], check=True)

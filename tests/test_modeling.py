@@ -1,0 +1,216 @@
+"""What must change nothing: padding, packing, scan, remat, reading in part, batching."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import ODD, TINY, random_params
+
+from prelnroberta import modeling
+from prelnroberta.heads import MaskedLM, Scores, cross_entropy, masked_lm_scores
+from prelnroberta.modeling import Encoder, Execution
+
+SIMILAR = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def encode(config, params, ids, execution=None, **options):
+    module = Encoder(config, execution or Execution())
+    return module.apply({"params": params}, jnp.asarray(ids), **options)
+
+
+@pytest.fixture(scope="module", params=[TINY, ODD], ids=["tiny", "odd"])
+def case(request):
+    config = request.param
+    ids = np.random.default_rng(1).integers(4, config.vocab_size, (3, 12))
+    return config, random_params(config, "encoder"), ids
+
+
+@pytest.mark.parametrize("places", ["right", "left", "middle"])
+def test_padding_changes_nothing(case, places):
+    config, params, ids = case
+    plain = encode(config, params, ids).last_hidden_state
+    where = {"right": [12] * 4, "left": [0] * 4, "middle": [3, 3, 7, 9]}[places]
+    padded = np.insert(ids, where, config.pad_token_id, axis=1)
+    real = padded != config.pad_token_id
+    output = encode(config, params, padded, attention_mask=jnp.asarray(real)).last_hidden_state
+    np.testing.assert_allclose(output[real].reshape(plain.shape), plain, **SIMILAR)
+
+
+def test_fully_padded_row_is_finite_and_does_not_disturb_others(case):
+    config, params, ids = case
+    padded = np.concatenate([ids, np.full((1, 12), config.pad_token_id)])
+    mask = jnp.asarray(padded != config.pad_token_id)
+    output = encode(config, params, padded, attention_mask=mask).last_hidden_state
+    assert np.isfinite(output).all()
+    plain = encode(config, params, ids).last_hidden_state
+    np.testing.assert_allclose(output[:3], plain, **SIMILAR)
+
+
+def test_packing_is_separate_rows(case):
+    config, params, ids = case
+    pad = config.pad_token_id
+    pieces = [ids[0, :5], ids[1, :4], ids[2, :2]]
+    row = np.concatenate([*pieces, [pad]])
+    segments = np.repeat([1, 2, 3, 0], [5, 4, 2, 1])
+    positions = np.concatenate([np.arange(n) + pad + 1 for n in (5, 4, 2)] + [[pad]])
+    packed = encode(
+        config, params, row[None], segment_ids=segments[None], position_ids=positions[None]
+    ).last_hidden_state[0]
+    start = 0
+    for piece in pieces:
+        alone = encode(config, params, piece[None]).last_hidden_state[0]
+        np.testing.assert_allclose(packed[start : start + len(piece)], alone, **SIMILAR)
+        start += len(piece)
+    assert np.isfinite(packed).all()
+
+
+def test_gradient_reaches_all_of_a_segment_and_nothing_else():
+    """Which embeddings can influence one output: its own segment's, no pad's, no neighbour's."""
+    params = random_params(TINY, "encoder")
+    segments = jnp.asarray([[1, 1, 1, 2, 2, 2, 0, 0]])
+    ids = jnp.asarray([[5, 6, 7, 8, 9, 10, 1, 1]])
+    positions = jnp.asarray([[2, 3, 4, 2, 3, 4, 1, 1]])
+
+    def output(word):
+        tree = {**params, "embeddings": {**params["embeddings"], "word": word}}
+        options = {"segment_ids": segments, "position_ids": positions}
+        # Not a plain sum: a normed vector sums to nearly the same whatever its input.
+        return (encode(TINY, tree, ids, **options).last_hidden_state[0, 4] ** 3).sum()
+
+    gradient = np.abs(jax.grad(output)(jnp.asarray(params["embeddings"]["word"]))).sum(-1)
+    assert (gradient[[8, 9, 10]] > 0).all()
+    assert (np.delete(gradient, [8, 9, 10]) == 0).all()
+
+
+@pytest.mark.parametrize(
+    "execution",
+    [
+        Execution(scan_layers=True),
+        Execution(scan_layers=False, remat="full"),
+        Execution(scan_layers=True, remat="dots"),
+        Execution(remat="full"),
+    ],
+    ids=["scan", "remat", "scan_dots", "scan_remat"],
+)
+def test_execution_changes_nothing(case, execution):
+    """Outputs and gradients, dropout included: keys belong to layers, not to loops."""
+    config, params, ids = case
+
+    def loss(params, execution):
+        output = encode(
+            config,
+            params,
+            ids,
+            execution,
+            deterministic=False,
+            rngs={"dropout": jax.random.key(7)},
+            read_positions=jnp.asarray([[1, 5]] * 3),
+            keep_residuals=True,
+        )
+        streams = sum((r.astype(jnp.float32) ** 2).mean() for r in output.residuals)
+        return (output.last_hidden_state**3).sum() + streams, output
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    (_, expected), expected_gradient = run(params, Execution(scan_layers=False))
+    (_, found), gradient = run(params, execution)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, **SIMILAR)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * max(1, np.abs(b).max()))
+
+
+def test_reading_some_positions_is_exact(case):
+    config, params, ids = case
+    ids = ids.copy()
+    ids[0, 9:] = config.pad_token_id
+    mask = jnp.asarray(ids != config.pad_token_id)
+    read = jnp.asarray([[0, 3, 3], [11, 0, 5], [2, 1, 0]])
+    for options in ({"attention_mask": mask}, {"segment_ids": mask.astype(jnp.int32)}):
+        whole = encode(config, params, ids, **options).last_hidden_state
+        part = encode(config, params, ids, read_positions=read, **options).last_hidden_state
+        np.testing.assert_allclose(part, jnp.take_along_axis(whole, read[..., None], 1), **SIMILAR)
+
+
+def test_a_batch_is_its_rows_and_jit_is_no_jit(case):
+    config, params, ids = case
+    whole = encode(config, params, ids).last_hidden_state
+    jitted = jax.jit(lambda p, x: encode(config, p, x).last_hidden_state)(params, ids)
+    np.testing.assert_allclose(jitted, whole, **SIMILAR)
+    for row in range(3):
+        alone = encode(config, params, ids[row : row + 1]).last_hidden_state
+        np.testing.assert_allclose(alone[0], whole[row], **SIMILAR)
+
+
+def test_masks_in_two_and_three_dimensions_agree(case):
+    config, params, ids = case
+    mask = np.ones(ids.shape, np.int32)
+    mask[:, 8:] = 0
+    flat = encode(config, params, ids, attention_mask=jnp.asarray(mask)).last_hidden_state
+    square = jnp.asarray(np.repeat(mask[:, None], ids.shape[1], 1))
+    full = encode(config, params, ids, attention_mask=square).last_hidden_state
+    np.testing.assert_allclose(full, flat, **SIMILAR)
+
+
+def test_positions_count_real_tokens():
+    ids = jnp.asarray([[12, 31, 13, 1], [1, 12, 31, 1], [1, 1, 1, 1]])
+    found = modeling.default_position_ids(ids, 1)
+    np.testing.assert_array_equal(found, [[2, 3, 4, 1], [1, 2, 3, 1], [1, 1, 1, 1]])
+
+
+def test_layer_norm_keeps_its_precision_far_from_zero():
+    """At mean 100 and deviation 1, Flax's one-pass variance is off by 1.7e-3."""
+    x = np.random.default_rng(0).standard_normal((64, 256)) + 100
+    x = x.astype(np.float32)
+    wide = x.astype(np.float64)
+    expected = (wide - wide.mean(-1, keepdims=True)) / wide.std(-1, keepdims=True)
+    unit = {"scale": jnp.ones(256), "bias": jnp.zeros(256)}
+    found = modeling.layer_norm(unit, jnp.asarray(x), 1e-12)
+    assert np.abs(found - expected).max() < 3e-5
+
+
+def test_dropout_draws_for_every_head_and_example_and_keeps_the_mean():
+    x = jnp.ones((8, 4, 32, 32))
+    dropped = np.asarray(modeling.dropout(x, 0.25, jax.random.key(0)))
+    assert set(np.unique(dropped)) == {np.float32(0), np.float32(4 / 3)}
+    assert abs(dropped.mean() - 1) < 0.02
+    flat = dropped.reshape(32, -1)
+    assert len({row.tobytes() for row in flat}) == 32
+    assert modeling.dropout(x, 0.25, None) is x
+
+
+def test_cross_entropy_counts_what_it_is_told_to():
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((4, 7, 11)).astype(np.float32)
+    labels = rng.integers(0, 11, (4, 7))
+    weights = (rng.random((4, 7)) < 0.5).astype(np.float32)
+    scores = cross_entropy(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(weights))
+    wide = logits.astype(np.float64)
+    log_p = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+    picked = np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
+    assert float(scores.loss) == pytest.approx(-(picked * weights).sum(), rel=1e-6)
+    assert float(scores.correct) == ((logits.argmax(-1) == labels) * weights).sum()
+    assert float(scores.weight) == weights.sum()
+    empty = cross_entropy(jnp.asarray(logits), jnp.asarray(labels), jnp.zeros((4, 7)))
+    assert float(empty.loss) == float(empty.weight) == 0.0
+
+
+def test_scores_of_rows_add_up():
+    params = random_params(TINY)
+    rng = np.random.default_rng(0)
+    batch = {
+        "input_ids": rng.integers(4, 500, (4, 10)),
+        "segment_ids": np.ones((4, 10), np.int32),
+        "position_ids": np.tile(np.arange(10) + 2, (4, 1)),
+        "masked_positions": rng.integers(0, 10, (4, 3)),
+        "masked_labels": rng.integers(4, 500, (4, 3)),
+        "masked_weights": (rng.random((4, 3)) < 0.6).astype(np.float32),
+    }
+    module = MaskedLM(TINY)
+    whole = masked_lm_scores(module, params, batch)
+    rows = [
+        masked_lm_scores(module, params, {k: v[i : i + 1] for k, v in batch.items()})
+        for i in range(4)
+    ]
+    total = sum(rows, Scores.zero())
+    for name in ("loss", "correct", "weight"):
+        assert float(getattr(total, name)) == pytest.approx(float(getattr(whole, name)), rel=1e-5)
