@@ -100,7 +100,7 @@ def train_step(
             params=optax.apply_updates(state.params, updates),
             opt_state=opt_state,
             window=state.window + scores,
-            gradient_norm=optax.global_norm(gradients),
+            gradient_norm=optax.tree.norm(gradients),
         )
         return after, scores
 
