@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from prelnroberta.config import RobertaPreLayerNormConfig
+from prelnroberta.data.tokenizer import MASK_TOKEN
 from prelnroberta.errors import InputError
 from prelnroberta.heads import MaskedLM
 from prelnroberta.modeling import Execution
@@ -57,7 +58,7 @@ class FillMask:
         self._params = jax.device_put(params)
         self._config = config
         self._tokenizer = tokenizer
-        self._mask_id = tokenizer.token_to_id("<mask>")
+        self._mask_id = tokenizer.token_to_id(MASK_TOKEN)
         self._module = MaskedLM(config, execution or Execution())
 
     def __call__(

@@ -81,19 +81,19 @@ def test_text_shorter_than_a_row_names_the_split(tmp_path):
     # Enough for many rows of training, too little to hold one out.
     line = corpus(tmp_path, text, sequence_length=64, validation_fraction=0.02)
     assert "error: validation split: the corpus has" in line and "sequence length 64" in line
-    line = corpus(tmp_path, b"one\n\ntwo\n\nthree\n\nfour", validation_fraction=0.5)
+    line = corpus(tmp_path, b"a\n\nb\n\nc\n\nd\n\ne\n\nf", validation_fraction=0.5)
     assert "error: train split: the corpus has" in line
 
 
 def test_settings_of_another_run_are_named_one_by_one():
     run_dir = finished_run()
     changed = tiny_flags(learning_rate=0.003, mask_rate=0.3, hidden_dropout_prob=0)
-    line = refused(*changed, "--fast_start", f"--run_dir={run_dir}")
+    line = refused(*changed, "--decay_norms", f"--run_dir={run_dir}")
     for part in (
         "--learning_rate (there 0.001, here 0.003)",
         "--mask_rate (there 0.15, here 0.3)",
         "--hidden_dropout_prob (there not set, here 0.0)",
-        "--fast_start (there false, here true)",
+        "--decay_norms (there false, here true)",
         str(run_dir),
     ):
         assert part in line, line
@@ -101,15 +101,14 @@ def test_settings_of_another_run_are_named_one_by_one():
 
 
 def test_a_corpus_that_changed_since_the_run_began(tmp_path):
-    path, run_dir = tmp_path / "text.txt", tmp_path / "run"
-    shutil.copy(corpus_file(), path)
-    flags = tiny_flags(corpus=path, cache_dir=tmp_path / "cache", run_dir=run_dir, steps=5)
-    done = call("pretrain", *flags)
-    assert done.returncode == 0, done.stderr
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished_run(), run_dir)
     shutil.rmtree(run_dir / "model")
-    with path.open("a") as file:
-        file.write("\n\nAn afterthought.")
-    line = refused(*flags)
+    record = run_dir / "corpus.json"
+    manifest = json.loads(record.read_text())
+    manifest["train"]["text"]["sha256"] = "0" * 64
+    record.write_text(json.dumps(manifest))
+    line = refused(*tiny_flags(run_dir=run_dir))
     assert "corpus" in line and str(run_dir) in line and "another --run_dir" in line
 
 
@@ -160,6 +159,6 @@ def test_model_to_start_from(tmp_path):
 
 
 def test_more_rows_asked_than_held_out_is_fine(tmp_path):
-    flags = tiny_flags(eval_rows=1_000_000, steps=4, warmup_steps=0, log_every=4, accumulate=1)
+    flags = tiny_flags(eval_rows=1_000_000, eval_every=40)
     done = call("pretrain", *flags, f"--run_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr

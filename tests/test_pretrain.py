@@ -1,6 +1,7 @@
 """The pretraining program, from raw text to a Hugging Face folder, as people run it."""
 
 import json
+import shutil
 
 import numpy as np
 from support import ROOT, call, finished_run, tiny_flags
@@ -61,8 +62,6 @@ def test_a_finished_run_is_left_alone():
 
 
 def test_a_run_killed_before_its_model_was_written_writes_it(tmp_path):
-    import shutil
-
     run_dir = tmp_path / "run"
     shutil.copytree(finished_run(), run_dir)
     shutil.rmtree(run_dir / "model")
@@ -91,7 +90,7 @@ def test_the_runs_own_flagfile_reruns_it(tmp_path):
 
 def test_starts_from_a_given_model(tmp_path):
     model = finished_run() / "model"
-    flags = tiny_flags(steps=9, learning_rate=1e-5, warmup_steps=0, accumulate=1)
+    flags = tiny_flags(steps=9, learning_rate=1e-5, warmup_steps=0)
     done = call("pretrain", *flags, f"--init_from={model}", f"--run_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     before = read_records(finished_run() / "metrics.jsonl")[-1]["loss"]
@@ -99,21 +98,8 @@ def test_starts_from_a_given_model(tmp_path):
     assert abs(after - before) < 0.05
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
-    run_dir = tmp_path / "run"
-    flags = tiny_flags(learning_rate=1e30, warmup_steps=0, save_every=1, log_every=1000, steps=20)
-    done = call("pretrain", *flags, f"--run_dir={run_dir}")
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "--learning_rate" in line
-    saved = [int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit()]
-    at = int(line.split("step ")[1].split(":")[0])
-    assert at not in saved
-
-
 def test_the_step_does_not_wait_for_its_input(tmp_path):
-    """The small recipe's shapes; its own flagfile, cut to a few steps and to this corpus."""
+    """The small recipe's rows and masks; one layer, so that the step is the quicker."""
     flags = tiny_flags()
     corpus = [flag for flag in flags if flag.split("=")[0] in ("--corpus", "--cache_dir")]
     done = call(
@@ -121,6 +107,7 @@ def test_the_step_does_not_wait_for_its_input(tmp_path):
         f"--flagfile={ROOT / 'experiments' / 'recipes' / 'small_cpu.flags'}",
         *corpus,
         "--vocab_size=1024",
+        "--num_hidden_layers=1",
         "--steps=20",
         "--warmup_steps=0",
         "--log_every=10",

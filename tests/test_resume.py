@@ -139,15 +139,6 @@ def test_killed_again_and_again_it_ends_the_same(tmp_path):
     assert any(code == -signal.SIGKILL for code, *_ in kills), kills
 
 
-def stopped_copy(tmp_path):
-    """A run stopped at its last but one checkpoint: two whole steps, no model."""
-    run_dir = tmp_path / "run"
-    shutil.copytree(finished_run(), run_dir)
-    shutil.rmtree(run_dir / "model")
-    shutil.rmtree(run_dir / "checkpoints" / str(LAST))
-    return run_dir
-
-
 def test_damaged_checkpoint_is_one_line_and_the_one_before_goes_on(tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(finished_run(), run_dir)

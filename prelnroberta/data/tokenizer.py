@@ -200,9 +200,10 @@ def word_starts(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
     follows from it:
 
     * punctuation belongs to the word before it: " (not" + "," is one word, as is " don" + "'t";
-    * the first piece of a text, or of a line, has no space before it and is False here although it
-      does begin a word. A reader of these ids must therefore also begin a word after each special
-      and after each id of `line_ends`; fairseq does not, and so masks `<s>` with the first piece.
+    * whitespace belongs to the word after it, a newline as well as a space;
+    * the first piece of a text has no space before it and is False here although it does begin a
+      word. A reader of these ids must therefore also begin a word after each special; fairseq does
+      not, and so masks `<s>` with the first piece.
     """
     whitespace = {_byte_characters()[byte] for byte in b" \t\n\r\v\f"}
     pieces = _pieces(tokenizer)
