@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,8 +35,11 @@ def main() -> int:
     run_dir = Path(FLAGS.run_dir)
     print(f"pretraining on the English of the installed packages' documentation, in {run_dir}")
     pretrain = [sys.executable, "-m", "experiments.pretrain", f"--flagfile={RECIPE}"]
-    code = subprocess.run([*pretrain, f"--run_dir={run_dir}"]).returncode
-    if code:
+    process = subprocess.Popen([*pretrain, f"--run_dir={run_dir}"])
+    # Whoever presses Ctrl-C reaches the child as well, which saves: it is waited for, not killed.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    if code := process.wait():
         return code
 
     from experiments.report import describe_validation, read_records
