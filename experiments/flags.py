@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -37,12 +37,8 @@ _CONFIG_INTS = (
     "intermediate_size",
     "max_position_embeddings",
 )
-_CONFIG_FLOATS = (
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "initializer_range",
-    "layer_norm_eps",
-)
+_CONFIG_FLOATS = ("initializer_range", "layer_norm_eps")
+_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
 def _run() -> None:
@@ -124,6 +120,8 @@ def _model() -> None:
         flags.DEFINE_integer(name, None, "Replaces the preset's.")
     for name in _CONFIG_FLOATS:
         flags.DEFINE_float(name, None, "Replaces the preset's.")
+    for name in _DROPOUTS:
+        flags.DEFINE_float(name, None, "Replaces the preset's, or --init_from's.")
 
 
 def _optimization() -> None:
@@ -216,21 +214,26 @@ def launch(main: Callable[[], int | None]) -> None:
         try:
             return main()
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            _refuse(str(error))
         except BrokenPipeError:  # `| head`: whoever reads has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except OSError as error:
             if error.errno not in _MACHINE_ERRORS:
                 raise
-            print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
-            return 2
+            _refuse(f"{error.filename or 'a file could not be written'}: {error.strerror}")
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
 
     app.run(guarded)
+
+
+def _refuse(message: str) -> NoReturn:
+    """Says it and leaves at once: on a full disk, libraries that flush at exit have tracebacks."""
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def positive(*names: str) -> None:
@@ -284,14 +287,26 @@ def evaluation_masking(masking: Masking) -> Masking:
         raise InputError(f"--eval_mask_rate: {error}") from None
 
 
-def config(vocab_size: int) -> RobertaPreLayerNormConfig:
-    """--preset and what replaces its fields."""
-    changes = {
-        name: FLAGS[name].value
-        for name in (*_CONFIG_INTS, *_CONFIG_FLOATS)
-        if FLAGS[name].value is not None
-    }
-    return RobertaPreLayerNormConfig.preset(FLAGS.preset, vocab_size=vocab_size, **changes)
+def config() -> RobertaPreLayerNormConfig:
+    """The architecture: --init_from's, or --preset and what replaces its fields."""
+    architecture = _given("preset", "vocab_size", *_CONFIG_INTS, *_CONFIG_FLOATS)
+    if not FLAGS.init_from:
+        return RobertaPreLayerNormConfig.preset(
+            FLAGS.preset,
+            **_given(*_CONFIG_INTS, *_CONFIG_FLOATS, *_DROPOUTS),
+            vocab_size=FLAGS.vocab_size,
+        )
+    if architecture or FLAGS.fast_start:
+        names = ", ".join(f"--{name}" for name in (*architecture, *_given("fast_start")))
+        raise InputError(
+            f"{names}: for new weights; those of --init_from come as they are: drop it"
+        )
+    return RobertaPreLayerNormConfig.from_json(FLAGS.init_from).replace(**_given(*_DROPOUTS))
+
+
+def _given(*names: str) -> dict[str, Any]:
+    """name -> value of those of these flags that were set."""
+    return {name: FLAGS[name].value for name in names if FLAGS[name].present}
 
 
 def optimization() -> Optimization:

@@ -72,12 +72,7 @@ def check_settings(run_dir: Path) -> RobertaPreLayerNormConfig:
         raise InputError(f"--seed={FLAGS.seed}, expected 0 or more, below 2^63")
     flags.optimization()
     flags.corpus()
-    if FLAGS.init_from and FLAGS.fast_start:
-        raise InputError("--fast_start is for new weights, --init_from for given ones: drop one")
-    if FLAGS.init_from:
-        config = RobertaPreLayerNormConfig.from_json(FLAGS.init_from)
-    else:
-        config = flags.config(FLAGS.vocab_size)
+    config = flags.config()
     flags.check_masking()
     if FLAGS.sequence_length < 3:
         raise InputError(f"--sequence_length={FLAGS.sequence_length}, expected 3 or more")
@@ -281,7 +276,14 @@ def run(
         )
         return 128 + stopped
 
-    picture = draw_losses(run_dir) or "not drawn: install prelnroberta[viz]"
+    picture = (
+        draw_losses(
+            run_dir,
+            f"training, {FLAGS.mask_rate:.0%} masked",
+            f"validation, {FLAGS.eval_mask_rate:.0%} masked",
+        )
+        or "not drawn: install prelnroberta[viz]"
+    )
     save_tokenizer(tokenizer, run_dir / "model", config.max_length)
     save_pretrained(run_dir / "model", state.params, config)
     print(

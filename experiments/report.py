@@ -11,10 +11,11 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from prelnroberta.errors import InputError
 from prelnroberta.files import written_whole
 
 # What a clock says; every other number of a record is the same in a resumed run.
@@ -39,7 +40,8 @@ class Report:
         kept = [record for record in read_records(self.path) if record["step"] <= start]
         with written_whole(self.path) as partial:
             partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        self._file = self.path.open("a", encoding="utf-8")
+        # Unbuffered: what a full disk refuses is told at once, and not again when it is closed.
+        self._file = self.path.open("ab", buffering=0)
         self._events = _events(run_dir / "events", start)
         self._live = sys.stderr.isatty()
         self._bar = tqdm(
@@ -58,8 +60,13 @@ class Report:
     def record(self, kind: str, step: int, **values: Any) -> None:
         """Adds a record and shows it."""
         record = {"kind": kind, "step": step, **values}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write((json.dumps(record) + "\n").encode())
+        except OSError as error:
+            raise InputError(
+                f"{self.path} cannot be written: {error.strerror}; make room there and run the "
+                "same command again: it goes on from the last checkpoint"
+            ) from error
         for name, value in values.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
         if kind == "train":
@@ -84,7 +91,8 @@ class Report:
     def close(self) -> None:
         self._bar.close()
         self._file.close()
-        self._events.close()
+        with suppress(OSError):  # a full disk, which the records have told of
+            self._events.close()
 
 
 def describe_validation(record: dict[str, Any]) -> str:
@@ -111,7 +119,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def draw_losses(run_dir: Path) -> Path | None:
+def draw_losses(run_dir: Path, train_label: str, validation_label: str) -> Path | None:
     """Draws `loss.png` from the records; None where matplotlib is not installed."""
     try:
         import matplotlib
@@ -128,13 +136,13 @@ def draw_losses(run_dir: Path) -> Path | None:
     def series(records: list[dict], name: str) -> tuple[list, list]:
         return [r["step"] for r in records], [r[name] for r in records]
 
-    left.plot(*series(train, "loss"), linewidth=1, alpha=0.7, label="training")
-    left.plot(*series(validation, "loss"), "o-", markersize=3, label="validation")
+    left.plot(*series(train, "loss"), linewidth=1, alpha=0.7, label=train_label)
+    left.plot(*series(validation, "loss"), "o-", markersize=3, label=validation_label)
     left.plot(
         *series(validation, "unigram_loss"), "--", color="grey", label="word frequencies alone"
     )
     left.set(xlabel="step", ylabel="masked-token loss (nats)", title="Loss")
-    right.plot(*series(validation, "accuracy"), "o-", markersize=3, label="validation")
+    right.plot(*series(validation, "accuracy"), "o-", markersize=3, label=validation_label)
     right.plot(
         *series(validation, "most_frequent_accuracy"),
         "--",

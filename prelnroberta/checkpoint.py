@@ -31,7 +31,7 @@ class CheckpointError(InputError):
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:
     """orbax logs the traceback of each of its threads; their errors reach us as exceptions."""
-    return "orbax" not in record.pathname
+    return "orbax" not in record.pathname and "never retrieved" not in record.getMessage()
 
 
 class Checkpoints:
@@ -46,7 +46,8 @@ class Checkpoints:
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policies
 
-        logging.getLogger("absl").addFilter(_is_not_orbax)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_is_not_orbax)
         self.directory = Path(directory).absolute()
         self._ocp = ocp
         best = policies.BestN(

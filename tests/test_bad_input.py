@@ -81,7 +81,7 @@ def test_text_shorter_than_a_row_names_the_split(tmp_path):
     # Enough for many rows of training, too little to hold one out.
     line = corpus(tmp_path, text, sequence_length=64, validation_fraction=0.02)
     assert "error: validation split: the corpus has" in line and "sequence length 64" in line
-    line = corpus(tmp_path, b"a\n\nb\n\nc\n\nd\n\ne\n\nf", validation_fraction=0.5)
+    line = corpus(tmp_path, "\n\n".join("abcdefghijkl").encode(), validation_fraction=0.5)
     assert "error: train split: the corpus has" in line
 
 

@@ -100,19 +100,6 @@ def test_asked_to_stop_it_saves_and_goes_on(tmp_path, name):
     assert_as_if_never_stopped(run_dir, (seed, after, step))
 
 
-def test_stopped_at_an_evaluation_it_misses_none(tmp_path):
-    """A signal sent the moment an evaluation is due must not cost its record."""
-    run_dir = tmp_path / "run"
-    process = start(run_dir)
-    # The bar of step 7 is the last word before the evaluation of step 9, two quick steps later.
-    wait_for(process, lambda: reported(run_dir) >= 7, pause=0.0001)
-    process.terminate()
-    process.communicate(timeout=120)
-    done = call("pretrain", *tiny_flags(), f"--run_dir={run_dir}")
-    assert done.returncode == 0, done.stderr
-    assert_as_if_never_stopped(run_dir, "step 7")
-
-
 def test_killed_again_and_again_it_ends_the_same(tmp_path):
     run_dir = tmp_path / "run"
     seed = random.randrange(1 << 30)

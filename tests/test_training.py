@@ -8,17 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import TINY, random_params, ragged_batch
+from support import ragged_batch, random_params
 
 from experiments.report import Report, read_records
 from experiments.training import Cadence, train
 from prelnroberta import params as parameters
 from prelnroberta.checkpoint import Checkpoints
+from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 from prelnroberta.heads import MaskedLM, Scores, masked_lm_scores
-from prelnroberta.train import TrainState, as_jit, evaluate, train_step
+from prelnroberta.train import TrainState, evaluate, train_step
 
-MODULE = MaskedLM(TINY)
+# One layer: these tests compile more than they compute.
+CONFIG = RobertaPreLayerNormConfig.preset("tiny", num_hidden_layers=1, vocab_size=64)
+MODULE = MaskedLM(CONFIG)
 
 
 def score(params, batch, key):
@@ -32,12 +35,14 @@ def masked_batch(B=8, L=16, M=6, seed=0, empty=()):
     counts = np.array([0 if i in empty else i % M + 1 for i in range(B)])
     positions = np.stack([np.sort(rng.choice(L, M, replace=False)) for _ in range(B)])
     return {
-        "input_ids": ragged_batch(TINY, 5, L, seed)["input_ids"][np.zeros(B, int)].astype(np.int32)
+        "input_ids": ragged_batch(CONFIG, 5, L, seed)["input_ids"][np.zeros(B, int)].astype(
+            np.int32
+        )
         + rng.integers(0, 5, (B, L), np.int32),
         "segment_ids": np.ones((B, L), np.int32),
         "position_ids": np.tile(np.arange(2, L + 2, dtype=np.int32), (B, 1)),
         "masked_positions": positions.astype(np.int32),
-        "masked_labels": rng.integers(4, TINY.vocab_size, (B, M)).astype(np.int32),
+        "masked_labels": rng.integers(4, CONFIG.vocab_size, (B, M)).astype(np.int32),
         "masked_weights": (np.arange(M) < counts[:, None]).astype(np.float32),
     }
 
@@ -45,7 +50,7 @@ def masked_batch(B=8, L=16, M=6, seed=0, empty=()):
 def after(steps, accumulate, optimizer=None, **batch):
     optimizer = optimizer or optax.sgd(0.1)
     step = jax.jit(train_step(score, optimizer, seed=0, accumulate=accumulate))
-    state = TrainState.create(jax.device_put(random_params(TINY)), optimizer)
+    state = TrainState.create(jax.device_put(random_params(CONFIG)), optimizer)
     for number in range(steps):
         state, scores = step(state, masked_batch(seed=number, **batch))
     return state, scores
@@ -69,22 +74,20 @@ def test_rows_without_masks_weigh_nothing(accumulate):
     batch = masked_batch(empty=(0, 1, 5))
     changed = batch | {"masked_labels": batch["masked_labels"].copy()}
     changed["masked_labels"][[0, 1, 5]] = 7
-    gradients = [
-        jax.grad(lambda p, b=b: score(p, b, None).loss)(random_params(TINY))
-        for b in (batch, changed)
-    ]
+    gradient = jax.jit(jax.grad(lambda params, batch: score(params, batch, None).loss))
+    gradients = [gradient(random_params(CONFIG), b) for b in (batch, changed)]
     jax.tree.map(np.testing.assert_array_equal, *gradients)
 
 
 def test_a_batch_without_any_mask_moves_nothing_but_the_step():
     state, scores = after(1, 2, optax.sgd(1.0), empty=range(8))
     assert float(scores.weight) == 0 and int(state.step) == 1
-    jax.tree.map(np.testing.assert_array_equal, state.params, random_params(TINY))
+    jax.tree.map(np.testing.assert_array_equal, state.params, random_params(CONFIG))
 
 
 def test_the_window_is_the_sum_since_it_was_new():
     step = jax.jit(train_step(score, optax.sgd(0.1), seed=0))
-    state = TrainState.create(jax.device_put(random_params(TINY)), optax.sgd(0.1))
+    state = TrainState.create(jax.device_put(random_params(CONFIG)), optax.sgd(0.1))
     total = Scores.zero()
     for number in range(3):
         state, scores = step(state, masked_batch(seed=number, empty=(number,)))
@@ -94,19 +97,24 @@ def test_the_window_is_the_sum_since_it_was_new():
 
 
 def test_dropout_follows_seed_step_and_slice_alone():
-    config = TINY.replace(hidden_dropout_prob=0.3)
+    config = CONFIG.replace(hidden_dropout_prob=0.3)
     module = MaskedLM(config)
 
-    def loss(seed, number, accumulate=1):
-        def noisy(params, batch, key):
-            return masked_lm_scores(module, params, batch, key)
+    def noisy(params, batch, key):
+        return masked_lm_scores(module, params, batch, key)
 
-        step = train_step(noisy, optax.sgd(0.0), seed, accumulate)
-        state = TrainState.create(random_params(TINY), optax.sgd(0.0))
-        return float(step(state.replace(step=jnp.int32(number)), masked_batch())[1].loss)
+    optimizer = optax.sgd(0.0)
+    state = TrainState.create(random_params(CONFIG), optimizer)
 
-    assert loss(0, 1) == loss(0, 1)
-    assert len({loss(0, 1), loss(1, 1), loss(0, 2), loss(0, 1, 2)}) == 4
+    def losses(seed, accumulate, *numbers):
+        step = jax.jit(train_step(noisy, optimizer, seed, accumulate))
+        return [
+            float(step(state.replace(step=jnp.int32(n)), masked_batch())[1].loss) for n in numbers
+        ]
+
+    first, again, later = losses(0, 1, 1, 1, 2)
+    assert first == again
+    assert len({first, later, *losses(1, 1, 1), *losses(0, 2, 1)}) == 4
 
 
 def test_evaluation_has_no_dropout():
@@ -222,12 +230,3 @@ def test_report_drops_what_is_about_to_run_again_and_a_line_cut_off(tmp_path):
     Report(tmp_path, 20, start=9).close()
     assert [r["step"] for r in read_records(path)] == [3, 6, 8, 9]
     assert whole.startswith(path.read_text())
-
-
-def test_as_jit_gives_the_steps_own_numbers():
-    optimizer = optax.adam(1e-3)
-    step = train_step(score, optimizer, seed=0)
-    make = lambda: TrainState.create(jax.device_put(random_params(TINY)), optimizer)  # noqa: E731
-    plain, _ = jax.jit(step)(make(), masked_batch())
-    donated, _ = as_jit(step)(make(), masked_batch())
-    jax.tree.map(np.testing.assert_array_equal, plain, donated)
