@@ -288,20 +288,32 @@ def evaluation_masking(masking: Masking) -> Masking:
 
 
 def config() -> RobertaPreLayerNormConfig:
-    """The architecture: --init_from's, or --preset and what replaces its fields."""
-    architecture = _given("preset", "vocab_size", *_CONFIG_INTS, *_CONFIG_FLOATS)
+    """The architecture: --init_from's, or --preset and what replaces its fields.
+
+    Beside --init_from, flags may say again what its weights are (as a recipe does), not otherwise.
+    """
+    asked = RobertaPreLayerNormConfig.preset(
+        FLAGS.preset,
+        vocab_size=FLAGS.vocab_size,
+        **_given(*_CONFIG_INTS, *_CONFIG_FLOATS, *_DROPOUTS),
+    )
     if not FLAGS.init_from:
-        return RobertaPreLayerNormConfig.preset(
-            FLAGS.preset,
-            **_given(*_CONFIG_INTS, *_CONFIG_FLOATS, *_DROPOUTS),
-            vocab_size=FLAGS.vocab_size,
-        )
-    if architecture or FLAGS.fast_start:
-        names = ", ".join(f"--{name}" for name in (*architecture, *_given("fast_start")))
+        return asked
+    if FLAGS.fast_start:
+        raise InputError("--fast_start is for new weights, --init_from for given ones: drop one")
+    found = RobertaPreLayerNormConfig.from_json(FLAGS.init_from)
+    said = (*_CONFIG_INTS, *_CONFIG_FLOATS) if FLAGS["preset"].present else _given(*_CONFIG_INTS)
+    contradicting = [
+        f"{name} (asked {getattr(asked, name)}, there {getattr(found, name)})"
+        for name in said
+        if getattr(asked, name) != getattr(found, name)
+    ]
+    if contradicting:
         raise InputError(
-            f"{names}: for new weights; those of --init_from come as they are: drop it"
+            f"--init_from={FLAGS.init_from} holds weights of another architecture than --preset "
+            f"and its like ask for: {', '.join(contradicting)}; drop those flags"
         )
-    return RobertaPreLayerNormConfig.from_json(FLAGS.init_from).replace(**_given(*_DROPOUTS))
+    return found.replace(**_given(*_DROPOUTS))
 
 
 def _given(*names: str) -> dict[str, Any]:
