@@ -312,6 +312,14 @@ class TorchTrigram(transformers.PreTrainedModel, transformers.GenerationMixin):
         return transformers.modeling_outputs.CausalLMOutput(logits=self.table[before, input_ids])
 
 
+MANY_ENDS = {  # few tokens: two can be said in many orders, to the same score
+    "max_new_tokens": 5,
+    "num_beams": 3,
+    "num_return_sequences": 3,
+    "eos_token_id": (0, 2, 3, 4, 5, 6),
+    "length_penalty": 4.0,
+    "early_stopping": "never",
+}
 HUGGING_FACE = [
     {},
     {"eos_token_id": (3, 4, 5), "min_new_tokens": 4},
@@ -321,7 +329,8 @@ HUGGING_FACE = [
     {"num_beams": 3, "length_penalty": 2.5, "early_stopping": True},
     {"num_beams": 3, "length_penalty": -1.0, "early_stopping": "never"},
     {"num_beams": 3, "length_penalty": 1.5, "early_stopping": "never", "min_new_tokens": 3},
-    {"num_beams": 2, "repetition_penalty": 1.4, "eos_token_id": (3, 4)},
+    MANY_ENDS,
+    {"num_beams": 3, "repetition_penalty": 2.5, "eos_token_id": (3,)},
 ]
 
 
@@ -332,7 +341,7 @@ def test_transformers_generates_the_same(changes):
     ids, mask = padded(prompts)
     fields = {"eos_token_id": eos, "pad_token_id": PAD} | changes
     if "max_length" not in fields:
-        fields["max_new_tokens"] = 8
+        fields.setdefault("max_new_tokens", 8)
     settings = Generation(**fields)
     for seed in range(4):
         table = 1.5 * np.random.default_rng(seed).standard_normal((V, V, V)).astype(np.float32)
