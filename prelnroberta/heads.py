@@ -1,27 +1,34 @@
 """What stands on the encoder: heads, their Linen modules and their losses.
 
-Every loss is a (sum, weight) pair. The mean is taken once, over all rows, accumulation steps and
+Every module takes `Encoder`'s arguments and returns its logits beside the encoder's output. Every
+loss is a (sum, weight) pair. The mean is taken once, over all rows, accumulation steps and
 devices: a mean of means is wrong as soon as masked tokens differ in number.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from prelnroberta.cache import Cache
 from prelnroberta.config import RobertaPreLayerNormConfig
+from prelnroberta.errors import InputError
 from prelnroberta.modeling import (
     ACTIVATIONS,
     EncoderOutput,
     TableModule,
-    encode,
+    dropout,
     layer_norm,
     project,
 )
 
 Array = jax.Array
+
+IGNORE = -100  # the label of a target that does not count, as in torch's cross entropy
 
 
 @flax.struct.dataclass
@@ -30,7 +37,8 @@ class Scores:
 
     Attributes:
         loss: [] float32, summed negative log likelihood in nats.
-        correct: [] float32, targets that are the most likely token.
+        correct: [] float32, targets that are the most likely class (token, span end, side of a
+            multi-label decision); 0 in regression.
         weight: [] float32, how many targets counted.
     """
 
@@ -40,6 +48,11 @@ class Scores:
 
     def __add__(self, other: Scores) -> Scores:
         return jax.tree.map(jnp.add, self, other)
+
+    @property
+    def mean(self) -> Array:
+        """[] float32: the loss of one target; a finite 0 where none counted."""
+        return self.loss / jnp.where(self.weight > 0, self.weight, 1.0)
 
     @classmethod
     def zero(cls) -> Scores:
@@ -73,20 +86,35 @@ def lm_logits(p: dict, config: RobertaPreLayerNormConfig, hidden: Array) -> Arra
     return logits + head["bias"]
 
 
+def pool(p: dict, hidden: Array) -> Array:
+    """hidden [B, L, D] -> [B, D]: tanh of a dense layer over the first position."""
+    return jnp.tanh(project(p["pooler"], "bd,de->be", hidden[:, 0]))
+
+
+def classifier_dropout(x: Array, config: RobertaPreLayerNormConfig, key: Array | None) -> Array:
+    rate = config.classifier_dropout
+    return dropout(x, config.hidden_dropout_prob if rate is None else rate, key)
+
+
+class Base(TableModule):
+    """The encoder and its pooler: transformers' model without a head."""
+
+    @nn.compact
+    def __call__(
+        self, *inputs: Any, deterministic: bool = True, **named: Any
+    ) -> tuple[Array, EncoderOutput]:
+        """Arguments as `Encoder`'s. Returns pooled [B, D] and the encoder's output."""
+        p = self.tree("base")
+        output = self.encode(p, *inputs, deterministic=deterministic, **named)
+        return pool(p, output.last_hidden_state), output
+
+
 class MaskedLM(TableModule):
     """The encoder with the masked-language-model head."""
 
     @nn.compact
     def __call__(
-        self,
-        input_ids: Array,
-        attention_mask: Array | None = None,
-        token_type_ids: Array | None = None,
-        position_ids: Array | None = None,
-        segment_ids: Array | None = None,
-        read_positions: Array | None = None,
-        deterministic: bool = True,
-        keep_residuals: bool = False,
+        self, *inputs: Any, deterministic: bool = True, **named: Any
     ) -> tuple[Array, EncoderOutput]:
         """Arguments as `Encoder`'s.
 
@@ -94,20 +122,189 @@ class MaskedLM(TableModule):
             logits [B, L, V] float32, or [B, M, V] at `read_positions`, and the encoder's output.
         """
         p = self.tree("masked_lm")
-        output = encode(
-            p,
-            self.config,
-            self.execution,
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            segment_ids,
-            read_positions,
-            self.dropout_key(deterministic),
-            keep_residuals,
-        )
+        output = self.encode(p, *inputs, deterministic=deterministic, **named)
         return lm_logits(p, self.config, output.last_hidden_state), output
+
+
+class CausalLM(TableModule):
+    """The decoder with the language-model head: logits at t predict the token at t + 1."""
+
+    @nn.compact
+    def outputs(
+        self, *inputs: Any, deterministic: bool = True, **named: Any
+    ) -> tuple[Array, EncoderOutput]:
+        """Arguments as `Encoder`'s. Returns logits [B, L, V] float32 and the encoder's output.
+
+        Raises:
+            InputError: for a config that is no decoder's: every token would see what it predicts.
+        """
+        if not self.config.is_decoder:
+            raise InputError("config: is_decoder=False, expected True for a causal language model")
+        p = self.tree("causal_lm")
+        output = self.encode(p, *inputs, deterministic=deterministic, **named)
+        return lm_logits(p, self.config, output.last_hidden_state), output
+
+    def __call__(
+        self, *inputs: Any, deterministic: bool = True, **named: Any
+    ) -> tuple[Array, EncoderOutput | Cache]:
+        """As `outputs`, but with a cache given, logits and the cache: one decoding step."""
+        logits, output = self.outputs(*inputs, deterministic=deterministic, **named)
+        return logits, output if output.cache is None else output.cache
+
+
+class SequenceClassification(TableModule):
+    """The encoder and a two-layer classifier over `<s>`."""
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: Array | None = None,
+        *inputs: Any,
+        deterministic: bool = True,
+        **named: Any,
+    ) -> tuple[Array, EncoderOutput]:
+        """Arguments as `Encoder`'s, without read_positions.
+
+        Returns:
+            logits [B, C], and the encoder's output. Its last block computes position 0 alone,
+            which is exact, unless residuals or attentions are kept.
+        """
+        p = self.tree("sequence_classification")
+        if not (named.get("keep_residuals") or named.get("keep_attentions")):
+            given = named.get("inputs_embeds") if input_ids is None else input_ids
+            named["read_positions"] = jnp.zeros((len(given), 1), jnp.int32)
+        output = self.encode(p, input_ids, *inputs, deterministic=deterministic, **named)
+        x = output.last_hidden_state[:, 0]
+        x = classifier_dropout(x, self.config, self.dropout_key(deterministic))
+        x = jnp.tanh(project(p["classifier"]["dense"], "bd,de->be", x))
+        x = classifier_dropout(x, self.config, self.dropout_key(deterministic))
+        return project(p["classifier"]["output"], "be,ec->bc", x), output
+
+
+class MultipleChoice(TableModule):
+    """The encoder, its pooler and one number a choice."""
+
+    @nn.compact
+    def __call__(
+        self, *inputs: Any, deterministic: bool = True, **named: Any
+    ) -> tuple[Array, EncoderOutput]:
+        """Arguments as `Encoder`'s, those of a row with an axis of choices after B: [B, C, L].
+
+        Returns:
+            logits [B, C], and the encoder's output over B * C rows.
+        """
+        p = self.tree("multiple_choice")
+        rows = {name: named.pop(name) for name in _BY_CHOICE & named.keys()}
+        shapes = [x.shape[:2] for x in (*inputs, *rows.values()) if x is not None]
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (inputs, rows))
+        if not (named.get("keep_residuals") or named.get("keep_attentions")):
+            named["read_positions"] = jnp.zeros((shapes[0][0] * shapes[0][1], 1), jnp.int32)
+        output = self.encode(p, *flat[0], deterministic=deterministic, **flat[1], **named)
+        x = pool(p, output.last_hidden_state)
+        x = dropout(x, self.config.hidden_dropout_prob, self.dropout_key(deterministic))
+        return project(p["classifier"], "bd,dc->bc", x).reshape(shapes[0]), output
+
+
+_BY_CHOICE = {
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "position_ids",
+    "segment_ids",
+    "inputs_embeds",
+}
+
+
+class TokenClassification(TableModule):
+    """The encoder and a linear classifier over every token."""
+
+    @nn.compact
+    def __call__(
+        self, *inputs: Any, deterministic: bool = True, **named: Any
+    ) -> tuple[Array, EncoderOutput]:
+        """Arguments as `Encoder`'s. Returns logits [B, L, C] and the encoder's output."""
+        p = self.tree("token_classification")
+        output = self.encode(p, *inputs, deterministic=deterministic, **named)
+        x = output.last_hidden_state
+        x = classifier_dropout(x, self.config, self.dropout_key(deterministic))
+        return project(p["classifier"], "bld,dc->blc", x), output
+
+
+class QuestionAnswering(TableModule):
+    """The encoder and two numbers a token: how likely the answer starts, and ends, there."""
+
+    @nn.compact
+    def __call__(
+        self, *inputs: Any, deterministic: bool = True, **named: Any
+    ) -> tuple[Array, EncoderOutput]:
+        """Arguments as `Encoder`'s. Returns logits [B, L, 2], start and end, and the output."""
+        p = self.tree("question_answering")
+        output = self.encode(p, *inputs, deterministic=deterministic, **named)
+        return project(p["span"], "bld,dc->blc", output.last_hidden_state), output
+
+
+def label_scores(logits: Array, labels: Array) -> Scores:
+    """Cross entropy of logits [..., C] against labels [...] int; -100 does not count.
+
+    For masked tokens, token classes, single-label classification and choices.
+    """
+    counted = labels != IGNORE
+    return cross_entropy(logits, jnp.where(counted, labels, 0), counted.astype(jnp.float32))
+
+
+def causal_lm_scores(logits: Array, labels: Array) -> Scores:
+    """Scores of logits [B, L, V] at t against labels [B, L] at t + 1; -100 does not count."""
+    return label_scores(logits[:, :-1], labels[:, 1:])
+
+
+def regression_scores(outputs: Array, labels: Array) -> Scores:
+    """Squared errors of outputs against labels of as many numbers."""
+    outputs, labels = (x.astype(jnp.float32).reshape(-1) for x in (outputs, labels))
+    weight = jnp.asarray(outputs.size, jnp.float32)
+    return Scores(jnp.square(outputs - labels).sum(), jnp.zeros((), jnp.float32), weight)
+
+
+def multi_label_scores(logits: Array, labels: Array) -> Scores:
+    """Binary cross entropy of logits [B, C] against labels [B, C] in [0, 1], C decisions a row."""
+    logits, labels = logits.astype(jnp.float32), labels.astype(jnp.float32)
+    loss = jax.nn.softplus(logits) - labels * logits
+    correct = ((logits > 0) == (labels > 0.5)).sum(dtype=jnp.float32)
+    return Scores(loss.sum(), correct, jnp.asarray(logits.size, jnp.float32))
+
+
+def problem_type(config: RobertaPreLayerNormConfig, labels: Array) -> str:
+    """The config's, or what the labels look like: decided anew by every call, written nowhere."""
+    if config.problem_type is not None:
+        return config.problem_type
+    if config.num_labels == 1:
+        return "regression"
+    whole = jnp.issubdtype(labels.dtype, jnp.integer)
+    return "single_label_classification" if whole else "multi_label_classification"
+
+
+def sequence_scores(config: RobertaPreLayerNormConfig, logits: Array, labels: Array) -> Scores:
+    """Scores of logits [B, C]: against labels [B] int, [B, C] float, or in regression [B(, C)]."""
+    score = {
+        "regression": regression_scores,
+        "single_label_classification": label_scores,
+        "multi_label_classification": multi_label_scores,
+    }
+    return score[problem_type(config, labels)](logits, labels)
+
+
+def span_scores(logits: Array, starts: Array, ends: Array) -> tuple[Scores, Scores]:
+    """Of logits [B, L, 2] against positions [B]: scores of the starts and of the ends.
+
+    Positions outside of the row do not count. transformers' loss is the mean of the two means;
+    training adds the two up.
+    """
+    L = logits.shape[1]
+
+    def score(side: int, positions: Array) -> Scores:
+        inside = (positions >= 0) & (positions < L)
+        return label_scores(logits[:, :, side], jnp.where(inside, positions, IGNORE))
+
+    return score(0, starts), score(1, ends)
 
 
 def masked_lm_scores(

@@ -1,16 +1,21 @@
-"""Hugging Face directories <-> the parameter tree: `config.json` and `model.safetensors`.
+"""Hugging Face directories <-> the parameter tree: `config.json` and the weights beside it.
 
 One name table pairs each module of ours with the module of transformers'
 `modeling_roberta_prelayernorm.py`; leaves follow by kind: a kernel is a transposed `weight`, a
 norm's scale a `weight`. Layers are unstacked to one tensor each. numpy only.
+
+Weights are written as safetensors and read as such, whole or in shards, or from the
+`flax_model.msgpack` of transformers 4, which transformers 5 can no longer read.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,10 +26,18 @@ from prelnroberta.files import written_whole
 
 BASE_PREFIX = "roberta_prelayernorm."
 WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+FLAX_NAME = "flax_model.msgpack"
 CONFIG_NAME = "config.json"
 ARCHITECTURES = {
     "encoder": "RobertaPreLayerNormModel",
+    "base": "RobertaPreLayerNormModel",
     "masked_lm": "RobertaPreLayerNormForMaskedLM",
+    "causal_lm": "RobertaPreLayerNormForCausalLM",
+    "sequence_classification": "RobertaPreLayerNormForSequenceClassification",
+    "multiple_choice": "RobertaPreLayerNormForMultipleChoice",
+    "token_classification": "RobertaPreLayerNormForTokenClassification",
+    "question_answering": "RobertaPreLayerNormForQuestionAnswering",
 }
 
 # Our module (or leaf) -> theirs. {n} is the layer.
@@ -38,22 +51,63 @@ NAMES = {
     "encoder/layers/attention/key": "encoder.layer.{n}.attention.self.key",
     "encoder/layers/attention/value": "encoder.layer.{n}.attention.self.value",
     "encoder/layers/attention/output": "encoder.layer.{n}.attention.output.dense",
+    "encoder/layers/cross_attention_norm": "encoder.layer.{n}.crossattention.LayerNorm",
+    "encoder/layers/cross_attention/query": "encoder.layer.{n}.crossattention.self.query",
+    "encoder/layers/cross_attention/key": "encoder.layer.{n}.crossattention.self.key",
+    "encoder/layers/cross_attention/value": "encoder.layer.{n}.crossattention.self.value",
+    "encoder/layers/cross_attention/output": "encoder.layer.{n}.crossattention.output.dense",
     "encoder/layers/mlp_norm": "encoder.layer.{n}.intermediate.LayerNorm",
     "encoder/layers/mlp/wi": "encoder.layer.{n}.intermediate.dense",
     "encoder/layers/mlp/wo": "encoder.layer.{n}.output.dense",
     "encoder/final_norm": "LayerNorm",
+    "pooler": "pooler.dense",
     "lm_head/dense": "lm_head.dense",
     "lm_head/norm": "lm_head.layer_norm",
     "lm_head/bias": "lm_head.bias",
     "lm_head/decoder": "lm_head.decoder.weight",
+    "classifier/dense": "classifier.dense",
+    "classifier/output": "classifier.out_proj",
+    "classifier": "classifier",
+    "span": "qa_outputs",
 }
+_HEADLESS = ("encoder", "base")
+_HEAD_MODULES = ("lm_head/", "classifier/", "span/")
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 _UNTIED_BIAS = "lm_head.decoder.bias"
 
-# What files hold beside the parameters, by the age of their writer: buffers, tied copies, and
-# the pooler, which headed models do not have.
-_IGNORED = re.compile(r"embeddings\.(position_ids|token_type_ids)$|pooler\.")
-_TIED = re.compile(r"lm_head\.decoder\.(weight|bias)$")
+_UNTIED_WEIGHT = "lm_head.decoder.weight"
+_WORD = BASE_PREFIX + "embeddings.word_embeddings.weight"
+
+# Buffers that older writers stored.
+_BUFFER = re.compile(r"embeddings\.(position_ids|token_type_ids)$")
+# Parts that a model has whole or not at all: they come and go when a head is swapped.
+_PART = re.compile(
+    r"(?:^|\.)(pooler|lm_head|qa_outputs|crossattention|classifier\.(?:dense|out_proj)|classifier)\."
+)
+_UNPREFIXED = re.compile(r"(embeddings|encoder|LayerNorm|pooler)\.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Swapped:
+    """Where a file and the model it was read into have different heads.
+
+    Attributes:
+        new: tensors that the file lacks, whole parts of it, with new values.
+        dropped: tensors of the file for which the model has no place.
+        mismatched: tensors of another shape, with new values because that was asked for.
+    """
+
+    new: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = {
+            "new, to be trained": self.new,
+            "dropped": self.dropped,
+            "of another shape, new": self.mismatched,
+        }
+        return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
 
 
 def theirs(path: str) -> str:
@@ -63,7 +117,7 @@ def theirs(path: str) -> str:
     else:
         module, _, leaf = path.rpartition("/")
         name = f"{NAMES[module]}.{_LEAVES[leaf]}"
-    return name if path.startswith("lm_head/") else BASE_PREFIX + name
+    return name if path.startswith(_HEAD_MODULES) else BASE_PREFIX + name
 
 
 def _expand(
@@ -93,17 +147,24 @@ def _from_torch(row: parameters.Parameter, value: np.ndarray, shape: tuple[int, 
     return value.reshape(shape)
 
 
+def _part(name: str) -> str | None:
+    match = _PART.search(name)
+    # The two matrices of the classification head are one part.
+    return match[1].replace("out_proj", "dense") if match else None
+
+
 def to_tensors(
     params: parameters.Tree, config: RobertaPreLayerNormConfig, model: str = "masked_lm"
 ) -> dict[str, np.ndarray]:
-    """The tree as transformers' state dict: float32, contiguous, layers one by one."""
+    """The tree as the state dict of transformers' class: contiguous, layers one by one."""
     flat, table = parameters.flatten(params), parameters.table(config, model)
     host = {path: np.asarray(flat[path]) for path in table}
     tensors = {}
     for path, n, name, _ in _expand(config, model):
         value = host[path] if n is None else host[path][n]
+        name = name.removeprefix(BASE_PREFIX) if model in _HEADLESS else name
         tensors[name] = np.ascontiguousarray(_to_torch(table[path], value))
-    if model == "masked_lm" and not config.tie_word_embeddings:
+    if _UNTIED_WEIGHT in tensors:
         # transformers 5 reads this one and transformers 4 the other.
         tensors[_UNTIED_BIAS] = tensors["lm_head.bias"]
     return tensors
@@ -115,38 +176,102 @@ def from_tensors(
     model: str = "masked_lm",
     source: str = "tensors",
 ) -> parameters.Tree:
-    """The parameter tree, float32 numpy, of a transformers state dict.
+    """The parameter tree, float32 numpy, of a state dict that holds all of it; see `read_tensors`.
 
     Raises:
         InputError: one message listing every missing, unexpected, mis-shaped or non-finite
             tensor.
     """
-    ignored = [_IGNORED]
-    if config.tie_word_embeddings or model != "masked_lm":
-        ignored.append(_TIED)
-    if model == "encoder":
-        ignored.append(re.compile(r"lm_head\."))
-    found = {
-        name: np.asarray(value, np.float32)
-        for name, value in tensors.items()
-        if not any(pattern.search(name) for pattern in ignored)
-    }
-    bias = found.pop(_UNTIED_BIAS, None)
-    if bias is not None:
-        found["lm_head.bias"] = bias
-    rows = _expand(config, model)
-    expected = parameters.float32_leaves({name: shape for _, _, name, shape in rows})
-    parameters.check_leaves(expected, found, source)
-    broken = [name for name, value in found.items() if not np.isfinite(value).all()]
-    if broken:
-        raise InputError(f"{source}: NaN or infinity in {', '.join(broken)}")
+    return read_tensors(tensors, config, model, source)[0]
 
-    table, shapes = parameters.table(config, model), parameters.shapes(config, model)
-    leaves = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
+
+def read_tensors(
+    tensors: Mapping[str, np.ndarray],
+    config: RobertaPreLayerNormConfig,
+    model: str = "masked_lm",
+    source: str = "tensors",
+    initial: parameters.Tree | None = None,
+    ignore_mismatched_sizes: bool = False,
+) -> tuple[parameters.Tree, Swapped]:
+    """The parameter tree, float32 numpy, of a transformers state dict, and what was swapped.
+
+    Parts that this model does not have (a head, the pooler) are dropped.
+
+    Args:
+        tensors: with or without the base model's prefix; any floating dtype.
+        source: what to call them in errors.
+        initial: new values for a part that is absent as a whole. None: absent is an error.
+        ignore_mismatched_sizes: take `initial` for tensors of another shape, too.
+
+    Raises:
+        InputError: one message listing every missing, unexpected, mis-shaped or non-finite
+            tensor, and an output matrix that is not the tied word table.
+    """
+    found = {}
+    for name, value in tensors.items():
+        if not _BUFFER.search(name):
+            name = BASE_PREFIX + name if _UNPREFIXED.match(name) else name
+            found[name] = np.asarray(value, np.float32)
+    rows = _expand(config, model)
+    shapes = {name: shape for _, _, name, shape in rows}
+    problems = _settle_output(found, shapes)
+
+    wanted_parts, found_parts = {*map(_part, shapes)}, {*map(_part, found)} - {None}
+    # Without a head a model is the same function lower down; without cross-attention it is not.
+    droppable = found_parts - wanted_parts - ({"crossattention"} if initial is None else set())
+    dropped = [name for name in found if _part(name) in droppable]
+    found = {name: found[name] for name in found.keys() - set(dropped)}
+    new, mismatched = [], []
+    if initial is not None:
+        new = [name for name in shapes if _part(name) and _part(name) not in found_parts]
+    if initial is not None and ignore_mismatched_sizes:
+        mismatched = [n for n in shapes if n in found and found[n].shape != shapes[n]]
+    fresh = {*new, *mismatched}
+    expected = {name: shape for name, shape in shapes.items() if name not in fresh}
+    given = {name: found[name] for name in sorted(found.keys() - fresh)}
+    problems += parameters.differences(parameters.float32_leaves(expected), given)
+    problems += [
+        f"NaN or infinity in {name}"
+        for name, value in given.items()
+        if not np.isfinite(value).all()
+    ]
+    if problems:
+        raise InputError(f"{source}: " + "; ".join(problems))
+
+    if fresh:
+        start = {path: np.asarray(leaf) for path, leaf in parameters.flatten(initial).items()}
+    table = parameters.table(config, model)
+    leaves = {p: np.empty(s, np.float32) for p, s in parameters.shapes(config, model).items()}
     for path, n, name, _ in rows:
         target = leaves[path] if n is None else leaves[path][n]
-        target[...] = _from_torch(table[path], found[name], target.shape)
-    return parameters.unflatten(leaves)
+        if name in fresh:
+            target[...] = start[path] if n is None else start[path][n]
+        else:
+            target[...] = _from_torch(table[path], given[name], target.shape)
+    return parameters.unflatten(leaves), Swapped(*map(tuple, (new, dropped, mismatched)))
+
+
+def _settle_output(found: dict[str, np.ndarray], shapes: Mapping[str, Any]) -> list[str]:
+    """Leaves one output bias in `found`, and no copy of a tied matrix; returns contradictions.
+
+    transformers 5 computes with `lm_head.decoder.bias` where the output is untied, transformers 4
+    ties it to `lm_head.bias`; tied files may hold copies.
+    """
+    if "lm_head.bias" not in shapes:
+        return []
+    bias = found.pop(_UNTIED_BIAS, None)
+    if _UNTIED_WEIGHT in shapes:
+        if bias is not None:
+            found["lm_head.bias"] = bias
+        return []
+    copies = {_WORD: found.pop(_UNTIED_WEIGHT, None), "lm_head.bias": bias}
+    problems = []
+    for name, copy in copies.items():
+        if copy is not None and not np.array_equal(copy, found.setdefault(name, copy)):
+            problems.append(
+                f"the output is not tied to {name}, but config.json has tie_word_embeddings=true"
+            )
+    return problems
 
 
 def save_pretrained(
@@ -154,10 +279,15 @@ def save_pretrained(
     params: parameters.Tree,
     config: RobertaPreLayerNormConfig,
     model: str = "masked_lm",
+    max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes `config.json` and `model.safetensors` so that transformers 4.57 and 5 load them.
+    """Writes `config.json` and safetensors so that transformers 4.57 and 5 load them silently.
 
-    Each file appears whole or not at all; other files of the directory stay as they are.
+    Each file appears whole or not at all; other files of the directory stay as they are, except
+    weights of the same kind, which would contradict the new ones.
+
+    Args:
+        max_shard_bytes: larger models are written as shards and their index.
 
     Raises:
         InputError: where the tree is not the model's.
@@ -168,10 +298,44 @@ def save_pretrained(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     values = {**config.to_dict(), "architectures": [ARCHITECTURES[model]], "dtype": "float32"}
-    tensors = to_tensors(params, config, model)
-    with written_whole(directory / WEIGHTS_NAME) as partial:
-        partial.write_bytes(save(tensors, metadata={"format": "pt"}))
-    with written_whole(directory / CONFIG_NAME) as partial:
+    shards = _shards(to_tensors(params, config, model), max_shard_bytes)
+    names = [WEIGHTS_NAME]
+    if len(shards) > 1:
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        with written_whole(directory / name) as partial:
+            partial.write_bytes(save(shard, metadata={"format": "pt"}))
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard.values())},
+            "weight_map": {
+                tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard
+            },
+        }
+        _write_json(directory / INDEX_NAME, index)
+        names.append(INDEX_NAME)
+    _write_json(directory / CONFIG_NAME, values)
+    for path in (*directory.glob("model*.safetensors"), directory / INDEX_NAME):
+        if path.name not in names and re.fullmatch(
+            r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", path.name
+        ):
+            path.unlink(missing_ok=True)
+
+
+def _shards(tensors: Mapping[str, np.ndarray], most: int) -> list[dict[str, np.ndarray]]:
+    """Cuts a state dict, in order, into pieces of at most `most` bytes where one tensor fits."""
+    shards, size = [{}], 0
+    for name, value in tensors.items():
+        if shards[-1] and size + value.nbytes > most:
+            shards.append({})
+            size = 0
+        shards[-1][name] = value
+        size += value.nbytes
+    return shards
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    with written_whole(path) as partial:
         partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -183,16 +347,67 @@ def load_pretrained(
     Raises:
         InputError: naming the file that is missing, unreadable or does not fit its config.
     """
+    config = RobertaPreLayerNormConfig.from_json(Path(directory) / CONFIG_NAME)
+    tensors, source = read_weights(directory)
+    return from_tensors(tensors, config, model, source), config
+
+
+def read_weights(directory: str | Path) -> tuple[dict[str, np.ndarray], str]:
+    """The state dict in a directory, by transformers' torch names, and the file it came from.
+
+    Raises:
+        InputError: naming the file that is missing or damaged.
+    """
+    directory = Path(directory)
+    whole, index, flax = (directory / name for name in (WEIGHTS_NAME, INDEX_NAME, FLAX_NAME))
+    if whole.is_file() or not (index.is_file() or flax.is_file()):
+        return _read_safetensors(whole), str(whole)
+    if index.is_file():
+        return _read_shards(index), str(index)
+    return _read_flax(flax), str(flax)
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    directory = Path(directory)
-    config = RobertaPreLayerNormConfig.from_json(directory / CONFIG_NAME)
-    path = directory / WEIGHTS_NAME
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file, expected the weights beside config.json") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: damaged or not a safetensors file ({error})") from None
-    return from_tensors(tensors, config, model, str(path)), config
+
+
+def _read_shards(index: Path) -> dict[str, np.ndarray]:
+    try:
+        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{index}: damaged or not an index of shards ({error!r})") from None
+    tensors = {}
+    for name in sorted(set(places.values())):
+        shard = _read_safetensors(index.parent / Path(name).name)
+        astray = [tensor for tensor in shard if places.get(tensor) != name]
+        if astray:
+            raise InputError(f"{index}: does not place {', '.join(astray)} of {name}")
+        tensors |= shard
+    return tensors
+
+
+def _read_flax(path: Path) -> dict[str, np.ndarray]:
+    """transformers 4's Flax tree by torch names: `kernel` transposed, `scale` and `embedding`."""
+    from flax.serialization import msgpack_restore
+
+    try:
+        flat = parameters.flatten(msgpack_restore(path.read_bytes()))
+    except Exception as error:  # msgpack raises a dozen unrelated types on damaged bytes
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"{path}: damaged or not a Flax msgpack file ({reason})") from None
+    tensors = {}
+    for name, value in flat.items():
+        module, _, leaf = name.replace("/", ".").rpartition(".")
+        if leaf == "kernel":
+            value = np.asarray(value).T
+        leaf = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(leaf, leaf)
+        tensors[f"{module}.{leaf}"] = value
+    return tensors

@@ -9,11 +9,13 @@ Computes what transformers' `modeling_roberta_prelayernorm.py` does (both its to
 Flax version), which on real tokens is fairseq's RoBERTa with `--encoder-normalize-before`.
 
     B batch  L length  D hidden  H heads  K head dim  F mlp  N layers  V vocab  M read positions
+    T keys, cached ones too  S encoder states
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -23,8 +25,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from prelnroberta import cache as caches
+from prelnroberta import fused_attention
 from prelnroberta import params as parameters
+from prelnroberta.cache import Cache
 from prelnroberta.config import RobertaPreLayerNormConfig
+from prelnroberta.errors import InputError
 
 Array = jax.Array
 
@@ -52,11 +58,14 @@ class Execution:
             costs 11 to 16 % of the step, unless layers are rematerialised; scanned elsewhere.
         remat: what the backward pass computes again instead of storing it: nothing, everything
             but matrix products, or whole blocks.
+        attention: einsum and softmax by XLA, or a fused kernel (`fused_attention.py`), which is
+            refused where it cannot serve.
     """
 
     dtype: Any = jnp.float32
     scan_layers: bool | None = None
     remat: Literal["none", "dots", "full"] = "none"
+    attention: fused_attention.Implementation = "xla"
 
     @property
     def scans(self) -> bool:
@@ -67,30 +76,88 @@ class Execution:
 
 @flax.struct.dataclass
 class EncoderOutput:
-    """What the encoder returns.
+    """What the encoder returns; what was not asked for is None.
 
     Attributes:
         last_hidden_state: [B, L, D], after the final norm; [B, M, D] where `read_positions` chose.
         residuals: tuple of N + 1 arrays [B, L, D]: the normed embeddings and the residual stream
-            after each block, before the final norm. None unless asked for.
+            after each block, before the final norm.
+        attentions: tuple of N arrays [B, H, L, T], the probabilities used: after dropout and
+            `head_mask`. T is L, or the columns of the cache.
+        cross_attentions: the same over the S encoder states, [B, H, L, S].
+        cache: the given one with L more columns.
     """
 
     last_hidden_state: Array
     residuals: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+    cross_attentions: tuple[Array, ...] | None = None
+    cache: Cache | None = None
 
 
-def default_position_ids(input_ids: Array, pad_token_id: int) -> Array:
+@flax.struct.dataclass
+class Layer:
+    """What one layer has for itself; or all of them, on a leading N axis.
+
+    Attributes:
+        params: its sub-tree of `encoder/layers`.
+        key: for dropout; None turns it off.
+        head_mask: [H] float, multiplied to each head's probabilities.
+        cache: `keys`, `values` [B, T, H, K]; `cross_keys`, `cross_values` [B, S, H, K].
+    """
+
+    params: dict
+    key: Array | None = None
+    head_mask: Array | None = None
+    cache: Cache | None = None
+
+
+@flax.struct.dataclass
+class Context:
+    """What all layers share.
+
+    Attributes:
+        visible: bool, [B, 1, T] or [B, L, T]: which keys a query sees; None: all.
+        segments: [B, L] int, the same for the kernel that wants it so.
+        encoder_states, encoder_visible: [B, S, D] and [B, 1, S], for cross-attention.
+        index: [] int32, the column of the cache where new keys go.
+        keep_attentions: whether to return probabilities.
+    """
+
+    visible: Array | None = None
+    segments: Array | None = None
+    encoder_states: Array | None = None
+    encoder_visible: Array | None = None
+    index: Array | None = None
+    keep_attentions: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+@flax.struct.dataclass
+class Kept:
+    """What a block leaves beside its stream: probabilities, and new columns for the cache."""
+
+    attention: Array | None = None
+    cross_attention: Array | None = None
+    cache: Cache | None = None
+
+
+def default_position_ids(input_ids: Array, pad_token_id: int, before: Array | int = 0) -> Array:
     """Positions by counting real tokens: pad + 1, pad + 2, ...; pads get pad. [B, L] int32.
 
     The rule reads ids, not the attention mask, and works for padding on either side or amid
     (fairseq/utils.py make_positions; transformers create_position_ids_from_input_ids).
+
+    Args:
+        before: [B, 1], how many real tokens came before, in a cache.
     """
     real = (input_ids != pad_token_id).astype(jnp.int32)
-    return jnp.cumsum(real, axis=-1) * real + pad_token_id
+    return (jnp.cumsum(real, axis=-1) + before) * real + pad_token_id
 
 
 def visibility(
-    attention_mask: Array | None = None, segment_ids: Array | None = None
+    attention_mask: Array | None = None,
+    segment_ids: Array | None = None,
+    causal_length: int | None = None,
 ) -> Array | None:
     """Which keys each query may see: bool, [B, 1, L] or [B, L, L]; None means all.
 
@@ -98,16 +165,17 @@ def visibility(
         attention_mask: [B, L] over keys or [B, L, L] over queries and keys; nonzero is visible.
         segment_ids: [B, L] int. Tokens see their own segment only. 0 is padding, a segment of
             its own, so that no row of attention is ever empty.
+        causal_length: L, where no token may see a later one.
     """
-    visible = None
+    masks = []
     if attention_mask is not None:
-        visible = attention_mask != 0
-        if visible.ndim == 2:
-            visible = visible[:, None, :]
+        mask = attention_mask != 0
+        masks.append(mask[:, None, :] if mask.ndim == 2 else mask)
     if segment_ids is not None:
-        same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        visible = same if visible is None else visible & same
-    return visible
+        masks.append(segment_ids[:, :, None] == segment_ids[:, None, :])
+    if causal_length is not None:
+        masks.append(jnp.tri(causal_length, dtype=bool)[None])
+    return functools.reduce(jnp.logical_and, masks) if masks else None
 
 
 def layer_norm(p: dict, x: Array, epsilon: float) -> Array:
@@ -148,45 +216,58 @@ def embeddings(
     p: dict,
     config: RobertaPreLayerNormConfig,
     dtype: Any,
-    input_ids: Array,
+    words: Array,
     token_type_ids: Array | None,
-    position_ids: Array | None,
+    position_ids: Array,
     key: Array | None,
 ) -> Array:
-    """Word + type + position, normed, dropped out: [B, L] ids -> [B, L, D]."""
-    if position_ids is None:
-        position_ids = default_position_ids(input_ids, config.pad_token_id)
-    x = p["word"][input_ids]
-    x = x + (p["token_type"][0] if token_type_ids is None else p["token_type"][token_type_ids])
+    """Word + type + position, normed, dropped out: words [B, L, D] -> [B, L, D]."""
+    x = words + (p["token_type"][0] if token_type_ids is None else p["token_type"][token_type_ids])
     x = x + p["position"][position_ids]
     x = layer_norm(p["norm"], x, config.layer_norm_eps).astype(dtype)
     return dropout(x, config.hidden_dropout_prob, key)
 
 
+def keys_and_values(p: dict, x: Array) -> tuple[Array, Array]:
+    """[B, L, D] -> two of [B, L, H, K]."""
+    return project(p["key"], "bld,dhk->blhk", x), project(p["value"], "bld,dhk->blhk", x)
+
+
 def attention(
     p: dict,
     config: RobertaPreLayerNormConfig,
+    execution: Execution,
     queries: Array,
     keys: Array,
-    visible: Array | None,
-    key: Array | None,
-) -> Array:
-    """Multi-head attention of queries [B, M, D] over keys [B, L, D] -> [B, M, D].
+    values: Array,
+    context: Context,
+    key: Array | None = None,
+    head_mask: Array | None = None,
+) -> tuple[Array, Array | None]:
+    """Multi-head attention of queries [B, M, D] over keys, values [B, T, H, K].
 
     Softmax in float32. A query that may see nothing attends evenly to everything: finite, and
     the same as transformers' torch and Flax classes give.
+
+    Returns:
+        [B, M, D], and the probabilities used [B, H, M, T]; None from a fused kernel.
     """
-    q = project(p["query"], "bmd,dhk->bmhk", queries)
-    k = project(p["key"], "bld,dhk->blhk", keys)
-    v = project(p["value"], "bld,dhk->blhk", keys)
-    q = q * config.head_dim**-0.5
-    scores = jnp.einsum("bmhk,blhk->bhml", q, k, preferred_element_type=jnp.float32)
-    if visible is not None:
-        scores = jnp.where(visible[:, None], scores, jnp.finfo(jnp.float32).min)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
-    probabilities = dropout(probabilities, config.attention_probs_dropout_prob, key)
-    mixed = jnp.einsum("bhml,blhk->bmhk", probabilities, v)
-    return project(p["output"], "bmhk,hkd->bmd", mixed)
+    q = project(p["query"], "bmd,dhk->bmhk", queries) * config.head_dim**-0.5
+    probabilities = None
+    if execution.attention == "cudnn":
+        mixed = fused_attention.cudnn(q, keys, values, context.visible)
+    elif execution.attention == "splash" and q.shape == keys.shape:
+        mixed = fused_attention.splash(q, keys, values, context.segments, config.is_decoder)
+    else:
+        scores = jnp.einsum("bmhk,blhk->bhml", q, keys, preferred_element_type=jnp.float32)
+        if context.visible is not None:
+            scores = jnp.where(context.visible[:, None], scores, jnp.finfo(jnp.float32).min)
+        probabilities = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
+        probabilities = dropout(probabilities, config.attention_probs_dropout_prob, key)
+        if head_mask is not None:
+            probabilities = probabilities * head_mask[:, None, None].astype(queries.dtype)
+        mixed = jnp.einsum("bhml,blhk->bmhk", probabilities, values)
+    return project(p["output"], "bmhk,hkd->bmd", mixed), probabilities
 
 
 def mlp(p: dict, config: RobertaPreLayerNormConfig, x: Array) -> Array:
@@ -196,73 +277,131 @@ def mlp(p: dict, config: RobertaPreLayerNormConfig, x: Array) -> Array:
 
 
 def block(
-    p: dict,
-    config: RobertaPreLayerNormConfig,
-    x: Array,
-    visible: Array | None = None,
-    key: Array | None = None,
-    read_positions: Array | None = None,
-) -> Array:
-    """One layer, norm-and-add: [B, L, D] -> [B, L, D], or [B, M, D] at `read_positions`.
-
-    Args:
-        p: one layer's parameters, without the N axis.
-        visible: from `visibility`.
-        key: for dropout; None turns it off.
-        read_positions: [B, M]. Queries, output and MLP are computed there alone: exact, because
-            after its keys and values a block works on each position by itself.
-    """
-    k_probabilities, k_attention, k_mlp = (None,) * 3 if key is None else jax.random.split(key, 3)
-    eps, rate = config.layer_norm_eps, config.hidden_dropout_prob
-
-    keys = layer_norm(p["attention_norm"], x, eps)
-    queries = keys
-    if read_positions is not None:
-        queries, x = take_positions(keys, read_positions), take_positions(x, read_positions)
-        if visible is not None and visible.shape[1] > 1:
-            visible = take_positions(visible, read_positions)
-    mixed = attention(p["attention"], config, queries, keys, visible, k_probabilities)
-    x = x + dropout(mixed, rate, k_attention)
-
-    normed = layer_norm(p["mlp_norm"], x, eps)
-    return x + dropout(mlp(p["mlp"], config, normed), rate, k_mlp)
-
-
-def split_layers(stacked: dict, layers: tuple[int, ...]) -> list[dict]:
-    """Cuts every leaf [N, ...] into consecutive runs of layers.
-
-    By `lax.split`, whose gradient is one concatenation: that of N indexings is a sum of N arrays
-    as large as all layers together.
-    """
-    leaves, structure = jax.tree.flatten(stacked)
-    cut = [jax.lax.split(leaf, layers) for leaf in leaves]
-    return [jax.tree.unflatten(structure, run) for run in zip(*cut, strict=True)]
-
-
-def first_layer(stacked: dict) -> dict:
-    """The parameters of a run of one layer, without the N axis."""
-    return jax.tree.map(lambda leaf: leaf[0], stacked)
-
-
-def run_layers(
-    stacked: dict,
+    layer: Layer,
     config: RobertaPreLayerNormConfig,
     execution: Execution,
     x: Array,
-    visible: Array | None,
-    key: Array | None,
+    context: Context,
+    read_positions: Array | None = None,
+) -> tuple[Array, Kept]:
+    """One layer, norm-and-add: [B, L, D] -> [B, L, D], or [B, M, D] at `read_positions`.
+
+    Args:
+        read_positions: [B, M]. Queries, output and MLP are computed there alone: exact, because
+            after its keys and values a block works on each position by itself.
+    """
+    p, key, cache = layer.params, layer.key, layer.cache
+    k_probabilities, k_attention, k_mlp = (None,) * 3 if key is None else jax.random.split(key, 3)
+    eps, rate = config.layer_norm_eps, config.hidden_dropout_prob
+    kept = {}
+
+    queries = layer_norm(p["attention_norm"], x, eps)
+    keys, values = keys_and_values(p["attention"], queries)
+    if cache is not None:
+        kept["keys"], kept["values"] = keys, values
+        keys = jax.lax.dynamic_update_slice_in_dim(cache["keys"], keys, context.index, 1)
+        values = jax.lax.dynamic_update_slice_in_dim(cache["values"], values, context.index, 1)
+    if read_positions is not None:
+        queries, x = take_positions(queries, read_positions), take_positions(x, read_positions)
+        visible = context.visible
+        if visible is not None and visible.shape[1] > 1:
+            visible = jnp.broadcast_to(visible, (len(x), *visible.shape[1:]))
+            context = context.replace(visible=take_positions(visible, read_positions))
+    mixed, probabilities = attention(
+        p["attention"],
+        config,
+        execution,
+        queries,
+        keys,
+        values,
+        context,
+        k_probabilities,
+        layer.head_mask,
+    )
+    x = x + dropout(mixed, rate, k_attention)
+
+    cross = None
+    if context.encoder_states is not None or (cache is not None and "cross_keys" in cache):
+        x, cross, new = cross_attention(layer, config, x, context)
+        kept |= new
+
+    normed = layer_norm(p["mlp_norm"], x, eps)
+    x = x + dropout(mlp(p["mlp"], config, normed), rate, k_mlp)
+    if not context.keep_attentions:
+        probabilities = cross = None
+    return x, Kept(probabilities, cross, None if cache is None else kept)
+
+
+def cross_attention(
+    layer: Layer, config: RobertaPreLayerNormConfig, x: Array, context: Context
+) -> tuple[Array, Array, Cache]:
+    """Norm-and-add of attention over the encoder's states: queries are normed, states are not.
+
+    Returns the stream [B, M, D], the probabilities, and what a cache lacks.
+    """
+    p, key = layer.params, layer.key
+    k_probabilities, k_output = (None,) * 2
+    if key is not None:
+        k_probabilities, k_output = jax.random.split(jax.random.fold_in(key, 3))
+    if layer.cache is not None and "cross_keys" in layer.cache:
+        keys, values, new = layer.cache["cross_keys"], layer.cache["cross_values"], {}
+    else:
+        states = context.encoder_states.astype(x.dtype)
+        keys, values = keys_and_values(p["cross_attention"], states)
+        new = {"cross_keys": keys, "cross_values": values}
+    mixed, probabilities = attention(
+        p["cross_attention"],
+        config,
+        Execution(),
+        layer_norm(p["cross_attention_norm"], x, config.layer_norm_eps),
+        keys,
+        values,
+        Context(visible=context.encoder_visible),
+        k_probabilities,
+        layer.head_mask,
+    )
+    x = x + dropout(mixed, config.hidden_dropout_prob, k_output)
+    return x, probabilities, new
+
+
+def split_layers(layers: Layer, runs: tuple[int, ...]) -> list[Layer]:
+    """Cuts every leaf [N, ...] into consecutive runs of layers.
+
+    Parameters by `lax.split`, whose gradient is one concatenation: that of N indexings is a sum
+    of N arrays as large as all layers together.
+    """
+    leaves, structure = jax.tree.flatten(layers.params)
+    cut = zip(*[jax.lax.split(leaf, runs) for leaf in leaves], strict=True)
+    rest, pieces, start = layers.replace(params=None), [], 0
+    for size, run in zip(runs, cut, strict=True):
+        piece = jax.tree.map(lambda leaf, i=start, n=size: leaf[i : i + n], rest)
+        pieces.append(piece.replace(params=jax.tree.unflatten(structure, run)))
+        start += size
+    return pieces
+
+
+def at(stacked: Any, n: int) -> Any:
+    """The n-th of what is stacked on a leading axis."""
+    return jax.tree.map(lambda leaf: leaf[n], stacked)
+
+
+def run_layers(
+    layers: Layer,
+    config: RobertaPreLayerNormConfig,
+    execution: Execution,
+    x: Array,
+    context: Context,
     read_positions: Array | None,
     keep_residuals: bool,
-) -> tuple[Array, tuple[Array, ...]]:
+) -> tuple[Array, list[Array], list[Kept]]:
     """All N blocks over the stacked tree, scanned or unrolled, to the same numbers.
 
-    Returns the last block's output and, if kept, the stream after every block.
+    Returns the last block's output and, of every block, the stream after it, if kept, and Kept.
     """
     N = config.num_hidden_layers
-    layer_keys = None if key is None else jax.random.split(key, N)
 
-    def step(p: dict, x: Array, key: Array | None, read_positions: Array | None = None) -> Array:
-        return block(p, config, x, visible, key, read_positions)
+    def step(layer: Layer, x: Array, read_positions: Array | None = None) -> tuple[Array, Kept]:
+        return block(layer, config, execution, x, context, read_positions)
 
     if execution.remat != "none":
         saved = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
@@ -270,63 +409,125 @@ def run_layers(
         step = jax.checkpoint(step, policy=saved[execution.remat], prevent_cse=not execution.scans)
 
     # The last block stands outside the loop: it alone may be narrowed to the read positions.
-    residuals = []
+    residuals, kept = [], []
     if execution.scans and N > 1:
-        body, tail = split_layers(stacked, (N - 1, 1))
+        body, tail = split_layers(layers, (N - 1, 1))
 
-        def scanned(x: Array, layer: tuple[dict, Array | None]) -> tuple[Array, Array | None]:
-            x = step(layer[0], x, layer[1])
-            return x, x if keep_residuals else None
+        def scanned(x: Array, layer: Layer) -> tuple[Array, tuple[Array | None, Kept]]:
+            x, kept = step(layer, x)
+            return x, (x if keep_residuals else None, kept)
 
-        x, kept = jax.lax.scan(scanned, x, (body, None if key is None else layer_keys[:-1]))
-        residuals = list(kept) if keep_residuals else []
+        x, (streams, stacked) = jax.lax.scan(scanned, x, body)
+        residuals = list(streams) if keep_residuals else []
+        kept = [at(stacked, n) for n in range(N - 1)]
     else:
-        *body, tail = split_layers(stacked, (1,) * N)
-        for i, p in enumerate(body):
-            x = step(first_layer(p), x, None if key is None else layer_keys[i])
+        *body, tail = split_layers(layers, (1,) * N)
+        for layer in body:
+            x, found = step(at(layer, 0), x)
             residuals.append(x)
-    x = step(first_layer(tail), x, None if key is None else layer_keys[-1], read_positions)
-    residuals.append(x)
-    return x, tuple(residuals) if keep_residuals else ()
+            kept.append(found)
+    x, found = step(at(tail, 0), x, read_positions)
+    return x, [*residuals, x] if keep_residuals else [], [*kept, found]
 
 
 def encode(
     p: dict,
     config: RobertaPreLayerNormConfig,
     execution: Execution,
-    input_ids: Array,
+    input_ids: Array | None = None,
     attention_mask: Array | None = None,
     token_type_ids: Array | None = None,
     position_ids: Array | None = None,
     segment_ids: Array | None = None,
     read_positions: Array | None = None,
+    *,
+    inputs_embeds: Array | None = None,
+    head_mask: Array | None = None,
+    encoder_hidden_states: Array | None = None,
+    encoder_attention_mask: Array | None = None,
+    cache: Cache | None = None,
     key: Array | None = None,
     keep_residuals: bool = False,
+    keep_attentions: bool = False,
 ) -> EncoderOutput:
     """The encoder as a pure function of the parameter tree; `Encoder.__call__` says the shapes."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise InputError("give input_ids or inputs_embeds: one of the two, and not both")
+    if encoder_hidden_states is not None and not config.add_cross_attention:
+        raise InputError("encoder_hidden_states: this model has no cross-attention to read them")
+    B, L = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+    if input_ids is None:
+        # Vectors tell no pads: every column counts.
+        words, counted = inputs_embeds, jnp.full((B, L), config.pad_token_id + 1)
+    else:
+        words, counted = p["embeddings"]["word"][input_ids], input_ids
+    before = 0 if cache is None else cache["count"][:, None]
+    if position_ids is None:
+        position_ids = default_position_ids(counted, config.pad_token_id, before)
+    if cache is None:
+        visible = visibility(attention_mask, segment_ids, L if config.is_decoder else None)
+    else:
+        if segment_ids is not None or jnp.ndim(attention_mask) == 3:
+            raise InputError("a cache takes an attention_mask [B, L] alone, and no segment_ids")
+        real = counted != config.pad_token_id
+        cache, visible = caches.announce(cache, attention_mask, real)
+        if "cross_valid" in cache:
+            encoder_attention_mask = cache["cross_valid"]
+        elif encoder_hidden_states is not None:
+            if encoder_attention_mask is None:
+                encoder_attention_mask = jnp.ones(encoder_hidden_states.shape[:2], bool)
+            cache["cross_valid"] = encoder_attention_mask != 0
+    asked = {
+        "head_mask": head_mask is not None,
+        "attention probabilities": keep_attentions,
+        "a cache": cache is not None,
+    }
+    fused_attention.check(
+        execution.attention, config, execution.dtype, attention_mask, key is not None, asked
+    )
+    segments = None
+    if execution.attention == "splash":
+        segments = fused_attention.segments_of(attention_mask, segment_ids, (B, L))
+
     k_embeddings, k_layers = (None, None) if key is None else jax.random.split(key)
     x = embeddings(
         p["embeddings"],
         config,
         execution.dtype,
-        input_ids,
+        words,
         token_type_ids,
         position_ids,
         k_embeddings,
     )
-    last, residuals = run_layers(
-        p["encoder"]["layers"],
-        config,
-        execution,
-        x,
-        visibility(attention_mask, segment_ids),
-        k_layers,
-        read_positions,
-        keep_residuals,
+    N = config.num_hidden_layers
+    layers = Layer(
+        params=p["encoder"]["layers"],
+        key=None if key is None else jax.random.split(k_layers, N),
+        head_mask=None
+        if head_mask is None
+        else jnp.broadcast_to(head_mask, (N, config.num_attention_heads)),
+        cache=None
+        if cache is None
+        else {name: cache[name] for name in caches.OF_LAYERS if name in cache},
     )
+    context = Context(
+        visible=visible,
+        segments=segments,
+        encoder_states=encoder_hidden_states,
+        encoder_visible=visibility(encoder_attention_mask),
+        index=None if cache is None else cache["index"],
+        keep_attentions=keep_attentions,
+    )
+    last, residuals, kept = run_layers(
+        layers, config, execution, x, context, read_positions, keep_residuals
+    )
+    crossed = keep_attentions and kept[0].cross_attention is not None
     return EncoderOutput(
         last_hidden_state=layer_norm(p["encoder"]["final_norm"], last, config.layer_norm_eps),
         residuals=(x, *residuals) if keep_residuals else None,
+        attentions=tuple(k.attention for k in kept) if keep_attentions else None,
+        cross_attentions=tuple(k.cross_attention for k in kept) if crossed else None,
+        cache=None if cache is None else caches.fill(cache, [k.cache for k in kept], L),
     )
 
 
@@ -350,6 +551,11 @@ class TableModule(nn.Module):
 
         return {part: self.param(part, initial(part)) for part in sorted(parts)}
 
+    def encode(self, p: dict, *inputs: Any, deterministic: bool, **named: Any) -> EncoderOutput:
+        """`encode` with this module's config, execution and dropout key."""
+        key = self.dropout_key(deterministic)
+        return encode(p, self.config, self.execution, *inputs, key=key, **named)
+
     def dropout_key(self, deterministic: bool) -> Array | None:
         return None if deterministic else self.make_rng("dropout")
 
@@ -358,17 +564,7 @@ class Encoder(TableModule):
     """The encoder alone."""
 
     @nn.compact
-    def __call__(
-        self,
-        input_ids: Array,
-        attention_mask: Array | None = None,
-        token_type_ids: Array | None = None,
-        position_ids: Array | None = None,
-        segment_ids: Array | None = None,
-        read_positions: Array | None = None,
-        deterministic: bool = True,
-        keep_residuals: bool = False,
-    ) -> EncoderOutput:
+    def __call__(self, *inputs: Any, deterministic: bool = True, **named: Any) -> EncoderOutput:
         """Encodes a batch.
 
         Args:
@@ -378,21 +574,20 @@ class Encoder(TableModule):
             position_ids: [B, L] int in [0, P); None: `default_position_ids`.
             segment_ids: [B, L] int, for packed rows: attention stays within a segment.
             read_positions: [B, M] int: compute the last block and norm there alone.
+            inputs_embeds: [B, L, D], by keyword as all below; in place of the vectors of
+                input_ids. Positions then count every column.
+            head_mask: [H] or [N, H] float, multiplied to the probabilities after dropout.
+            encoder_hidden_states: [B, S, D], for cross-attention.
+            encoder_attention_mask: [B, S] or [B, L, S], nonzero where a state may be seen.
+            cache: from `cache.init_cache`; the L columns are appended and see what came before.
+                attention_mask is then [B, L], the validity of the new columns.
             deterministic: no dropout. Otherwise `apply` needs `rngs={"dropout": key}`.
             keep_residuals: return the residual stream around every block, too.
+            keep_attentions: return the attention probabilities, too.
 
         Ids out of range give NaN under jit, without an error: check them on the host.
+
+        Raises:
+            InputError: inputs that exclude each other, or an attention kernel that cannot serve.
         """
-        return encode(
-            self.tree("encoder"),
-            self.config,
-            self.execution,
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            segment_ids,
-            read_positions,
-            self.dropout_key(deterministic),
-            keep_residuals,
-        )
+        return self.encode(self.tree("encoder"), *inputs, deterministic=deterministic, **named)

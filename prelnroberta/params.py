@@ -7,7 +7,7 @@ a mesh axis.
 
     B batch    L length     D hidden   H heads    K head dim   F mlp   N layers   V vocab
     E hidden again, where a matrix has it twice    P position rows     T token types
-    M masked (read) positions
+    M masked (read) positions    C classes (num_labels)    1 a single number
 
 Layers are always stacked on a leading N axis, whether they are run by a scan or unrolled.
 """
@@ -91,6 +91,14 @@ _ENCODER = {
     **_dense("encoder/layers/mlp/wo", "NFD", "ND"),
     **_norm("encoder/final_norm", "D"),
 }
+_CROSS_ATTENTION = {
+    **_norm("encoder/layers/cross_attention_norm", "ND"),
+    **_dense("encoder/layers/cross_attention/query", "NDHK", "NHK"),
+    **_dense("encoder/layers/cross_attention/key", "NDHK", "NHK"),
+    **_dense("encoder/layers/cross_attention/value", "NDHK", "NHK"),
+    **_dense("encoder/layers/cross_attention/output", "NHKD", "ND"),
+}
+_POOLER = _dense("pooler", "DE", "E")
 _LM_HEAD = {
     **_dense("lm_head/dense", "DE", "E"),
     **_norm("lm_head/norm", "E"),
@@ -98,28 +106,52 @@ _LM_HEAD = {
 }
 _UNTIED_DECODER = {"lm_head/decoder": Parameter("VD", "normal", "embedding")}
 
-MODELS = ("encoder", "masked_lm")
+# What stands on the encoder. `base` is transformers' model without a head but with its pooler.
+_HEADS: dict[str, dict[str, Parameter]] = {
+    "encoder": {},
+    "base": _POOLER,
+    "masked_lm": _LM_HEAD,
+    "causal_lm": _LM_HEAD,
+    "sequence_classification": {
+        **_dense("classifier/dense", "DE", "E"),
+        **_dense("classifier/output", "EC", "C"),
+    },
+    "multiple_choice": {**_POOLER, **_dense("classifier", "D1", "1")},
+    "token_classification": _dense("classifier", "DC", "C"),
+    "question_answering": _dense("span", "DC", "C"),
+}
+MODELS = tuple(_HEADS)
 
 
 def table(config: RobertaPreLayerNormConfig, model: str = "masked_lm") -> dict[str, Parameter]:
     """The rows of one model, path -> Parameter, in reading order.
 
     Args:
-        model: one of `MODELS`: the encoder alone, or with a head.
+        model: one of `MODELS`: the encoder alone, or with what stands on it.
+
+    Raises:
+        InputError: question answering with num_labels other than 2 (start and end).
     """
-    rows = {**_EMBEDDINGS, **_ENCODER}
-    if model == "masked_lm":
-        rows |= _LM_HEAD
-        if not config.tie_word_embeddings:
-            rows |= _UNTIED_DECODER
-    elif model != "encoder":
+    if model not in _HEADS:
         raise ValueError(f"model {model!r}: expected one of {MODELS}")
+    if model == "question_answering" and config.num_labels != 2:
+        raise InputError(
+            f"config: num_labels={config.num_labels}, expected 2 (start and end) for question "
+            "answering"
+        )
+    rows = {**_EMBEDDINGS, **_ENCODER, **_HEADS[model]}
+    if config.add_cross_attention:
+        rows |= _CROSS_ATTENTION
+    if _HEADS[model] is _LM_HEAD and not config.tie_word_embeddings:
+        rows |= _UNTIED_DECODER
     return rows
 
 
 def sizes(config: RobertaPreLayerNormConfig) -> dict[str, int]:
     """What each shape letter stands for under this config."""
     return {
+        "1": 1,
+        "C": config.num_labels,
         "D": config.hidden_size,
         "E": config.hidden_size,
         "F": config.intermediate_size,
@@ -206,6 +238,15 @@ def check_leaves(
     expected: Mapping[str, jax.ShapeDtypeStruct], found: Mapping[str, Any], source: str
 ) -> None:
     """Compares named arrays by shape and dtype; raises InputError listing every difference."""
+    problems = differences(expected, found)
+    if problems:
+        raise InputError(f"{source}: " + "; ".join(problems))
+
+
+def differences(
+    expected: Mapping[str, jax.ShapeDtypeStruct], found: Mapping[str, Any]
+) -> list[str]:
+    """In words, each array that is missing, unexpected or of another shape or dtype."""
     problems = [
         f"missing {name} {_kind(leaf)}" for name, leaf in expected.items() if name not in found
     ]
@@ -215,8 +256,7 @@ def check_leaves(
             problems.append(f"unexpected {name}" + (f" (nearest: {near[0]})" if near else ""))
         elif _kind(leaf) != _kind(expected[name]):
             problems.append(f"{name} is {_kind(leaf)}, expected {_kind(expected[name])}")
-    if problems:
-        raise InputError(f"{source}: " + "; ".join(problems))
+    return problems
 
 
 def _kind(leaf: Any) -> str:

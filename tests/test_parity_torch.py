@@ -100,9 +100,9 @@ def test_parts(case):
         params["embeddings"],
         config,
         jnp.float32,
-        batch["input_ids"],
+        params["embeddings"]["word"][batch["input_ids"]],
         batch["token_type_ids"],
-        None,
+        modeling.default_position_ids(batch["input_ids"], config.pad_token_id),
         None,
     )
     assert_close(x, seen[base + "embeddings"], "embeddings", 5e-7, 5e-6)
@@ -115,9 +115,11 @@ def test_parts(case):
         x = seen[below].astype(np.float32)
         normed = modeling.layer_norm(layer["attention_norm"], x, config.layer_norm_eps)
         assert_close(normed, seen[f"{name}.attention.LayerNorm"], f"norm {n}", 5e-7, 5e-6)
-        mixed = modeling.attention(layer["attention"], config, normed, normed, visible, None)
+        p, context = layer["attention"], modeling.Context(visible=visible)
+        keys = modeling.keys_and_values(p, normed)
+        mixed, _ = modeling.attention(p, config, PLAIN, normed, *keys, context)
         assert_close(mixed, seen[f"{name}.attention.output.dense"], f"attention {n}", 1e-6, 1e-5)
-        y = modeling.block(layer, config, x, visible)
+        y, _ = modeling.block(modeling.Layer(layer), config, PLAIN, x, context)
         assert_close(y, seen[name], f"block {n}", 1e-6, 1e-5)
 
 
