@@ -11,6 +11,7 @@ complete step or none. orbax alone would load a flipped byte without a word (mea
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import zlib
@@ -90,7 +91,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(params),
                     training=ocp.args.StandardSave(training),
-                    manifest=ocp.args.JsonSave(manifest),
+                    manifest=ocp.args.JsonSave({**manifest, "crc32": _json_checksum(manifest)}),
                 ),
                 metrics=None if loss is None else {"loss": loss},
                 force=True,
@@ -122,7 +123,10 @@ class Checkpoints:
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore())
             )
-            leaves = restored["manifest"]["leaves"]
+            manifest = dict(restored["manifest"])
+            if manifest.pop("crc32", None) != _json_checksum(manifest):
+                raise ValueError("checksum of the manifest")
+            leaves = manifest["leaves"]
         except Exception as error:
             raise _damaged(where, error) from error
         try:
@@ -151,7 +155,7 @@ class Checkpoints:
         if changed:
             raise _damaged(where, ValueError(f"checksum of {', '.join(changed)}"))
         state = TrainState(params=values["params"], **values["training"])
-        return state, restored["manifest"]["extra"]
+        return state, manifest["extra"]
 
     def _reporting(self, action: Any) -> None:
         try:
@@ -204,6 +208,10 @@ def _describe(tree: Any) -> dict[str, dict[str, Any]]:
         }
         for path, leaf in _named(tree).items()
     }
+
+
+def _json_checksum(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 def _damaged(where: str, error: Exception) -> CheckpointError:

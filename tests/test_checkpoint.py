@@ -18,6 +18,9 @@ from support import filled_disk
 from prelnroberta.checkpoint import CheckpointError, Checkpoints
 from prelnroberta.train import TrainState
 
+# What orbax's threads leave behind when files are damaged on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def state(step, seed=None, size=60):
     params = {"w": jax.random.normal(jax.random.key(seed or step), (size, size)), "b": jnp.ones(3)}
