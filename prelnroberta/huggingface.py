@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +190,7 @@ def read_tensors(
     config: RobertaPreLayerNormConfig,
     model: str = "masked_lm",
     source: str = "tensors",
-    initial: parameters.Tree | None = None,
+    initial: Callable[[], parameters.Tree] | None = None,
     ignore_mismatched_sizes: bool = False,
 ) -> tuple[parameters.Tree, Swapped]:
     """The parameter tree, float32 numpy, of a transformers state dict, and what was swapped.
@@ -200,8 +200,9 @@ def read_tensors(
     Args:
         tensors: with or without the base model's prefix; any floating dtype.
         source: what to call them in errors.
-        initial: new values for a part that is absent as a whole. None: absent is an error.
-        ignore_mismatched_sizes: take `initial` for tensors of another shape, too.
+        initial: gives new values, for a part that is absent as a whole; not called if nothing is.
+            None: absent is an error.
+        ignore_mismatched_sizes: take new values for tensors of another shape, too.
 
     Raises:
         InputError: one message listing every missing, unexpected, mis-shaped or non-finite
@@ -239,7 +240,7 @@ def read_tensors(
         raise InputError(f"{source}: " + "; ".join(problems))
 
     if fresh:
-        start = {path: np.asarray(leaf) for path, leaf in parameters.flatten(initial).items()}
+        start = {path: np.asarray(leaf) for path, leaf in parameters.flatten(initial()).items()}
     table = parameters.table(config, model)
     leaves = {p: np.empty(s, np.float32) for p, s in parameters.shapes(config, model).items()}
     for path, n, name, _ in rows:

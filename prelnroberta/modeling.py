@@ -256,7 +256,7 @@ def attention(
     probabilities = None
     if execution.attention == "cudnn":
         mixed = fused_attention.cudnn(q, keys, values, context.visible)
-    elif execution.attention == "splash" and q.shape == keys.shape:
+    elif context.segments is not None:
         mixed = fused_attention.splash(q, keys, values, context.segments, config.is_decoder)
     else:
         scores = jnp.einsum("bmhk,blhk->bhml", q, keys, preferred_element_type=jnp.float32)
@@ -306,7 +306,9 @@ def block(
         visible = context.visible
         if visible is not None and visible.shape[1] > 1:
             visible = jnp.broadcast_to(visible, (len(x), *visible.shape[1:]))
-            context = context.replace(visible=take_positions(visible, read_positions))
+            visible = take_positions(visible, read_positions)
+        # Few queries: not worth a kernel that wants whole tiles of them.
+        context = context.replace(visible=visible, segments=None)
     mixed, probabilities = attention(
         p["attention"],
         config,
@@ -322,8 +324,7 @@ def block(
 
     cross = None
     if context.encoder_states is not None or (cache is not None and "cross_keys" in cache):
-        x, cross, new = cross_attention(layer, config, x, context)
-        kept |= new
+        x, cross = cross_attention(layer, config, x, context)
 
     normed = layer_norm(p["mlp_norm"], x, eps)
     x = x + dropout(mlp(p["mlp"], config, normed), rate, k_mlp)
@@ -334,21 +335,20 @@ def block(
 
 def cross_attention(
     layer: Layer, config: RobertaPreLayerNormConfig, x: Array, context: Context
-) -> tuple[Array, Array, Cache]:
+) -> tuple[Array, Array]:
     """Norm-and-add of attention over the encoder's states: queries are normed, states are not.
 
-    Returns the stream [B, M, D], the probabilities, and what a cache lacks.
+    Returns the stream [B, M, D] and the probabilities [B, H, M, S].
     """
     p, key = layer.params, layer.key
     k_probabilities, k_output = (None,) * 2
     if key is not None:
         k_probabilities, k_output = jax.random.split(jax.random.fold_in(key, 3))
     if layer.cache is not None and "cross_keys" in layer.cache:
-        keys, values, new = layer.cache["cross_keys"], layer.cache["cross_values"], {}
+        keys, values = layer.cache["cross_keys"], layer.cache["cross_values"]
     else:
         states = context.encoder_states.astype(x.dtype)
         keys, values = keys_and_values(p["cross_attention"], states)
-        new = {"cross_keys": keys, "cross_values": values}
     mixed, probabilities = attention(
         p["cross_attention"],
         config,
@@ -361,7 +361,14 @@ def cross_attention(
         layer.head_mask,
     )
     x = x + dropout(mixed, config.hidden_dropout_prob, k_output)
-    return x, probabilities, new
+    return x, probabilities
+
+
+def read_encoder(stacked: dict, states: Array, mask: Array | None = None) -> Cache:
+    """What a cache holds of encoder states [B, S, D], by all layers, and of their mask [B, S]."""
+    keys, values = jax.vmap(keys_and_values, (0, None))(stacked["cross_attention"], states)
+    valid = jnp.ones(states.shape[:2], bool) if mask is None else mask != 0
+    return {"cross_keys": keys, "cross_values": values, "cross_valid": valid}
 
 
 def split_layers(layers: Layer, runs: tuple[int, ...]) -> list[Layer]:
@@ -471,12 +478,10 @@ def encode(
             raise InputError("a cache takes an attention_mask [B, L] alone, and no segment_ids")
         real = counted != config.pad_token_id
         cache, visible = caches.announce(cache, attention_mask, real)
-        if "cross_valid" in cache:
-            encoder_attention_mask = cache["cross_valid"]
-        elif encoder_hidden_states is not None:
-            if encoder_attention_mask is None:
-                encoder_attention_mask = jnp.ones(encoder_hidden_states.shape[:2], bool)
-            cache["cross_valid"] = encoder_attention_mask != 0
+        if encoder_hidden_states is not None and "cross_keys" not in cache:
+            states, mask = encoder_hidden_states.astype(execution.dtype), encoder_attention_mask
+            cache |= read_encoder(p["encoder"]["layers"], states, mask)
+        encoder_attention_mask = cache.get("cross_valid")
     asked = {
         "head_mask": head_mask is not None,
         "attention probabilities": keep_attentions,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import jax.numpy as jnp
@@ -104,6 +106,32 @@ def decay_mask(
     }
     rows = parameters.table(config, model)
     return parameters.unflatten({path: decays[row.kind] for path, row in rows.items()})
+
+
+def freeze_labels(params: parameters.Tree, patterns: Sequence[str]) -> parameters.Tree:
+    """A tree of "frozen" and "trained" for `optax.multi_transform`, by patterns of paths.
+
+    `optax.multi_transform({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)` leaves
+    frozen leaves as they are and keeps no moments of them.
+
+    Args:
+        patterns: as in a shell, over whole paths: "embeddings/*", "*/key/bias".
+
+    Raises:
+        InputError: a pattern that matches no path.
+    """
+    paths = parameters.flatten(params)
+    for pattern in patterns:
+        if not fnmatch.filter(paths, pattern):
+            raise InputError(
+                f"freeze {pattern!r}: matches no parameter; one is {next(iter(paths))}"
+            )
+    return parameters.unflatten(
+        {
+            path: "frozen" if any(fnmatch.fnmatch(path, p) for p in patterns) else "trained"
+            for path in paths
+        }
+    )
 
 
 def adamw(
