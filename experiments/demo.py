@@ -37,10 +37,12 @@ def main() -> int:
     pretrain = [sys.executable, "-m", "experiments.pretrain", f"--flagfile={RECIPE}"]
     process = subprocess.Popen([*pretrain, f"--run_dir={run_dir}"])
     # Whoever presses Ctrl-C reaches the child as well, which saves: it is waited for, not killed.
-    signal.signal(signal.SIGINT, lambda *_: None)
+    before = signal.signal(signal.SIGINT, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     if code := process.wait():
         return code
+    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     from experiments.report import describe_validation, read_records
 

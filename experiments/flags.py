@@ -66,7 +66,7 @@ def _corpus() -> None:
         "tokenizer",
         None,
         "A tokenizer.json, or a folder with tokenizer.json, vocab.json + merges.txt, or fairseq's "
-        "encoder.json + vocab.bpe + dict.txt. Trained on the corpus if absent.",
+        "encoder.json + vocab.bpe + dict.txt, or a run. Trained on the corpus if absent.",
     )
     flags.DEFINE_integer("vocab_size", 8192, "Size of the tokenizer to train.")
     flags.DEFINE_string(
@@ -108,7 +108,7 @@ def _masking() -> None:
 def _model() -> None:
     flags.DEFINE_string("preset", "small", "Named architecture (prelnroberta.config.PRESETS).")
     flags.DEFINE_string(
-        "init_from", None, "A Hugging Face folder to start from: its config, weights, tokenizer."
+        "init_from", None, "A model folder or a run to start from: config, weights, tokenizer."
     )
     flags.DEFINE_bool(
         "fast_start",
@@ -288,10 +288,7 @@ def evaluation_masking(masking: Masking) -> Masking:
 
 
 def config() -> RobertaPreLayerNormConfig:
-    """The architecture: --init_from's, or --preset and what replaces its fields.
-
-    Beside --init_from, flags may say again what its weights are (as a recipe does), not otherwise.
-    """
+    """The architecture: --init_from's, or --preset and what replaces its fields."""
     asked = RobertaPreLayerNormConfig.preset(
         FLAGS.preset,
         vocab_size=FLAGS.vocab_size,
@@ -299,21 +296,23 @@ def config() -> RobertaPreLayerNormConfig:
     )
     if not FLAGS.init_from:
         return asked
-    if FLAGS.fast_start:
-        raise InputError("--fast_start is for new weights, --init_from for given ones: drop one")
-    found = RobertaPreLayerNormConfig.from_json(FLAGS.init_from)
-    said = (*_CONFIG_INTS, *_CONFIG_FLOATS) if FLAGS["preset"].present else _given(*_CONFIG_INTS)
-    contradicting = [
-        f"{name} (asked {getattr(asked, name)}, there {getattr(found, name)})"
-        for name in said
-        if getattr(asked, name) != getattr(found, name)
-    ]
-    if contradicting:
-        raise InputError(
-            f"--init_from={FLAGS.init_from} holds weights of another architecture than --preset "
-            f"and its like ask for: {', '.join(contradicting)}; drop those flags"
-        )
-    return found.replace(**_given(*_DROPOUTS))
+    folder = model_folder(FLAGS.init_from)
+    if idle := _given("preset", "fast_start", *_CONFIG_INTS, *_CONFIG_FLOATS):
+        # A recipe brings these along; whoever continues from weights must know that they rest.
+        names = ", ".join(f"--{name}" for name in idle)
+        print(f"starting from {folder}: its architecture and values, whatever {names} say")
+    return RobertaPreLayerNormConfig.from_json(folder).replace(**_given(*_DROPOUTS))
+
+
+def model_folder(path: str) -> Path:
+    """A Hugging Face folder, or the one inside a finished run."""
+    folder = Path(path)
+    for found in (folder, folder / "model"):
+        if (found / "config.json").exists():
+            return found
+    if (folder / "flags.txt").exists():
+        raise InputError(f"{folder} is a run without a model yet: finish it first")
+    raise InputError(f"{folder}: no config.json there, expected a model folder or a run")
 
 
 def _given(*names: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import flags
@@ -25,7 +24,7 @@ flags.declare("predict", "compute")
 
 def main() -> int:
     flags.positive("top_k", "batch_size")
-    directory = model_directory(Path(FLAGS.model))
+    directory = flags.model_folder(FLAGS.model)
 
     from prelnroberta.data.tokenizer import load_tokenizer
     from prelnroberta.fill_mask import FillMask
@@ -46,16 +45,6 @@ def main() -> int:
     for masks in fill(remembered(), FLAGS.top_k, batch_size):
         show(asked.pop(0), masks)
     return 0
-
-
-def model_directory(path: Path) -> Path:
-    """A Hugging Face folder, or the one inside a finished run."""
-    for directory in (path, path / "model"):
-        if (directory / "config.json").exists():
-            return directory
-    if (path / "flags.txt").exists():
-        raise InputError(f"--model={path} is a run without a model yet: finish it first")
-    raise InputError(f"--model={path}: no config.json there, expected a model folder or a run")
 
 
 def reads_keyboard() -> bool:

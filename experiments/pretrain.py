@@ -76,7 +76,7 @@ def check_settings(run_dir: Path) -> RobertaPreLayerNormConfig:
     flags.check_masking()
     if FLAGS.sequence_length < 3:
         raise InputError(f"--sequence_length={FLAGS.sequence_length}, expected 3 or more")
-    if FLAGS.fast_start:
+    if FLAGS.fast_start and not FLAGS.init_from:
         from prelnroberta.fast_start import check_length
 
         check_length(config, FLAGS.sequence_length)
@@ -107,7 +107,7 @@ def given_params() -> Tree | None:
     """The weights of --init_from, read before the long work."""
     from prelnroberta.huggingface import load_pretrained
 
-    return load_pretrained(FLAGS.init_from)[0] if FLAGS.init_from else None
+    return load_pretrained(flags.model_folder(FLAGS.init_from))[0] if FLAGS.init_from else None
 
 
 def settle_vocabulary(
@@ -117,7 +117,11 @@ def settle_vocabulary(
     from prelnroberta.data.corpus import is_validation
     from prelnroberta.data.tokenizer import load_tokenizer, train_tokenizer
 
-    source = FLAGS.tokenizer or FLAGS.init_from
+    source = Path(FLAGS.tokenizer) if FLAGS.tokenizer else None
+    if source and (source / "flags.txt").exists():
+        source = source / "tokenizer"
+    if FLAGS.init_from and not source:
+        source = flags.model_folder(FLAGS.init_from)
     if (run_dir / "tokenizer").exists():
         tokenizer = load_tokenizer(run_dir / "tokenizer")
     elif source:
@@ -226,7 +230,7 @@ def run(
         params = parameters.init(config, jax.random.key(FLAGS.seed))
     else:
         params = jax.device_put(params)
-    if FLAGS.fast_start:
+    if FLAGS.fast_start and not FLAGS.init_from:
         params = fast_start(params, config, unigram_baseline(train_files).log_probabilities)
     state = TrainState.create(params, optimizer)
     if checkpoints.latest() is not None:

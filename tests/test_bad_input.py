@@ -141,7 +141,6 @@ def test_model_to_start_from(tmp_path):
     save_tokenizer(train_tokenizer([corpus_file().read_text()], 320), other, 64)
     said = line(tokenizer=other)
     assert "320 tokens" in said and "300" in said and "--tokenizer" in said
-    assert "--fast_start" in refused(*tiny_flags(init_from=model, run_dir=run_dir), "--fast_start")
 
     weights = model / "model.safetensors"
     whole = weights.read_bytes()
@@ -152,8 +151,7 @@ def test_model_to_start_from(tmp_path):
     weights.write_bytes(whole)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"intermediate_size": 65}))
-    assert "intermediate_size (asked 64, there 65)" in line()
-    assert "expected float32[65, 32]" in line(intermediate_size=65)
+    assert "expected float32[65, 32]" in line()
     (model / "config.json").unlink()
     assert "config.json" in line()
     assert not (run_dir / "flags.txt").exists()
