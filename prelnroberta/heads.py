@@ -17,14 +17,8 @@ import jax.numpy as jnp
 from prelnroberta.cache import Cache
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
-from prelnroberta.modeling import (
-    ACTIVATIONS,
-    EncoderOutput,
-    TableModule,
-    dropout,
-    layer_norm,
-    project,
-)
+from prelnroberta.layers import ACTIVATIONS, dropout, layer_norm, project
+from prelnroberta.modeling import EncoderOutput, TableModule
 
 Array = jax.Array
 

@@ -1,0 +1,57 @@
+"""What every part of the model is made of: norm, projection, dropout, activations, a gather."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+# gelu is the exact erf form, as in every reference; jax's default is the tanh approximation.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+def layer_norm(p: dict, x: Array, epsilon: float) -> Array:
+    """Normalises the last axis; statistics in float32 by two passes, result in x's dtype.
+
+    E[x^2] - E[x]^2 in one pass, Flax's default, is off by 1.7e-3 for rows of mean 100, std 1.
+    """
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(variance + epsilon)
+    return (normed * p["scale"] + p["bias"]).astype(x.dtype)
+
+
+def project(p: dict, equation: str, x: Array) -> Array:
+    """einsum with the kernel, in x's dtype, and the bias."""
+    return jnp.einsum(equation, x, p["kernel"].astype(x.dtype)) + p["bias"].astype(x.dtype)
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Inverted dropout; the identity without a key. Every element draws its own bit."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def take_positions(x: Array, positions: Array) -> Array:
+    """Gathers [B, L, ...] at [B, M] -> [B, M, ...], row by row.
+
+    A gather over the flattened batch would make sharded programs collect the whole batch.
+    """
+    index = positions.reshape(positions.shape + (1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1)
