@@ -12,8 +12,9 @@ from prelnroberta.data.packing import Row
 from prelnroberta.errors import InputError
 from prelnroberta.fast_start import check_length, fast_start
 from prelnroberta.heads import MaskedLM, masked_lm_scores
+from prelnroberta.layers import layer_norm, project
 from prelnroberta.metrics import UnigramBaseline
-from prelnroberta.modeling import embeddings, layer_norm, project
+from prelnroberta.modeling import embeddings
 from prelnroberta.optimizer import Optimization, adamw
 from prelnroberta.train import TrainState, as_jit, train_step
 
@@ -45,7 +46,8 @@ def test_tree_stays_the_models(started):
 
 def test_first_layer_heads_look_at_their_neighbours(started):
     ids = np.random.default_rng(0).integers(4, 63, (8, L))
-    x = embeddings(started["embeddings"], CONFIG, np.float32, ids, None, None, None)
+    words, positions = started["embeddings"]["word"][ids], np.tile(np.arange(2, L + 2), (8, 1))
+    x = embeddings(started["embeddings"], CONFIG, np.float32, words, None, positions, None)
     layer = jax.tree.map(lambda leaf: leaf[0], started["encoder"]["layers"])
     x = layer_norm(layer["attention_norm"], x, CONFIG.layer_norm_eps)
     q = project(layer["attention"]["query"], "bld,dhk->blhk", x)

@@ -1,0 +1,61 @@
+"""The causal class generates what its own forward pass says, whatever the padding."""
+
+import numpy as np
+import pytest
+from support import TINY, random_params
+
+from prelnroberta import FlaxRobertaPreLayerNormForCausalLM, InputError
+
+CONFIG = TINY.replace(vocab_size=60, is_decoder=True, eos_token_id=None)
+PROMPTS = [[0, 5, 6, 7, 8], [9, 10], [11]]
+NEW = 5
+
+
+@pytest.fixture(scope="module")
+def model():
+    made = FlaxRobertaPreLayerNormForCausalLM(CONFIG, _do_init=False)
+    made.params = random_params(CONFIG, "causal_lm")
+    return made
+
+
+def padded(prompts, side):
+    width, pad = max(map(len, prompts)), CONFIG.pad_token_id
+    rows = [
+        [pad] * (width - len(p)) + p if side == "left" else p + [pad] * (width - len(p))
+        for p in prompts
+    ]
+    return np.array(rows)
+
+
+def step_by_step(model, prompt):
+    """argmax over a whole forward pass of the bare tokens, again for every new one."""
+    ids = list(prompt)
+    for _ in range(NEW):
+        logits = model(np.array([ids])).logits
+        ids.append(int(np.asarray(logits)[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_greedy_is_step_by_step_argmax(model, side):
+    found = np.asarray(model.generate(padded(PROMPTS, side), max_new_tokens=NEW).sequences)
+    for row, prompt in zip(found, PROMPTS, strict=True):
+        assert row[-NEW:].tolist() == step_by_step(model, prompt)
+
+
+def test_beams_do_not_depend_on_padding_or_neighbours(model):
+    def beams(prompts, side):
+        found = model.generate(padded(prompts, side), max_new_tokens=NEW, num_beams=3)
+        return np.asarray(found.sequences)[:, -NEW:], np.asarray(found.scores)
+
+    left, scores = beams(PROMPTS, "left")
+    right, same = beams(PROMPTS, "right")
+    np.testing.assert_array_equal(left, right)
+    np.testing.assert_allclose(scores, same, rtol=1e-5)
+    alone, _ = beams(PROMPTS[1:2], "left")
+    np.testing.assert_array_equal(alone[0], left[1])
+
+
+def test_what_would_outgrow_the_positions_is_refused(model):
+    with pytest.raises(InputError, match=r"continuation of 69 tokens .*64"):
+        model.generate(np.array([[0, 5, 6, 7, 8]]), max_new_tokens=65)
