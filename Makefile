@@ -36,9 +36,9 @@ $(VENV)/installed: $(PROJECT)
 	@touch $@
 
 $(VENV)/tested: $(VENV)/installed tests/oracle/requirements.txt
-	@echo "adding PyTorch (CPU) and the test tools to $(VENV) (once)"
+	@echo "adding PyTorch and TensorFlow (CPU) and the test tools to $(VENV) (once)"
 	@$(PIP) '$(TORCH)' 2>/dev/null || $(PIP) '$(TORCH)' --index-url $(TORCH_INDEX)
-	@$(PIP) --editable '.[viz,dev,torch]'
+	@$(PIP) --editable '.[viz,dev,torch,tf,onnx]'
 	@rm -rf $(VENV)/transformers4
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target $(VENV)/transformers4 --requirement tests/oracle/requirements.txt
