@@ -211,6 +211,7 @@ def launch(main: Callable[[], int | None]) -> None:
             return 2
         if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
+        sys.unraisablehook = _unraisable
         try:
             return main()
         except InputError as error:
@@ -227,6 +228,13 @@ def launch(main: Callable[[], int | None]) -> None:
             return 130
 
     app.run(guarded)
+
+
+def _unraisable(error: sys.UnraisableHookArgs) -> None:
+    """When a save fails, tensorstore's threads still call back into a loop that orbax has closed:
+    a traceback each, beside the one line that says why the save failed."""
+    if str(error.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(error)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -10,8 +10,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -176,11 +175,3 @@ def _events(directory: Path, start: int) -> Any:
         return _NoEvents()
     logging.getLogger("tensorboardX").setLevel(logging.ERROR)
     return SummaryWriter(str(directory), purge_step=start + 1)
-
-
-@contextmanager
-def timed(clock: dict[str, float], name: str) -> Iterator[None]:
-    """Adds the seconds spent inside to `clock[name]`."""
-    begin = time.monotonic()
-    yield
-    clock[name] = clock.get(name, 0.0) + time.monotonic() - begin

@@ -1,12 +1,14 @@
 """Checkpoints of a training state: asynchronous, whole or not at all, and verified when read.
 
-orbax writes them; a step's directory appears by one rename, so a killed process leaves either a
-complete step or none. orbax alone would load a flipped byte without a word (measured, 6 times in
-6), so every checkpoint carries a manifest of each leaf's shape, dtype and checksum.
+orbax writes them; a step's directory appears by one rename and goes by another, so a killed process
+leaves either a complete step or none. orbax alone would load a flipped byte without a word
+(measured, 6 times in 6), so every checkpoint carries a manifest of each leaf's shape, dtype and
+checksum.
 
     <directory>/<step>/params      the parameter tree, alone, for whoever needs no optimizer
     <directory>/<step>/training    step, optimizer state and report window
     <directory>/<step>/manifest    leaves, and the caller's own JSON (`extra`)
+    <directory>/removed            steps no longer kept, until the next save
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,10 @@ import numpy as np
 from prelnroberta.errors import InputError
 from prelnroberta.params import check_leaves
 from prelnroberta.train import TrainState
+
+# orbax empties a directory file by file: a process killed meanwhile would leave part of a step in
+# its place. It renames into this one instead, and we delete there.
+_REMOVED = "removed"
 
 
 class CheckpointError(InputError):
@@ -63,6 +70,7 @@ class Checkpoints:
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,
+                todelete_subdir=_REMOVED,
             ),
         )
 
@@ -83,6 +91,7 @@ class Checkpoints:
         ocp, step = self._ocp, int(state.step)
         if step == self.latest():
             return
+        self._empty_removed()
         params, training = _split(state)
         manifest = {"leaves": _describe({"params": params, "training": training}), "extra": extra}
         self._reporting(
@@ -105,6 +114,7 @@ class Checkpoints:
     def close(self) -> None:
         """Waits as `wait` does, and lets go. Raises CheckpointError if a write failed."""
         self._reporting(self._manager.close)
+        self._empty_removed()
 
     def restore(
         self, like: TrainState, step: int | None = None
@@ -156,6 +166,11 @@ class Checkpoints:
             raise _damaged(where, ValueError(f"checksum of {', '.join(changed)}"))
         state = TrainState(params=values["params"], **values["training"])
         return state, manifest["extra"]
+
+    def _empty_removed(self) -> None:
+        if jax.process_index() == 0:
+            for step in self.directory.glob(f"{_REMOVED}/*"):
+                shutil.rmtree(step, ignore_errors=True)
 
     def _reporting(self, action: Any) -> None:
         try:

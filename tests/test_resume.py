@@ -150,9 +150,6 @@ def test_damaged_checkpoint_is_one_line_and_the_one_before_goes_on(tmp_path):
     assert_as_if_never_stopped(run_dir, "damaged")
 
 
-@pytest.mark.xfail(
-    strict=False, reason="in some runs orbax's threads print 'Event loop is closed' beside our line"
-)
 def test_full_disk_is_one_line_and_the_last_checkpoint_goes_on(tmp_path):
     with filled_disk(tmp_path / "disk") as disk:
         process = start(disk.path)
