@@ -97,9 +97,7 @@ class StoredTensor:
             raise ValueError(f"a tensor of shape {self.shape} and strides {self.strides}")
         last = sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
         count = self.storage.count
-        if math.prod(self.shape) > count or (
-            math.prod(self.shape) and self.offset + last >= count
-        ):
+        if math.prod(self.shape) > count or (math.prod(self.shape) and self.offset + last >= count):
             raise ValueError(f"a tensor of shape {self.shape} in a storage of {count}")
 
     @property
