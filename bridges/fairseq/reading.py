@@ -127,7 +127,7 @@ def read(path: Path, found: Mapping[str, Any], head: str | None) -> Checkpoint:
     model, chosen = _choose(facts, head)
     config, problems = _config(facts, model, chosen)
     problems += [*_encoder_problems(facts), *_head_problems(facts, model, chosen)]
-    state, beside = {}, {}
+    state, others = {}, set()
     if config is not None:
         pairs = names.by_transformers_name(config, model, chosen)
         state = {theirs: tensors[ours] for theirs, ours in pairs.items() if ours in tensors}
@@ -135,10 +135,9 @@ def read(path: Path, found: Mapping[str, Any], head: str | None) -> Checkpoint:
         state[huggingface.theirs(names.TOKEN_TYPE)] = np.zeros((T, D), tensors[names.WORD].dtype)
         tied = {names.OUTPUT} if config.tie_word_embeddings else set()
         beside = set(tensors) - set(pairs.values()) - tied - {names.VERSION}
-        heads = {name for name in beside if name.startswith((names.LM_HEAD, names.HEADS))}
-        if unknown := beside - heads:
+        others = {name for name in beside if name.startswith((names.LM_HEAD, names.HEADS))}
+        if unknown := beside - others:
             problems.append(f"unexpected {some(unknown)}: not part of this model")
-        beside = heads
     deepspeed = ", DeepSpeed's fused layers" if names.is_deepspeed(own) else ""
     return Checkpoint(
         form=f"fairseq checkpoint ({facts.arch or 'no arch'}, settings in {where}{deepspeed})",
@@ -148,7 +147,7 @@ def read(path: Path, found: Mapping[str, Any], head: str | None) -> Checkpoint:
         model=model,
         heads=tuple(facts.heads),
         norms=_norms(facts),
-        dropped=_dropped(found, beside, copies),
+        dropped=_dropped(found, others, copies),
         remarks=_remarks(facts, config, chosen),
         problems=tuple(problems),
         original=float64.Original(
@@ -225,12 +224,12 @@ def _config(
     except InputError as error:
         return None, [str(error)]
     output = facts.tensors.get(names.OUTPUT)
-    if model == "masked_lm" and config.tie_word_embeddings and output is not None:
-        if not np.array_equal(np.asarray(output), np.asarray(word)):
-            return config, [
-                "contradictory: untie_weights_roberta is false, but lm_head.weight is not "
-                "embed_tokens.weight"
-            ]
+    tied = model == "masked_lm" and config.tie_word_embeddings and output is not None
+    if tied and not np.array_equal(np.asarray(output), np.asarray(word)):
+        return config, [
+            "contradictory: untie_weights_roberta is false, but lm_head.weight is not "
+            "embed_tokens.weight"
+        ]
     return config, []
 
 
@@ -321,10 +320,10 @@ def _norms(facts: Facts) -> str:
     )
 
 
-def _dropped(found: Mapping[str, Any], heads: set[str], copies: Sequence[str]) -> tuple[str, ...]:
+def _dropped(found: Mapping[str, Any], others: set[str], copies: Sequence[str]) -> tuple[str, ...]:
     dropped = []
-    if heads:
-        stems = {".".join(name.split(".")[:2]) for name in heads}
+    if others:
+        stems = {".".join(name.split(".")[:2]) for name in others}
         dropped.append(f"other heads: {some(stems)}")
     if copies:
         dropped.append(
