@@ -94,8 +94,8 @@ def _check_dictionary(folder: Path, V: int) -> None:
     path = folder / "dict.txt"
     if not path.is_file():
         return
-    lines = path.read_bytes().decode("utf-8", "replace").splitlines()
-    expected = 4 + len(lines) + (not any(line.startswith("<mask> ") for line in lines))
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
+    expected = 4 + len(lines) + (not any(line.startswith(b"<mask> ") for line in lines))
     if expected != V:
         raise InputError(
             f"{path}: {len(lines)} lines make {expected} tokens with the specials and <mask>, but "

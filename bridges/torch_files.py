@@ -133,9 +133,11 @@ def load(path: str | Path) -> Any:
         with path.open("rb") as file:
             legacy = file.read(len(ZIP_MAGIC)) != ZIP_MAGIC
         return _load_legacy(path) if legacy else _load_zip(path)
-    except (InputError, OSError):
+    except InputError:
         raise
     except Exception as error:  # zipfile and pickletools raise a dozen types on damaged bytes
+        if isinstance(error, OSError) and error.filename:
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"{path}: damaged or not a file of torch.save ({reason})") from None
 

@@ -77,8 +77,8 @@ def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 end = begin + math.prod(shape)
                 joined[prefix + name] = flat[begin:end].reshape(shape)
                 begin = end
-        for source, copy in wrapped["shared_param_info"]:
-            joined[copy] = joined[source]
+    for wrapped in metadata[0]["param_metadata"]:
+        joined |= {copy: joined[source] for source, copy in wrapped["shared_param_info"]}
     for name in metadata[0]["buffer_names"]:
         joined[name] = weights[0][name]
     return joined

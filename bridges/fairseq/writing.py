@@ -98,7 +98,8 @@ def state_dict(
     tensors = {ours: own[theirs] for theirs, ours in pairs.items()}
     row = own[prefix + huggingface.NAMES[names.TOKEN_TYPE]][0]
     if row.any():
-        tensors[names.ENCODER + "embed_positions.weight"] += row
+        position = names.ENCODER + "embed_positions.weight"
+        tensors[position] = tensors[position] + row
     if model == "sequence_classification":
         # fairseq's model always has an LM head.
         V, D = config.vocab_size, config.hidden_size
@@ -181,6 +182,10 @@ def _settings(config: RobertaPreLayerNormConfig, model: str) -> dict[str, Any]:
         "random_token_prob": 0.1,
         "sample_break_mode": "none",
         "seed": 1,
+        # Left out, fairseq 0.12 fills them in as true.
+        "fp16": False,
+        "memory_efficient_fp16": False,
+        "tpu": False,
     }
 
 
