@@ -415,6 +415,8 @@ def _read_flax(path: Path) -> dict[str, np.ndarray]:
 
     try:
         flat = parameters.flatten(msgpack_restore(path.read_bytes()))
+        if strange := [name for name, v in flat.items() if not isinstance(v, np.ndarray)]:
+            raise ValueError(f"{strange[0]} is no array")
     except Exception as error:  # msgpack raises a dozen unrelated types on damaged bytes
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"{path}: damaged or not a Flax msgpack file ({reason})") from None
