@@ -49,11 +49,16 @@ class Agreement:
 
 
 def compare(
-    source: Checkpoint, directory: Path, tokenizer: tokenizers.Tokenizer | None, exact: bool
+    source: Checkpoint,
+    tree: parameters.Tree,
+    directory: Path,
+    tokenizer: tokenizers.Tokenizer | None,
+    exact: bool,
 ) -> Agreement:
     """Runs what was read and what was written.
 
     Args:
+        tree: the source's.
         directory: of the output.
         exact: whether the output keeps the input's precision, so that nothing may differ.
 
@@ -67,12 +72,12 @@ def compare(
     where = real if by_token else np.ones(len(ids), bool)
 
     written = open_checkpoint(directory)
-    tree = written.tree()
+    back = written.tree()
     expected = source.original(model, ids)[where]
     agreement = Agreement(
-        weights=_largest_difference(source.tree(), tree),
+        weights=_largest_difference(tree, back),
         float64=_relative(written.original(model, ids)[where], expected),
-        float32=_relative(_flax(written, tree, model, ids, real)[where], expected),
+        float32=_relative(_flax(written, back, model, ids, real)[where], expected),
         tokens=int(real.sum()),
     )
     bounds = {"float64": MOST_FLOAT64, "float32": MOST_FLOAT32}

@@ -5,7 +5,7 @@ python -m experiments.convert --input=checkpoint_best.pt --output=models/mine
 python -m experiments.convert --input=models/mine --output=for_fairseq --to=fairseq
 
 What is not RoBERTa-PreLayerNorm is refused with the reason. Both sides are then run, and the error
-printed. bridges/README.md lists the forms.
+printed. bridges/fairseq/README.md lists the forms.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> int:
         partial.mkdir()
         write(partial, tree, checkpoint, tokenizer, dtype)
         exact = dtype in ("float32", checkpoint.stored_dtype)
-        agreement = compare(checkpoint, partial, tokenizer, exact)
+        agreement = compare(checkpoint, tree, partial, tokenizer, exact)
     same = "every weight is the same" if agreement.weights == 0 else (
         f"weights differ by at most {agreement.weights:.1e}"
     )  # fmt: skip

@@ -163,7 +163,7 @@ def test_every_model_is_recognised_and_run(model, tmp_path):
     assert found.model == model and found.problems == ()
     (tmp_path / "out").mkdir()
     huggingface.save_pretrained(tmp_path / "out", found.tree(), found.config, found.model)
-    agreement = compare(found, tmp_path / "out", None, exact=True)
+    agreement = compare(found, found.tree(), tmp_path / "out", None, exact=True)
     assert agreement.weights == 0 and agreement.float64 < 1e-14 and agreement.float32 < 2e-6
 
     cls = getattr(transformers, huggingface.ARCHITECTURES[model])
@@ -202,7 +202,7 @@ def test_precision_is_stored_or_chosen(dtype, tmp_path):
     again = open_checkpoint(tmp_path / "out")
     assert set(again.dtypes) == {dtype}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
-    assert compare(found, tmp_path / "out", None, exact=True).weights == 0
+    assert compare(found, found.tree(), tmp_path / "out", None, exact=True).weights == 0
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
     assert str(theirs.dtype) == f"torch.{dtype}"
 
@@ -480,4 +480,4 @@ def test_verification_sees_a_swapped_norm(tmp_path):
     layers["mlp_norm"], layers["attention_norm"] = layers["attention_norm"], layers["mlp_norm"]
     huggingface.save_pretrained(tmp_path / "out", wrong, SMALL)
     with pytest.raises(InputError, match="the result is another function"):
-        compare(found, tmp_path / "out", None, exact=True)
+        compare(found, found.tree(), tmp_path / "out", None, exact=True)

@@ -84,7 +84,8 @@ def upgraded(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             continue
         for old, new in _RENAMED:
             name = re.sub(old, new, name)
-        if packed := _PACKED.match(name):
+        packed = _PACKED.match(name)
+        if packed and value.shape and value.shape[0] % 3 == 0:
             thirds = np.split(np.asarray(value), 3)
             for letter, third in zip("qkv", thirds, strict=True):
                 found[f"{packed['layer']}{letter}_proj.{packed['leaf']}"] = third

@@ -126,9 +126,10 @@ def read(path: Path, found: Mapping[str, Any], head: str | None) -> Checkpoint:
     facts = Facts(path, settings, tensors)
     model, chosen = _choose(facts, head)
     config, problems = _config(facts, model, chosen)
-    problems += [*_encoder_problems(facts), *_head_problems(facts, model, chosen)]
+    problems += _encoder_problems(facts)
     state, others = {}, set()
     if config is not None:
+        problems += _head_problems(facts, model, chosen)
         pairs = names.by_transformers_name(config, model, chosen)
         state = {theirs: tensors[ours] for theirs, ours in pairs.items() if ours in tensors}
         T, D = config.type_vocab_size, config.hidden_size
@@ -194,17 +195,22 @@ def _config(
     facts: Facts, model: str, head: str | None
 ) -> tuple[RobertaPreLayerNormConfig | None, list[str]]:
     """The config that shapes and settings say, or why there is none."""
-    word, position, wi = (
-        facts.tensors.get(names.ENCODER + name)
-        for name in ("embed_tokens.weight", "embed_positions.weight", "layers.0.fc1.weight")
-    )
-    if any(value is None or len(value.shape) != 2 for value in (word, position, wi)):
-        return None, ["no embed_tokens, embed_positions or layers.0.fc1 matrix: not a RoBERTa"]
+    needed = [names.ENCODER + n for n in ("embed_tokens", "embed_positions", "layers.0.fc1")]
+    if head is not None:
+        needed += [f"{names.HEADS}{head}.{name}" for name in ("dense", "out_proj")]
+    matrices = [facts.tensors.get(f"{name}.weight") for name in needed]
+    lacking = [
+        name
+        for name, value in zip(needed, matrices, strict=True)
+        if value is None or len(value.shape) != 2
+    ]
+    if lacking:
+        spectral = " (spectral normalisation?)" if lacking[0].endswith("out_proj") else ""
+        return None, [f"no matrix {lacking[0]}.weight{spectral}"]
+    word, position, wi = matrices[:3]
     labels = {}
-    if model == "sequence_classification":
-        out = facts.tensors.get(f"{names.HEADS}{head}.out_proj.weight")
-        labels["num_labels"] = 2 if out is None else out.shape[0]
-        labels["classifier_dropout"] = facts["pooler_dropout"]
+    if head is not None:
+        labels = {"num_labels": matrices[4].shape[0], "classifier_dropout": facts["pooler_dropout"]}
     try:
         config = RobertaPreLayerNormConfig(
             vocab_size=word.shape[0],
@@ -298,10 +304,6 @@ def _head_problems(facts: Facts, model: str, head: str | None) -> list[str]:
             problems.append(
                 f"pooler_activation_fn={facts['pooler_activation_fn']!r}, expected 'tanh': "
                 "transformers' classification head has no other"
-            )
-        if f"{names.HEADS}{head}.out_proj.weight" not in facts:
-            problems.append(
-                f"classification head {head!r} has no out_proj.weight (spectral normalisation?)"
             )
     return problems
 
