@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import copy
 import io
 import os
 import pathlib
@@ -179,12 +180,29 @@ def test_claims_beyond_the_file(tmp_path):
         {"a/data.pkl": claim(b"K\x10", huge + huge)},
         {"a/data.pkl": claim(b"K\x10", b"K\x05K\x04")},
         {"a/data.pkl": claim(b"K\x10", b"J\xff\xff\xff\xffK\x04")},
+        {"a/data.pkl": lambda data: data.replace(b"K\x04K\x01\x86", b"K\x05K\x01\x86")},
         {"a/data/0": lambda data: data[:-4]},
         {"a/byteorder": lambda data: b"big"},
         {"a/constants.pkl": lambda data: b"N."},
     ):
         rewritten(save(path, {"a": torch.ones(4, 4)}), changes)
         refusal(path)
+
+
+def test_entries_that_overlap_are_counted_each(tmp_path):
+    """One megabyte on disk, a hundred in memory."""
+    path = save(tmp_path / "a.pt", {i: torch.zeros(1 << 18) for i in range(100)})
+    with zipfile.ZipFile(path) as archive:
+        program, one = archive.read("a/data.pkl"), archive.read("a/data/0")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", program)
+        archive.writestr("a/data/0", one)
+        for i in range(1, 100):
+            again = copy.copy(archive.getinfo("a/data/0"))
+            again.filename = f"a/data/{i}"
+            archive.filelist.append(again)
+    assert path.stat().st_size < 1 << 21
+    assert "claims more tensors than its size holds" in refusal(path)
 
 
 def test_many_tensors_over_one_storage_claim_nothing_new(tmp_path):
