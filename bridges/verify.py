@@ -54,6 +54,7 @@ def compare(
     directory: Path,
     tokenizer: tokenizers.Tokenizer | None,
     exact: bool,
+    head: str | None = None,
 ) -> Agreement:
     """Runs what was read and what was written.
 
@@ -61,6 +62,7 @@ def compare(
         tree: the source's.
         directory: of the output.
         exact: whether the output keeps the input's precision, so that nothing may differ.
+        head: which head of the output is meant; None: as `open_checkpoint` has it.
 
     Raises:
         InputError: they are not the same function: the input is not what it seemed.
@@ -71,7 +73,7 @@ def compare(
     by_token = model not in ("sequence_classification", "multiple_choice", "base")
     where = real if by_token else np.ones(len(ids), bool)
 
-    written = open_checkpoint(directory)
+    written = open_checkpoint(directory, head)
     back = written.tree()
     expected = source.original(model, ids)[where]
     agreement = Agreement(

@@ -47,9 +47,9 @@ def main() -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(output) as partial:
         partial.mkdir()
-        write(partial, tree, checkpoint, tokenizer, dtype)
+        head = write(partial, tree, checkpoint, tokenizer, dtype)
         exact = dtype in ("float32", checkpoint.stored_dtype)
-        agreement = compare(checkpoint, tree, partial, tokenizer, exact)
+        agreement = compare(checkpoint, tree, partial, tokenizer, exact, head)
     same = "every weight is the same" if agreement.weights == 0 else (
         f"weights differ by at most {agreement.weights:.1e}"
     )  # fmt: skip
@@ -109,8 +109,8 @@ def write(
     checkpoint: Checkpoint,
     tokenizer: tokenizers.Tokenizer | None,
     dtype: str,
-) -> None:
-    """The output's files, in an empty directory."""
+) -> str | None:
+    """Writes the output's files into an empty directory; returns its head, where it has several."""
     config, model = checkpoint.config, checkpoint.model
     if FLAGS.to == "fairseq":
         from bridges.fairseq import writing
@@ -118,7 +118,7 @@ def write(
         writing.save(directory, tree, config, model, tokenizer, dtype)
         for remark in writing.remarks(tree, config, model):
             print(f"note: {remark}")
-        return
+        return writing.HEAD if model == "sequence_classification" else None
 
     from prelnroberta.data.tokenizer import save_tokenizer
     from prelnroberta.huggingface import save_pretrained
@@ -126,6 +126,7 @@ def write(
     save_pretrained(directory, tree, config, model, dtype=dtype)
     if tokenizer is not None:
         save_tokenizer(tokenizer, directory, config.max_length)
+    return None
 
 
 if __name__ == "__main__":

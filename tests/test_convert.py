@@ -436,6 +436,10 @@ def test_precision_as_asked(tmp_path):
     assert json.loads((output / "config.json").read_text())["architectures"] == [
         "RobertaPreLayerNormForSequenceClassification"
     ]
+    back = tmp_path / "back"
+    said = convert(input=output, output=back, to="fairseq")
+    assert errors_in(said)[0] < 1e-12 and f"the head is called {writing.HEAD}" in said
+    assert_same(open_checkpoint(back, writing.HEAD).tree(), open_checkpoint(output).tree())
 
 
 def test_describe_writes_nothing(tmp_path):
