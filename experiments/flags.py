@@ -168,6 +168,31 @@ def _predict() -> None:
     flags.DEFINE_integer("batch_size", 32, "Texts computed at once.")
 
 
+def _convert() -> None:
+    flags.DEFINE_string(
+        "input",
+        None,
+        "A checkpoint: fairseq's or DinkyTrain's .pt (also -shardN.pt), a folder or file of "
+        "transformers (.safetensors, .bin, .msgpack, .h5), or a run.",
+        required=True,
+    )
+    flags.DEFINE_string("output", None, "The folder to make. It must not exist, or be empty.")
+    flags.DEFINE_enum("to", "huggingface", ["huggingface", "fairseq"], "Form of the output.")
+    flags.DEFINE_string(
+        "head",
+        None,
+        "What to take along: masked_lm, a classification head by its name, or none. Default: the "
+        "LM head, or else the only head there is.",
+    )
+    flags.DEFINE_enum(
+        "dtype",
+        "stored",
+        ["stored", "float32", "float16", "bfloat16"],
+        "Precision of the output's weights; stored: the input's.",
+    )
+    flags.DEFINE_bool("describe", False, "Tell what the input holds, and write nothing.")
+
+
 _GROUPS: dict[str, Callable[[], None]] = {
     "run": _run,
     "corpus": _corpus,
@@ -178,6 +203,7 @@ _GROUPS: dict[str, Callable[[], None]] = {
     "compute": _compute,
     "predict": _predict,
     "demo": _demo,
+    "convert": _convert,
 }
 # What may change between the parts of a resumed run without changing a single number of it.
 _FREE = {"run_dir", "cache_dir", "keep_checkpoints"}

@@ -281,6 +281,7 @@ def save_pretrained(
     config: RobertaPreLayerNormConfig,
     model: str = "masked_lm",
     max_shard_bytes: int = 5 * 10**9,
+    dtype: str = "float32",
 ) -> None:
     """Writes `config.json` and safetensors so that transformers 4.57 and 5 load them silently.
 
@@ -289,17 +290,19 @@ def save_pretrained(
 
     Args:
         max_shard_bytes: larger models are written as shards and their index.
+        dtype: of the file: float32, float16 or bfloat16.
 
     Raises:
-        InputError: where the tree is not the model's.
+        InputError: where the tree is not the model's, or a number is too large for the dtype.
     """
     from safetensors.numpy import save
 
     parameters.check(params, config, model)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    values = {**config.to_dict(), "architectures": [ARCHITECTURES[model]], "dtype": "float32"}
-    shards = _shards(to_tensors(params, config, model), max_shard_bytes)
+    values = {**config.to_dict(), "architectures": [ARCHITECTURES[model]], "dtype": dtype}
+    tensors = {n: as_dtype(n, t, dtype) for n, t in to_tensors(params, config, model).items()}
+    shards = _shards(tensors, max_shard_bytes)
     names = [WEIGHTS_NAME]
     if len(shards) > 1:
         names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
@@ -321,6 +324,15 @@ def save_pretrained(
             r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", path.name
         ):
             path.unlink(missing_ok=True)
+
+
+def as_dtype(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
+    """A finite float32 array in another precision. Raises InputError where that has no room."""
+    with np.errstate(over="ignore"):
+        cast = value.astype(np.dtype(dtype), copy=False)
+    if cast.dtype != value.dtype and not np.isfinite(cast).all():
+        raise InputError(f"{name} has numbers too large for {dtype}: write float32 or bfloat16")
+    return cast
 
 
 def _shards(tensors: Mapping[str, np.ndarray], most: int) -> list[dict[str, np.ndarray]]:
@@ -353,19 +365,21 @@ def load_pretrained(
     return from_tensors(tensors, config, model, source), config
 
 
-def read_weights(directory: str | Path) -> tuple[dict[str, np.ndarray], str]:
-    """The state dict in a directory, by transformers' torch names, and the file it came from.
+def read_weights(path: str | Path) -> tuple[dict[str, np.ndarray], str]:
+    """A state dict by transformers' torch names, and the file it came from.
+
+    Args:
+        path: a directory; or one of its files, safetensors, their index, or Flax msgpack.
 
     Raises:
         InputError: naming the file that is missing or damaged.
     """
-    directory = Path(directory)
-    whole, index, flax = (directory / name for name in (WEIGHTS_NAME, INDEX_NAME, FLAX_NAME))
-    if whole.is_file() or not (index.is_file() or flax.is_file()):
-        return _read_safetensors(whole), str(whole)
-    if index.is_file():
-        return _read_shards(index), str(index)
-    return _read_flax(flax), str(flax)
+    path = Path(path)
+    if not path.is_file():
+        places = [path / name for name in (WEIGHTS_NAME, INDEX_NAME, FLAX_NAME)]
+        path = next((place for place in places if place.is_file()), places[0])
+    readers = {".json": _read_shards, ".msgpack": _read_flax}
+    return readers.get(path.suffix, _read_safetensors)(path), str(path)
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -401,6 +415,8 @@ def _read_flax(path: Path) -> dict[str, np.ndarray]:
 
     try:
         flat = parameters.flatten(msgpack_restore(path.read_bytes()))
+        if strange := [name for name, v in flat.items() if not isinstance(v, np.ndarray)]:
+            raise ValueError(f"{strange[0]} is no array")
     except Exception as error:  # msgpack raises a dozen unrelated types on damaged bytes
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"{path}: damaged or not a Flax msgpack file ({reason})") from None

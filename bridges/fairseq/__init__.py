@@ -1,0 +1,1 @@
+"""fairseq and DinkyTrain checkpoints <-> the parameter tree; see README.md."""

@@ -1,0 +1,133 @@
+"""Converts weights from elsewhere: fairseq, DinkyTrain, and transformers' files of any age.
+
+python -m experiments.convert --input=checkpoint_best.pt --describe
+python -m experiments.convert --input=checkpoint_best.pt --output=models/mine
+python -m experiments.convert --input=models/mine --output=for_fairseq --to=fairseq
+
+What is not RoBERTa-PreLayerNorm is refused with the reason. Both sides are then run, and the error
+printed. bridges/fairseq/README.md lists the forms.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiments import flags
+from experiments.flags import FLAGS
+from prelnroberta.errors import InputError
+from prelnroberta.files import written_whole
+
+if TYPE_CHECKING:
+    import tokenizers
+
+    from bridges.checkpoint import Checkpoint
+
+flags.declare("convert")
+
+
+def main() -> int:
+    if not FLAGS.describe:
+        check_output()
+
+    from bridges.detect import find_tokenizer, open_checkpoint
+    from bridges.verify import compare
+
+    checkpoint = open_checkpoint(input_path(), FLAGS.head)
+    describe(checkpoint)
+    if FLAGS.describe:
+        for problem in checkpoint.problems:
+            print(f"refused: {problem}")
+        return 0
+    tree = checkpoint.tree()
+    tokenizer, remark = find_tokenizer(checkpoint)
+    print(remark)
+    dtype = checkpoint.stored_dtype if FLAGS.dtype == "stored" else FLAGS.dtype
+    output = Path(FLAGS.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(output) as partial:
+        partial.mkdir()
+        head = write(partial, tree, checkpoint, tokenizer, dtype)
+        exact = dtype in ("float32", checkpoint.stored_dtype)
+        agreement = compare(checkpoint, tree, partial, tokenizer, exact, head)
+    same = "every weight is the same" if agreement.weights == 0 else (
+        f"weights differ by at most {agreement.weights:.1e}"
+    )  # fmt: skip
+    print(
+        f"input and output, each run in float64 by its own names: relative error "
+        f"{agreement.float64:.1e} on {agreement.tokens} tokens; {same}"
+    )
+    print(f"this package's model in float32 against the input: {agreement.float32:.1e}")
+    print(f"written: {output} ({dtype})")
+    return 0
+
+
+def check_output() -> None:
+    if not FLAGS.output:
+        raise InputError("--output is missing: the folder to make (or give --describe)")
+    output = Path(FLAGS.output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise InputError(f"--output={output} exists: name a new or empty folder")
+
+
+def input_path() -> Path:
+    """--input, or the model inside a run."""
+    path = Path(FLAGS.input)
+    if (path / "model" / "config.json").exists() and not (path / "config.json").exists():
+        return path / "model"
+    return path
+
+
+def describe(checkpoint: Checkpoint) -> None:
+    """What the input holds, a line each."""
+    from prelnroberta.params import parameter_count
+
+    config = checkpoint.config
+    print(f"input: {checkpoint.form}, {checkpoint.source}")
+    if config is not None:
+        print(
+            f"architecture: {config.num_hidden_layers} layers of {config.hidden_size}, "
+            f"{config.num_attention_heads} heads, MLP {config.intermediate_size} "
+            f"({config.hidden_act}), {config.max_length} positions, "
+            f"layer_norm_eps {config.layer_norm_eps:g}"
+        )
+        print(f"parameters: {parameter_count(config, checkpoint.model):,} as {checkpoint.model}")
+        tied = "tied to" if config.tie_word_embeddings else "untied from"
+        print(f"vocabulary: {config.vocab_size:,} tokens; output {tied} the word table")
+    stored = ", ".join(f"{count:,} {dtype}" for dtype, count in checkpoint.dtypes.items())
+    print(f"stored: {stored or 'nothing'}")
+    print(f"heads: {', '.join(checkpoint.heads) or 'none'}; norms: {checkpoint.norms}")
+    for dropped in checkpoint.dropped:
+        print(f"dropped: {dropped}")
+    for remark in checkpoint.remarks:
+        print(f"note: {remark}")
+
+
+def write(
+    directory: Path,
+    tree: dict,
+    checkpoint: Checkpoint,
+    tokenizer: tokenizers.Tokenizer | None,
+    dtype: str,
+) -> str | None:
+    """Writes the output's files into an empty directory; returns its head, where it has several."""
+    config, model = checkpoint.config, checkpoint.model
+    if FLAGS.to == "fairseq":
+        from bridges.fairseq import writing
+
+        writing.save(directory, tree, config, model, tokenizer, dtype)
+        for remark in writing.remarks(tree, config, model):
+            print(f"note: {remark}")
+        return writing.HEAD if model == "sequence_classification" else None
+
+    from prelnroberta.data.tokenizer import save_tokenizer
+    from prelnroberta.huggingface import save_pretrained
+
+    save_pretrained(directory, tree, config, model, dtype=dtype)
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, directory, config.max_length)
+    return None
+
+
+if __name__ == "__main__":
+    flags.launch(main)
