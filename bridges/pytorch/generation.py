@@ -117,7 +117,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Sets all logits [R, V] to -inf but the smallest set's with probability >= p; one at least."""
-    sorted_logits, order = logits.sort(-1, descending=True, stable=True)
+    sorted_logits, order = logits.sort(dim=-1, descending=True, stable=True)
     probability = sorted_logits.softmax(-1)
     before = probability.cumsum(-1) - probability
     kept = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before < p)
@@ -240,5 +240,5 @@ def _beams(
 
 def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k greatest of [B, n], the first of equals first: what is -inf stays in its place."""
-    values, order = scores.sort(-1, descending=True, stable=True)
+    values, order = scores.sort(dim=-1, descending=True, stable=True)
     return values[:, :k], order[:, :k]

@@ -6,7 +6,6 @@ float32, and a finite 0 where none counts.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -108,11 +107,14 @@ class Headed(PreTrained):
     """A model with a head; subclasses say what it computes of the last hidden states.
 
     Attributes:
+        output: what `forward` returns.
+        of_encoder: which of its fields are the encoder's.
         pooled: whether the encoder has its pooler.
         first_only: whether the head reads the first position and no other.
     """
 
     output: ClassVar[type[Output]] = HeadOutput
+    of_encoder: ClassVar[tuple[str, ...]] = ("hidden_states", "attentions")
     pooled: ClassVar[bool] = False
     first_only: ClassVar[bool] = False
 
@@ -196,9 +198,8 @@ class Headed(PreTrained):
     def returned(
         self, encoded: BaseModelOutput, return_dict: bool | None, **own: Any
     ) -> Output | tuple[Any, ...]:
-        """This class's own fields, and of the encoder's output those that it has as well."""
-        names = {field.name for field in dataclasses.fields(self.output)}
-        shared = {name: value for name, value in encoded.items() if name in names}
+        """This class's own fields, and those that it has of the encoder's output."""
+        shared = {name: getattr(encoded, name) for name in self.of_encoder}
         output = self.output(**own, **shared)
         return output if self.setting(return_dict, "return_dict") else output.to_tuple()
 
@@ -232,6 +233,7 @@ class RobertaPreLayerNormForCausalLM(WithLMHead):
 
     model = "causal_lm"
     output = CausalLMOutput
+    of_encoder = ("past_key_values", "hidden_states", "attentions", "cross_attentions")
 
     def __init__(self, config: RobertaPreLayerNormConfig):
         super().__init__(config)

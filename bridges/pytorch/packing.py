@@ -41,4 +41,5 @@ class Packing(NamedTuple):
     def put(self, x: Tensor) -> Tensor:
         """[1, T, ...] -> [B, L, ...], zero where nothing was taken."""
         B, L = self.shape
-        return x.new_zeros(B * L, *x.shape[2:]).index_copy(0, self.index, x[0]).unflatten(0, (B, L))
+        empty = x.new_zeros(B * L, *x.shape[2:])
+        return empty.index_copy_(0, self.index, x[0]).unflatten(0, (B, L))
