@@ -88,6 +88,10 @@ def bias_of(visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return bias.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def keys_seen(mask: Tensor | None) -> Tensor | None:
     """A mask [B, T] or [B, L, T] as visibility [B, L or 1, T]."""
     if mask is None:
@@ -155,7 +159,7 @@ class Attention(nn.Module):
         if context.lengths is not None:
             mixed = self.by_row(q, keys, values, context, rate)
         elif context.explicit or head_mask is not None:
-            scores = (q * self.head_dim**-0.5 @ keys.mT).float()
+            scores = at_least_float32(q * self.head_dim**-0.5 @ keys.mT)
             scores = scores if bias is None else scores + bias
             probabilities = F.dropout(scores.softmax(-1).to(q.dtype), rate, self.training)
             if head_mask is not None:
@@ -414,9 +418,7 @@ class RobertaPreLayerNormModel(PreTrained):
         output = BaseModelOutput(
             last_hidden_state=x,
             pooler_output=None if self.pooler is None else self.pooler["dense"](x[:, 0]).tanh(),
-            past_key_values=cache._replace(layers=tuple(k.past for k in kept))
-            if use_cache
-            else None,
+            past_key_values=cache.fill(tuple(k.past for k in kept)) if use_cache else None,
             hidden_states=tuple(streams) if keep_streams else None,
             attentions=tuple(k.attention for k in kept) if keep_attentions else None,
             cross_attentions=tuple(k.cross_attention for k in kept) if crossed else None,
