@@ -92,6 +92,7 @@ def test_skipping_is_refused_where_it_cannot_serve():
         ("causal_lm", decoder, {"use_cache": True}, "a cache"),
         ("masked_lm", SMALL, {"attention_mask": torch.eye(4)[None]}, "3 axes"),
         ("sequence_classification", SMALL, {}, "begins with padding"),
+        ("sequence_classification", SMALL, {"output_hidden_states": True}, "begins with padding"),
         (
             "question_answering",
             SMALL,
@@ -221,6 +222,40 @@ def test_half_precision_computes_losses_in_float32(dtype):
         assert output.loss.dtype == torch.float32 and output.logits.dtype == dtype
         output.loss.backward()
         assert all(torch.isfinite(p.grad).all() for p in ours.parameters())
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_autocast(skip):
+    """bfloat16 products over float32 parameters, with rows that see nothing."""
+    batch = tensors(ragged_batch(ODD))
+    batch["attention_mask"][1] = 0
+    batch["labels"][1] = -100
+    ours = twin("masked_lm", ODD, random_params(ODD, scale=0.1))
+    exact = ours(**batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ours(**batch, skip_padding=skip)
+    found.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in ours.parameters())
+    seen = batch["attention_mask"] == 1 if skip else slice(None)
+    assert rms_relative(found.logits[seen].detach().float(), exact.logits[seen].detach()) < 2e-2
+
+
+def test_gradients_of_each_example():
+    """torch.func: vmap over grad of a functional call."""
+    ours, batch = twin("masked_lm", SMALL), tensors(ragged_batch(SMALL))
+    batch["labels"][:, 0] = 5
+    params = dict(ours.named_parameters())
+
+    def loss(params, row):
+        given = {name: value[None] for name, value in row.items()}
+        return torch.func.functional_call(ours, params, (), given).loss
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, batch)
+    for n in range(5):
+        ours.zero_grad()
+        ours(**{name: value[n : n + 1] for name, value in batch.items()}).loss.backward()
+        for name, parameter in ours.named_parameters():
+            assert torch.allclose(found[name][n], parameter.grad, rtol=1e-3, atol=1e-5), name
 
 
 # Compiled and exported.

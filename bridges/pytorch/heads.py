@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bridges.pytorch.generation import generate
 from bridges.pytorch.modeling import RobertaPreLayerNormModel, at_least_float32
 from bridges.pytorch.packing import Packing
-from bridges.pytorch.pretrained import PreTrained, on_host
+from bridges.pytorch.pretrained import PreTrained, on_host, values_can_be_read
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 from prelnroberta.generation import GenerationOutput
@@ -188,7 +188,7 @@ class Headed(PreTrained):
     ) -> None:
         """Holds labels to the logits there will be."""
         given = embeds if ids is None else ids
-        if labels is None or given is None or torch.compiler.is_compiling():
+        if labels is None or given is None or not values_can_be_read():
             return
         B, L, *_ = given.shape
         V, C = self.config.vocab_size, self.config.num_labels
