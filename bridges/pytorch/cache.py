@@ -7,13 +7,14 @@ which keeps rows padded on either side exact (transformers counts columns).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class Past(NamedTuple):
+@dataclass(frozen=True)
+class Past:
     """One layer's keys and values: its own [B, H, T, K], and of encoder states [B, H, S, K]."""
 
     keys: Tensor | None = None
@@ -22,8 +23,9 @@ class Past(NamedTuple):
     cross_values: Tensor | None = None
 
 
-class Cache(NamedTuple):
-    """Tensors alone, in tuples: usable as an argument of compiled and exported programs.
+@dataclass(frozen=True)
+class Cache:
+    """What all layers remember; an argument and result of compiled and exported programs, too.
 
     Attributes:
         layers: N of `Past`.
@@ -59,11 +61,12 @@ class Cache(NamedTuple):
         cross_valid = self.cross_valid
         if cross_valid is None and cross_mask is not None:
             cross_valid = cross_mask != 0
-        return self._replace(
-            valid=new if whole else torch.cat([self.valid, new], 1),
-            count=self.count + real.sum(-1),
-            cross_valid=cross_valid,
-        )
+        valid = new if whole else torch.cat([self.valid, new], 1)
+        return Cache(self.layers, valid, self.count + real.sum(-1), cross_valid)
+
+    def fill(self, layers: tuple[Past, ...]) -> Cache:
+        """What was announced, with what layers made of it."""
+        return Cache(layers, self.valid, self.count, self.cross_valid)
 
     def visible(self, length: int) -> Tensor:
         """Which columns each of the `length` newest sees, [B, length, T]: valid, up to its own."""
@@ -76,5 +79,12 @@ class Cache(NamedTuple):
         def rows(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.index_select(0, index)
 
-        layers = tuple(Past(*map(rows, layer)) for layer in self.layers)
+        layers = tuple(
+            Past(rows(p.keys), rows(p.values), rows(p.cross_keys), rows(p.cross_values))
+            for p in self.layers
+        )
         return Cache(layers, rows(self.valid), rows(self.count), rows(self.cross_valid))
+
+
+for _kind in (Past, Cache):
+    torch.export.register_dataclass(_kind, serialized_type_name=f"{__name__}.{_kind.__name__}")

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bridges.pytorch.generation import generate
-from bridges.pytorch.modeling import RobertaPreLayerNormModel
+from bridges.pytorch.modeling import RobertaPreLayerNormModel, at_least_float32
 from bridges.pytorch.packing import Packing
-from bridges.pytorch.pretrained import PreTrained, on_host
+from bridges.pytorch.pretrained import PreTrained, on_host, values_can_be_read
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 from prelnroberta.generation import GenerationOutput
@@ -41,7 +41,10 @@ for _output in (BaseModelOutput, CausalLMOutput, HeadOutput, QuestionAnsweringOu
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy of logits [..., C] against labels [...] int."""
     total = F.cross_entropy(
-        logits.float().flatten(0, -2), labels.long().flatten(), ignore_index=IGNORE, reduction="sum"
+        at_least_float32(logits).flatten(0, -2),
+        labels.long().flatten(),
+        ignore_index=IGNORE,
+        reduction="sum",
     )
     return total / (labels != IGNORE).sum().clamp(min=1)
 
@@ -57,7 +60,8 @@ def sequence_loss(config: RobertaPreLayerNormConfig, logits: Tensor, labels: Ten
     whole = not labels.is_floating_point() and labels.dtype != torch.bool
     if kind == "single_label_classification" or (kind is None and whole):
         return label_loss(logits, labels)
-    logits, labels = logits.float().flatten(), labels.float().flatten()
+    logits = at_least_float32(logits).flatten()
+    labels = labels.to(logits.dtype).flatten()
     if kind == "regression":
         return F.mse_loss(logits, labels)
     return F.binary_cross_entropy_with_logits(logits, labels)
@@ -184,7 +188,7 @@ class Headed(PreTrained):
     ) -> None:
         """Holds labels to the logits there will be."""
         given = embeds if ids is None else ids
-        if labels is None or given is None or torch.compiler.is_compiling():
+        if labels is None or given is None or not values_can_be_read():
             return
         B, L, *_ = given.shape
         V, C = self.config.vocab_size, self.config.num_labels

@@ -185,7 +185,7 @@ class PreTrained(nn.Module):
             caches: whether a cache is given or made.
             rows: how many axes come before L: 1 is [B, L], 2 is [B, C, L].
         """
-        if torch.compiler.is_compiling():
+        if not values_can_be_read():
             return
         host = {name: on_host(name, value) for name, value in inputs.items() if value is not None}
         masks = [value for name, value in host.items() if name.endswith("attention_mask")]
@@ -224,6 +224,11 @@ class PreTrained(nn.Module):
                 "the right"
             )
         return Packing.of(mask)
+
+
+def values_can_be_read() -> bool:
+    """Not in a program that is being traced: what they were would be part of it."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 def on_host(name: str, value: Any) -> np.ndarray:
