@@ -25,9 +25,9 @@ from prelnroberta.config import RobertaPreLayerNormConfig
 Tensor = tf.Tensor
 Dropout = Callable[[Tensor, float], Tensor]
 
-# Added to the scores of keys that may not be seen. Float32 has no bit to spare for a score beside
-# it, so that a query that sees nothing attends evenly; float32's own least number would overflow
-# to -inf on the way through half precision and some converters.
+# Added to the scores of keys that may not be seen. No score leaves a trace beside it in float32, so
+# that a query that sees nothing attends evenly, as by Flax's choice between scores and a constant,
+# which TensorFlow computes more slowly than this sum.
 INVISIBLE = -1e30
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
