@@ -1,5 +1,5 @@
-"""Every TF class against transformers 4.57.6's own, which transformers 5 no longer has, in a process
-of its own: outputs, losses, gradients, and the tf_model.h5 that it wrote."""
+"""Every TF class against transformers 4.57.6's own, which transformers 5 no longer has, in a
+process of its own: outputs, losses, gradients, and the tf_model.h5 that it wrote."""
 
 import json
 import os
