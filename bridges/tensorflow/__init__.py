@@ -30,7 +30,7 @@ if _backend != "tensorflow":
         "KERAS_BACKEND=tensorflow before keras is imported"
     )
 
-from bridges.tensorflow.models import (  # noqa: E402
+from bridges.tensorflow.models import (
     TFRobertaPreLayerNormForCausalLM,
     TFRobertaPreLayerNormForMaskedLM,
     TFRobertaPreLayerNormForMultipleChoice,
@@ -39,7 +39,7 @@ from bridges.tensorflow.models import (  # noqa: E402
     TFRobertaPreLayerNormForTokenClassification,
     TFRobertaPreLayerNormModel,
 )
-from bridges.tensorflow.pretrained import TFRobertaPreLayerNormPreTrainedModel  # noqa: E402
+from bridges.tensorflow.pretrained import TFRobertaPreLayerNormPreTrainedModel
 
 __all__ = [
     "TFRobertaPreLayerNormForCausalLM",

@@ -46,7 +46,7 @@ def announce(cache: Cache, attention_mask: Tensor | None, real: Tensor) -> tuple
     """
     B, L = sizes(real)
     T, index = sizes(cache["valid"])[1], cache["index"]
-    new = tf.ones([B, L], tf.bool) if attention_mask is None else attention_mask != 0
+    new = tf.ones([B, L], tf.bool) if attention_mask is None else tf.cast(attention_mask, tf.bool)
     valid = write_columns(cache["valid"][:, None, :, None], new[:, None, :, None], index)[
         :, 0, :, 0
     ]

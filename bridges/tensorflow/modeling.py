@@ -1,4 +1,4 @@
-"""RoBERTa-PreLayerNorm's encoder in Keras layers: Embeddings -> Attention -> Mlp -> Block -> Encoder.
+"""RoBERTa-PreLayerNorm's encoder in Keras: Embeddings -> Attention -> Mlp -> Block -> Encoder.
 
 The same function as `prelnroberta/modeling.py`, from which this file differs where TensorFlow does:
 layers own their variables, one set a layer; matrix products see two axes, so that TensorFlow fuses
@@ -25,9 +25,9 @@ from prelnroberta.config import RobertaPreLayerNormConfig
 Tensor = tf.Tensor
 Dropout = Callable[[Tensor, float], Tensor]
 
-# Added to the scores of keys that may not be seen. Float32 has no bit to spare for a score beside
-# it, so that a query that sees nothing attends evenly; float32's own least number would overflow
-# to -inf on the way through half precision and some converters.
+# Added to the scores of keys that may not be seen. No score leaves a trace beside it in float32, so
+# that a query that sees nothing attends evenly, as by Flax's choice between scores and a constant,
+# which TensorFlow computes more slowly than this sum.
 INVISIBLE = -1e30
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -365,8 +365,8 @@ def visibility(
     """Which keys each query may see: bool, [B, 1, L] or [B, L, L]; None means all."""
     visible = None
     if attention_mask is not None:
-        mask = attention_mask != 0
-        visible = mask[:, None, :] if mask.shape.rank == 2 else mask
+        mask = tf.cast(attention_mask, tf.bool)
+        visible = tf.expand_dims(mask, 1) if mask.shape.rank == 2 else mask
     if segment_ids is not None:
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
         visible = same if visible is None else visible & same
@@ -379,7 +379,7 @@ def visibility(
 
 def score_bias(visible: Tensor | None) -> Tensor | None:
     """float32, over heads as well: 0 where a key is visible, else `INVISIBLE`."""
-    return None if visible is None else tf.where(visible, 0.0, INVISIBLE)[:, None]
+    return None if visible is None else tf.expand_dims(tf.where(visible, 0.0, INVISIBLE), 1)
 
 
 def encode(
@@ -436,5 +436,5 @@ def read_encoder(encoder: Encoder, states: Tensor, mask: Tensor | None = None) -
     """What a cache holds of encoder states [B, S, D], by all layers, and of their mask [B, S]."""
     pairs = [block.cross_attention.keys_and_values(states) for block in encoder.stack.blocks]
     keys, values = zip(*pairs, strict=True)
-    valid = tf.ones(sizes(states)[:2], tf.bool) if mask is None else mask != 0
+    valid = tf.ones(sizes(states)[:2], tf.bool) if mask is None else tf.cast(mask, tf.bool)
     return {"cross_keys": keys, "cross_values": values, "cross_valid": valid}

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from bridges.tensorflow import heads
+from bridges.tensorflow import generation, heads
+from bridges.tensorflow.cache import Cache
 from bridges.tensorflow.cache import sizes as sizes_of
+from bridges.tensorflow.generation import GenerationOutput
 from bridges.tensorflow.heads import Scores
-from bridges.tensorflow.modeling import Dropout, Encoded, Projection
+from bridges.tensorflow.modeling import Dropout, Encoded, Projection, read_encoder
 from bridges.tensorflow.outputs import Output, output
 from bridges.tensorflow.pretrained import (
     DECODER_ARGUMENTS,
@@ -23,7 +26,8 @@ from bridges.tensorflow.pretrained import (
 )
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
-from prelnroberta.inputs import check_integers
+from prelnroberta.generation_settings import Generation
+from prelnroberta.inputs import as_array, check_inputs, check_integers
 
 Tensor = tf.Tensor
 _registered = keras.saving.register_keras_serializable(package="prelnroberta")
@@ -104,6 +108,86 @@ class TFRobertaPreLayerNormForCausalLM(TFRobertaPreLayerNormForMaskedLM):
         self, output: Output, targets: Mapping[str, Tensor]
     ) -> tuple[Any, Any, Any]:
         return counted(integers(targets["labels"])[:, 1:], output["logits"][:, :-1])
+
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        seed: int = 0,
+        encoder_hidden_states: Any = None,
+        encoder_attention_mask: Any = None,
+        **settings: Any,
+    ) -> GenerationOutput:
+        """Continues prompts [B, L], padded on either side or amid.
+
+        Args:
+            attention_mask: [B, L]; None: whatever is not the pad id.
+            seed: to sample.
+            encoder_hidden_states, encoder_attention_mask: [B, S, D] and [B, S].
+            settings: fields of `prelnroberta.generation_settings.Generation`.
+
+        Raises:
+            InputError: prompts or settings that don't fit, or rows that would outgrow the
+                model's positions.
+        """
+        prompts = np.asarray(as_array("input_ids", input_ids))
+        if attention_mask is None:
+            attention_mask = prompts != self.config.pad_token_id
+        given = {
+            "input_ids": prompts,
+            "attention_mask": np.asarray(attention_mask),
+            "encoder_hidden_states": encoder_hidden_states,
+            "encoder_attention_mask": encoder_attention_mask,
+        }
+        given = {name: np.asarray(value) for name, value in given.items() if value is not None}
+        check_inputs(self.config, given)
+        mask = given["attention_mask"] != 0
+        if mask.shape != prompts.shape or not mask.any(axis=1).all():
+            raise InputError(
+                f"generate: attention_mask {list(mask.shape)}, expected {list(prompts.shape)} "
+                "with a token in every row"
+            )
+        ends = {"eos_token_id": self.config.eos_token_id, "pad_token_id": self.config.pad_token_id}
+        wanted = Generation(**{**ends, **settings})
+        V = self.config.vocab_size
+        for token in (*wanted.eos_ids, wanted.pad_token_id):
+            if token >= V:
+                raise InputError(f"generation: eos or pad id {token}, expected one in [0, V={V})")
+        _, most = wanted.new_tokens(prompts.shape[1])
+        longest = int((prompts != self.config.pad_token_id).sum(-1).max())
+        self.config.check_length(longest + most - 1, "a prompt and its continuation")
+        tensors = {name: integers(value) for name, value in given.items()}
+        specs = tuple((n, tf.TensorSpec.from_tensor(x)) for n, x in tensors.items())
+        return self._search(wanted, most, specs)(tensors, tf.constant([seed, 0], tf.int32))
+
+    @functools.cached_property
+    def _search(self) -> Callable[..., Callable[..., GenerationOutput]]:
+        """(settings, most, shapes of the inputs) -> the whole search as one graph, kept."""
+
+        def decode(ids: Tensor, mask: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+            found = self(ids, mask, past_key_values=cache, return_dict=True)
+            return found["logits"], found["past_key_values"]
+
+        @functools.cache
+        def graph(
+            settings: Generation, most: int, specs: tuple[tuple[str, tf.TensorSpec], ...]
+        ) -> Callable[[dict[str, Tensor], Tensor], GenerationOutput]:
+            def run(given: dict[str, Tensor], seed: Tensor) -> GenerationOutput:
+                ids = given["input_ids"]
+                least, _ = settings.new_tokens(ids.shape[1])
+                cache = self.init_cache(ids.shape[0], ids.shape[1] + most - 1)
+                if "encoder_hidden_states" in given:
+                    states = tf.cast(given["encoder_hidden_states"], self.compute_dtype)
+                    valid = given.get("encoder_attention_mask")
+                    cache |= read_encoder(self.encoder, states, valid)
+                mask = tf.cast(given["attention_mask"] != 0, tf.int32)
+                return generation.search(decode, settings, least, most, cache, ids, mask, seed)
+
+            traced = tf.function(run, autograph=False)
+            return traced.get_concrete_function(dict(specs), tf.TensorSpec([2], tf.int32))
+
+        return graph
 
 
 @_registered

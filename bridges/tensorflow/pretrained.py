@@ -227,6 +227,7 @@ class TFRobertaPreLayerNormPreTrainedModel(OwnLoss, keras.Model):
 
     # The forward pass.
 
+    @tf.autograph.experimental.do_not_convert
     def __call__(self, *positional: Any, **named: Any) -> Any:
         """Runs the model on tensors, arrays or lists, by position, by name, or in one dict.
 

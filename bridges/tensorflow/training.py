@@ -19,7 +19,8 @@ class OwnLoss:
     """Steps for a keras.Model with `target_names`, `scores` and `metric_arguments`.
 
     Features are a dict or ids alone; targets are among them or come as y. What fit and evaluate
-    report as the loss is the mean over all targets that count, not a mean of the batches' means.
+    report as the loss is the mean over all targets that count, not a mean of the batches' means;
+    metrics compare labels with logits where labels count.
     """
 
     target_names: tuple[str, ...]
@@ -32,18 +33,6 @@ class OwnLoss:
     ) -> tuple[Any, Any, Any]:
         """(y, y_pred, sample_weight) for Keras' metrics."""
         raise NotImplementedError
-
-    def compile(self, optimizer: Any = "adamw", loss: None = None, **settings: Any) -> None:
-        """As keras.Model.compile; `metrics` compare labels with logits where labels count.
-
-        Raises:
-            InputError: given a loss.
-        """
-        if loss is not None:
-            raise InputError(
-                f"compile: loss={loss!r}, expected none: the model computes its own from the labels"
-            )
-        super().compile(optimizer=optimizer, **settings)
 
     def train_step(self, data: Any) -> dict[str, Tensor]:
         inputs, targets = self._split(data)
@@ -82,6 +71,10 @@ class OwnLoss:
     def _split(self, data: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Inputs and targets of a step."""
         inputs, (targets, y, weights) = self._features(data)
+        if self.loss is not None:
+            raise InputError(
+                f"compile: loss={self.loss!r}, expected none: the model has its own, of its labels"
+            )
         if weights is not None:
             raise InputError("sample_weight: not taken; label with -100 what should not count")
         if isinstance(y, Mapping):
