@@ -30,6 +30,9 @@ MODELS = tuple(model for model in ARCHITECTURES if model != "encoder")
 DTYPES = ("float32", "bfloat16")
 
 
+KINDS = ("output", "hidden state", "loss", "gradient")
+
+
 class Bound(NamedTuple):
     """Errors that pass."""
 
@@ -56,7 +59,7 @@ class Error:
 
     Attributes:
         model, framework, dtype: what ran, as "masked_lm", "tensorflow", "bfloat16".
-        kind: output, hidden state, loss or gradient.
+        kind: one of `KINDS`.
         name: of the array: "logits", "hidden_states[3]", "encoder/layers/mlp/wi/kernel[2]".
         rms: of the difference, over the rms of the expected values. NaN where it has any.
         largest: difference, over the same; over the largest expected value of a gradient.
@@ -123,8 +126,7 @@ def check(
 
 
 def _compare(found: Found, expected: Found, who: tuple[str, str, str]) -> Iterator[Error]:
-    kinds = ("output", "hidden state", "loss", "gradient")
-    for kind, ours, theirs in zip(kinds, found, expected, strict=True):
+    for kind, ours, theirs in zip(KINDS, found, expected, strict=True):
         if ours.keys() != theirs.keys():
             raise ValueError(f"{who}: {sorted(ours)} against {sorted(theirs)}")
         bound = BOUNDS[who[2]][kind == "gradient"]

@@ -189,6 +189,18 @@ def _parity() -> None:
     flags.DEFINE_string("html", None, "Where to write the table with plots by layer.")
 
 
+def _export() -> None:
+    flags.DEFINE_string("model", None, "A model folder or a finished run.", required=True)
+    flags.DEFINE_string("output", None, "The folder to make: new, or empty.", required=True)
+    forms = ["torch", "tensorflow", "onnx", "stablehlo"]
+    flags.DEFINE_multi_enum(
+        "format",
+        forms,
+        forms,
+        "What to write beside the Hugging Face folder; may be given several times.",
+    )
+
+
 _GROUPS: dict[str, Callable[[], None]] = {
     "run": _run,
     "corpus": _corpus,
@@ -200,6 +212,7 @@ _GROUPS: dict[str, Callable[[], None]] = {
     "predict": _predict,
     "demo": _demo,
     "parity": _parity,
+    "export": _export,
 }
 # What may change between the parts of a resumed run without changing a single number of it.
 _FREE = {"run_dir", "cache_dir", "keep_checkpoints"}

@@ -39,7 +39,7 @@ class Served(NamedTuple):
 
 
 def main() -> int:
-    from bridges.parity import check, make_batch
+    from bridges.parity import KINDS, check, make_batch
 
     flags.positive("sequence_length")
     directory = flags.model_folder(FLAGS.checkpoint)
@@ -50,7 +50,7 @@ def main() -> int:
             raise InputError(f"--html={FLAGS.html}: no such folder to write it in")
     rows = text_rows(directory)
     print(f"{copied} against {directory}\n{NOTE}")
-    print(HEADER)
+    print(columns(["class", "framework", "dtype", *KINDS]))
     runs: list[list[Error]] = []
     for served, copy in zip(all_served(directory), all_served(copied), strict=True):
         if served.config != copy.config:
@@ -109,14 +109,12 @@ def text_rows(directory: Path) -> list[list[int]]:
 # ---------------------------------------------------------------------------------------------
 # What is shown
 
-KINDS = ("output", "hidden state", "loss", "gradient")
 NOTE = "rms and largest error against the same function in float64, relative to its own size"
-HEADER = f"{'class':<23} {'framework':<10} {'dtype':<8}  " + "  ".join(f"{k:<15}" for k in KINDS)
 
 
 def cells(run: list[Error]) -> list[str]:
     """Who ran, and the worst error of each kind."""
-    from bridges.parity import worst
+    from bridges.parity import KINDS, worst
 
     found = [worst(run, kind) for kind in KINDS]
     return [
@@ -133,13 +131,18 @@ def verdict(run: list[Error]) -> str:
 
 
 def line(run: list[Error]) -> str:
-    model, framework, dtype, *errors = cells(run)
-    text = "  ".join(f"{error:<15}" for error in errors)
-    return f"{model:<23} {framework:<10} {dtype:<8}  {text}  {verdict(run)}"
+    return f"{columns(cells(run))}  {verdict(run)}"
+
+
+def columns(texts: list[str]) -> str:
+    widths = (23, 10, 8, 15, 15, 15, 15)
+    return "  ".join(text.ljust(width) for text, width in zip(texts, widths, strict=True))
 
 
 def write_html(path: Path, title: str, runs: list[list[Error]]) -> None:
     """The table, and the error of every hidden state of every run."""
+    from bridges.parity import KINDS
+
     head = "".join(f"<th>{name}</th>" for name in ("class", "framework", "dtype", *KINDS, ""))
     rows = "".join(
         "<tr>"
