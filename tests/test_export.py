@@ -55,7 +55,8 @@ def test_onnx(model, tmp_path):
     names = [x.name for x in session.get_outputs()]
 
     def run(inputs):
-        return dict(zip(names, session.run(names, {n: np.int64(x) for n, x in inputs.items()})))
+        found = session.run(names, {name: np.int64(x) for name, x in inputs.items()})
+        return dict(zip(names, found, strict=True))
 
     assert largest_error(run, params, config, model) < 2e-5
     # Choices are as free as batch and length.
