@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -193,6 +194,38 @@ def _convert() -> None:
     flags.DEFINE_bool("describe", False, "Tell what the input holds, and write nothing.")
 
 
+def _parity() -> None:
+    flags.DEFINE_string("checkpoint", None, "A model folder or a finished run.", required=True)
+    flags.DEFINE_string(
+        "against", None, "A copy of it, such as an export, to be proved. Default: --checkpoint."
+    )
+    flags.DEFINE_multi_enum(
+        "framework",
+        ["flax", "pytorch", "tensorflow"],
+        ["flax", "pytorch", "tensorflow"],
+        "Where to run it; may be given several times.",
+    )
+    flags.DEFINE_multi_enum(
+        "dtype", ["float32", "bfloat16"], ["float32", "bfloat16"], "In what; the same."
+    )
+    flags.DEFINE_multi_string("text", [], "Real text to run. Default: of Python's own reference.")
+    flags.DEFINE_integer("sequence_length", 32, "L, tokens in a row, at most.")
+    flags.DEFINE_integer("seed", 0, "Of random ids, targets and new heads.")
+    flags.DEFINE_string("html", None, "Where to write the table with plots by layer.")
+
+
+def _export() -> None:
+    flags.DEFINE_string("model", None, "A model folder or a finished run.", required=True)
+    flags.DEFINE_string("output", None, "The folder to make: new, or empty.", required=True)
+    forms = ["torch", "tensorflow", "onnx", "stablehlo"]
+    flags.DEFINE_multi_enum(
+        "format",
+        forms,
+        forms,
+        "What to write beside the Hugging Face folder; may be given several times.",
+    )
+
+
 _GROUPS: dict[str, Callable[[], None]] = {
     "run": _run,
     "corpus": _corpus,
@@ -204,6 +237,8 @@ _GROUPS: dict[str, Callable[[], None]] = {
     "predict": _predict,
     "demo": _demo,
     "convert": _convert,
+    "parity": _parity,
+    "export": _export,
 }
 # What may change between the parts of a resumed run without changing a single number of it.
 _FREE = {"run_dir", "cache_dir", "keep_checkpoints"}
@@ -275,6 +310,12 @@ def positive(*names: str) -> None:
     for name in names:
         if FLAGS[name].value < 1:
             raise InputError(f"--{name}={FLAGS[name].value}, expected 1 or more")
+
+
+def needs(module: str, extra: str, flag: str) -> None:
+    """Raises InputError, before anything is done, for a flag whose library is not installed."""
+    if importlib.util.find_spec(module) is None:
+        raise InputError(f"{flag} needs {module}: pip install -e '.[{extra}]'")
 
 
 def corpus() -> DocstringCorpus | FileCorpus:

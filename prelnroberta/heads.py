@@ -166,7 +166,7 @@ class SequenceClassification(TableModule):
         p = self.tree("sequence_classification")
         if not (named.get("keep_residuals") or named.get("keep_attentions")):
             given = named.get("inputs_embeds") if input_ids is None else input_ids
-            named["read_positions"] = jnp.zeros((len(given), 1), jnp.int32)
+            named["read_positions"] = jnp.zeros((given.shape[0], 1), jnp.int32)
         output = self.encode(p, input_ids, *inputs, deterministic=deterministic, **named)
         x = output.last_hidden_state[:, 0]
         x = classifier_dropout(x, self.config, self.dropout_key(deterministic))

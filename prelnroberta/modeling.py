@@ -259,7 +259,7 @@ def block(
         queries, x = take_positions(queries, read_positions), take_positions(x, read_positions)
         visible = context.visible
         if visible is not None and visible.shape[1] > 1:
-            visible = jnp.broadcast_to(visible, (len(x), *visible.shape[1:]))
+            visible = jnp.broadcast_to(visible, (x.shape[0], *visible.shape[1:]))
             visible = take_positions(visible, read_positions)
         # Few queries: not worth a kernel that wants whole tiles of them.
         context = context.replace(visible=visible, segments=None)

@@ -1,0 +1,28 @@
+"""The seven models as PyTorch modules, made from the parameter tree.
+
+Importing this loads torch, and jax for the parameter table, but runs nothing on jax.
+"""
+
+from bridges.pytorch.cache import Cache
+from bridges.pytorch.heads import (
+    RobertaPreLayerNormForCausalLM,
+    RobertaPreLayerNormForMaskedLM,
+    RobertaPreLayerNormForMultipleChoice,
+    RobertaPreLayerNormForQuestionAnswering,
+    RobertaPreLayerNormForSequenceClassification,
+    RobertaPreLayerNormForTokenClassification,
+)
+from bridges.pytorch.modeling import RobertaPreLayerNormModel
+from prelnroberta.config import RobertaPreLayerNormConfig
+
+__all__ = [
+    "Cache",
+    "RobertaPreLayerNormConfig",
+    "RobertaPreLayerNormForCausalLM",
+    "RobertaPreLayerNormForMaskedLM",
+    "RobertaPreLayerNormForMultipleChoice",
+    "RobertaPreLayerNormForQuestionAnswering",
+    "RobertaPreLayerNormForSequenceClassification",
+    "RobertaPreLayerNormForTokenClassification",
+    "RobertaPreLayerNormModel",
+]

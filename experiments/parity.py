@@ -1,0 +1,200 @@
+"""Proves that a checkpoint is one function in Flax, PyTorch and TensorFlow.
+
+python -m experiments.parity --checkpoint=runs/demo
+python -m experiments.parity --checkpoint=DIR --against=COPY --html=parity.html
+
+Exits with 1 if anything is further from the float64 reference than its bound.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import TYPE_CHECKING, NamedTuple
+
+from experiments import flags
+from experiments.flags import FLAGS
+from prelnroberta.errors import InputError
+from prelnroberta.files import written_whole
+
+if TYPE_CHECKING:
+    from bridges.parity import Error
+    from prelnroberta.config import RobertaPreLayerNormConfig
+    from prelnroberta.params import Tree
+
+flags.declare("parity")
+
+
+class Served(NamedTuple):
+    """One model that a folder's weights serve: values, config, and which values are new."""
+
+    params: Tree
+    config: RobertaPreLayerNormConfig
+    model: str
+    new: str
+
+
+def main() -> int:
+    from bridges.parity import KINDS, check, make_batch
+
+    flags.positive("sequence_length")
+    directory = flags.model_folder(FLAGS.checkpoint)
+    copied = directory if FLAGS.against is None else flags.model_folder(FLAGS.against)
+    if FLAGS.html is not None:
+        flags.needs("matplotlib", "viz", "--html")
+        if not Path(FLAGS.html).absolute().parent.is_dir():
+            raise InputError(f"--html={FLAGS.html}: no such folder to write it in")
+    rows = text_rows(directory)
+    print(f"{copied} against {directory}\n{NOTE}")
+    print(columns(["class", "framework", "dtype", *KINDS]))
+    runs: list[list[Error]] = []
+    for served, copy in zip(all_served(directory), all_served(copied), strict=True):
+        if served.config != copy.config:
+            raise InputError(f"{copied}: config.json differs from that of {directory}")
+        if served.new:
+            print(f"{served.model}: new values for {served.new}")
+        batch = make_batch(served.config, served.model, FLAGS.sequence_length, FLAGS.seed, rows)
+        found = list(check(*served[:3], batch, FLAGS.framework, FLAGS.dtype, copy.params))
+        for who in product(FLAGS.framework, FLAGS.dtype):
+            run = [error for error in found if (error.framework, error.dtype) == who]
+            print(line(run), flush=True)
+            runs.append(run)
+    passed = sum(all(error.passed for error in run) for run in runs)
+    if FLAGS.html is not None:
+        write_html(Path(FLAGS.html), f"{copied} against {directory}", runs)
+        print(f"report: {FLAGS.html}")
+    print(f"{passed} of {len(runs)} are within their bounds")
+    return 0 if passed == len(runs) else 1
+
+
+def all_served(directory: Path) -> Iterator[Served]:
+    """Every model on this folder's encoder; heads that it does not have get new values."""
+    import jax
+
+    from bridges.parity import MODELS
+    from prelnroberta import huggingface
+    from prelnroberta import params as parameters
+    from prelnroberta.config import RobertaPreLayerNormConfig
+
+    tensors, source = huggingface.read_weights(directory)
+    saved = RobertaPreLayerNormConfig.from_json(directory)
+    for model in MODELS:
+        config = saved.replace(is_decoder=True) if model == "causal_lm" else saved
+
+        def initial(config: RobertaPreLayerNormConfig = config, model: str = model) -> Tree:
+            return parameters.init(config, jax.random.key(FLAGS.seed), model)
+
+        params, swapped = huggingface.read_tensors(tensors, config, model, source, initial)
+        yield Served(params, config, model, ", ".join(swapped.new))
+
+
+def text_rows(directory: Path) -> list[list[int]]:
+    """Real text in the folder's tokenizer, ids cut to --sequence_length; none without one."""
+    from prelnroberta.data.tokenizer import load_tokenizer
+
+    if not (directory / "tokenizer.json").exists() and not (directory / "vocab.json").exists():
+        print(f"{directory} has no tokenizer: random ids only")
+        return []
+    tokenizer = load_tokenizer(directory)
+    texts = FLAGS.text or [" ".join(topics[name].split()) for name in ("lambda", "with", "yield")]
+    L = FLAGS.sequence_length
+    # Of different lengths, so that some are padded.
+    return [tokenizer.encode(text).ids[: L - 3 * n] for n, text in enumerate(texts)]
+
+
+# ---------------------------------------------------------------------------------------------
+# What is shown
+
+NOTE = "rms and largest error against the same function in float64, relative to its own size"
+
+
+def cells(run: list[Error]) -> list[str]:
+    """Who ran, and the worst error of each kind."""
+    from bridges.parity import KINDS, worst
+
+    found = [worst(run, kind) for kind in KINDS]
+    return [
+        *(run[0].model, run[0].framework, run[0].dtype),
+        *("-" if error is None else f"{error.rms:.1e} {error.largest:.1e}" for error in found),
+    ]
+
+
+def verdict(run: list[Error]) -> str:
+    """ok, or where it begins to differ."""
+    from bridges.parity import diagnosis
+
+    return diagnosis(run) or "ok"
+
+
+def line(run: list[Error]) -> str:
+    return f"{columns(cells(run))}  {verdict(run)}"
+
+
+def columns(texts: list[str]) -> str:
+    widths = (23, 10, 8, 15, 15, 15, 15)
+    return "  ".join(text.ljust(width) for text, width in zip(texts, widths, strict=True))
+
+
+def write_html(path: Path, title: str, runs: list[list[Error]]) -> None:
+    """The table, and the error of every hidden state of every run."""
+    from bridges.parity import KINDS
+
+    head = "".join(f"<th>{name}</th>" for name in ("class", "framework", "dtype", *KINDS, ""))
+    rows = "".join(
+        "<tr>"
+        + "".join(f"<td>{html.escape(c)}</td>" for c in [*cells(run), verdict(run)])
+        + "</tr>"
+        for run in runs
+    )
+    page = (
+        f"<!doctype html><meta charset='utf-8'><title>Parity</title><style>{_STYLE}</style>"
+        f"<h1>{html.escape(title)}</h1>\n<p>{NOTE}</p>\n"
+        f"<table><tr>{head}</tr>\n{rows}</table>\n{layer_plots(runs)}\n"
+    )
+    with written_whole(path) as partial:
+        partial.write_text(page, encoding="utf-8")
+
+
+_STYLE = (
+    "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}"
+    "td,th{padding:.2em .8em;text-align:left;border-bottom:1px solid #ddd}"
+)
+
+
+def layer_plots(runs: list[list[Error]]) -> str:
+    """An SVG: rms error by hidden state, a panel for each class, a line for each run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = list(dict.fromkeys(run[0].model for run in runs))
+    figure, axes = plt.subplots(
+        -(-len(models) // 2), 2, figsize=(11, 3 * -(-len(models) // 2)), squeeze=False
+    )
+    for axis, model in zip(axes.flat, models, strict=False):
+        for run in (run for run in runs if run[0].model == model):
+            # The worst batch at each layer.
+            states: dict[str, float] = {}
+            for error in run:
+                if error.kind == "hidden state":
+                    states[error.name] = max(states.get(error.name, 0.0), error.rms)
+            label = f"{run[0].framework} {run[0].dtype}"
+            axis.plot(list(states.values()), marker=".", label=label)
+        axis.set(yscale="log", title=model, xlabel="hidden state", ylabel="rms error / rms")
+    for axis in list(axes.flat)[len(models) :]:
+        axis.remove()
+    axes[0, 0].legend(fontsize=7)
+    figure.tight_layout()
+    svg = io.StringIO()
+    figure.savefig(svg, format="svg")
+    plt.close(figure)
+    return svg.getvalue()[svg.getvalue().index("<svg") :]
+
+
+if __name__ == "__main__":
+    flags.launch(main)
