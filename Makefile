@@ -16,7 +16,7 @@ else
 TORCH := torch==2.13.0
 endif
 
-.PHONY: help install demo test test-fast lint clean
+.PHONY: help install bridges demo test test-fast lint clean
 
 help:
 	@echo "make demo       pretrain a small model on real English (about 6 minutes on 2 cores)"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-fast  the same without slow tests"
 	@echo "make lint       ruff"
 	@echo "make install    only the environment, .venv"
+	@echo "make bridges    the same with PyTorch, TensorFlow and ONNX (CPU builds)"
 	@echo "make clean      remove .venv and caches; runs/ stays"
 
 install: $(VENV)/installed
@@ -35,14 +36,21 @@ $(VENV)/installed: $(PROJECT)
 	@$(PIP) --editable '.[viz]'
 	@touch $@
 
-$(VENV)/tested: $(VENV)/installed tests/oracle/requirements.txt
-	@echo "adding PyTorch and TensorFlow (CPU) and the test tools to $(VENV) (once)"
+$(VENV)/bridged: $(VENV)/installed
+	@echo "adding PyTorch and TensorFlow (CPU) and ONNX to $(VENV) (once)"
 	@$(PIP) '$(TORCH)' 2>/dev/null || $(PIP) '$(TORCH)' --index-url $(TORCH_INDEX)
-	@$(PIP) --editable '.[viz,dev,torch,tf,onnx]'
+	@$(PIP) --editable '.[viz,torch,tf,onnx]'
+	@touch $@
+
+$(VENV)/tested: $(VENV)/bridged tests/oracle/requirements.txt
+	@echo "adding the test tools to $(VENV) (once)"
+	@$(PIP) --editable '.[viz,torch,tf,onnx,dev]'
 	@rm -rf $(VENV)/transformers4
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target $(VENV)/transformers4 --requirement tests/oracle/requirements.txt
 	@touch $@
+
+bridges: $(VENV)/bridged
 
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.demo

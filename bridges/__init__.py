@@ -1,1 +1,1 @@
-"""Models of other frameworks, regenerated from the parameter tree. Nothing here yet."""
+"""The parameter tree <-> other frameworks: their models, their files, and the proof of both."""
