@@ -70,6 +70,16 @@ def test_state_dicts_are_those_of_transformers(kind):
     assert_same(other.to_params(), ours.to_params())
 
 
+@pytest.mark.parametrize("kind", ["masked_lm", "untied"])
+def test_what_is_tied_is_one_parameter(kind):
+    """However the model was made, and after it was moved to another dtype."""
+    model, config = CASES[kind]
+    for ours in (twin(model, config), twin_class(model)(config), twin(model, config).bfloat16()):
+        words = ours.roberta_prelayernorm.embeddings.word_embeddings.weight
+        assert (ours.lm_head.decoder.weight is words) == config.tie_word_embeddings
+        assert ours.lm_head.bias is ours.lm_head.decoder.bias
+
+
 @pytest.mark.parametrize("kind", READABLE)
 def test_round_trip_through_transformers_5(kind, tmp_path, caplog):
     """We write, transformers reads without a word and computes the same, writes, and we read."""

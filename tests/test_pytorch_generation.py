@@ -19,7 +19,12 @@ SETTINGS = {
     "greedy": {},
     "greedy_penalized": {"repetition_penalty": 1.7, "min_new_tokens": 4},
     "beams": {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.7},
-    "beams_early": {"num_beams": 3, "early_stopping": True, "repetition_penalty": 1.3},
+    "beams_early": {
+        "num_beams": 3,
+        "early_stopping": True,
+        "repetition_penalty": 1.3,
+        "length_penalty": 3.0,
+    },
     "beams_never": {"num_beams": 3, "early_stopping": "never", "min_length": 14},
     "cross": {"num_beams": 2},
 }
