@@ -391,7 +391,6 @@ def _apply(
         **keep,
         deterministic=rng is None,
         rngs=None if rng is None else {"dropout": rng},
-        method="outputs" if isinstance(module, heads.CausalLM) else None,
     )
     return (None, found) if isinstance(found, EncoderOutput) else found
 
@@ -439,7 +438,9 @@ class _Decoder:
     def __call__(
         self, params: Tree, input_ids: Array, attention_mask: Array, cache: Cache
     ) -> tuple[Array, Cache]:
-        return self.module.apply({"params": params}, input_ids, attention_mask, cache=cache)
+        named = {"attention_mask": attention_mask, "cache": cache}
+        logits, output = self.module.apply({"params": params}, input_ids, **named)
+        return logits, output.cache
 
 
 class FlaxRobertaPreLayerNormForCausalLM(FlaxRobertaPreLayerNormPreTrainedModel):

@@ -272,9 +272,8 @@ def test_cached_decoding_is_the_full_forward(config):
     np.testing.assert_array_equal(cache["count"], mask.sum(1))
     with pytest.raises(InputError, match="9 columns, 8 used: no room for 2 more"):
         ours(ids[:, :2], past_key_values=cache)
-    # The module's own form of it: (logits, cache).
     logits, after = ours.module.apply({"params": ours.params}, ids[:, :1], mask[:, :1], cache=cache)
-    assert logits.shape == (5, 1, 60) and int(after["index"]) == 9
+    assert logits.shape == (5, 1, 60) and int(after.cache["index"]) == 9
 
 
 def test_causal_logits_do_not_see_the_future():
