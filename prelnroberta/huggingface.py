@@ -29,6 +29,8 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 FLAX_NAME = "flax_model.msgpack"
 CONFIG_NAME = "config.json"
+# Pickles, which run what they hold, and TensorFlow's.
+_UNREAD = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5")
 ARCHITECTURES = {
     "encoder": "RobertaPreLayerNormModel",
     "base": "RobertaPreLayerNormModel",
@@ -291,12 +293,14 @@ def save_pretrained(
         max_shard_bytes: larger models are written as shards and their index.
 
     Raises:
-        InputError: where the tree is not the model's.
+        InputError: where the tree is not the model's, or `directory` is a file.
     """
     from safetensors.numpy import save
 
     parameters.check(params, config, model)
     directory = Path(directory)
+    if directory.is_file():
+        raise InputError(f"{directory}: a file, expected a directory to write to")
     directory.mkdir(parents=True, exist_ok=True)
     values = {**config.to_dict(), "architectures": [ARCHITECTURES[model]], "dtype": "float32"}
     shards = _shards(to_tensors(params, config, model), max_shard_bytes)
@@ -361,6 +365,12 @@ def read_weights(directory: str | Path) -> tuple[dict[str, np.ndarray], str]:
     """
     directory = Path(directory)
     whole, index, flax = (directory / name for name in (WEIGHTS_NAME, INDEX_NAME, FLAX_NAME))
+    others = [name for name in _UNREAD if (directory / name).is_file()]
+    if others and not any(path.is_file() for path in (whole, index, flax)):
+        raise InputError(
+            f"{directory / others[0]}: not read, expected {WEIGHTS_NAME} or {FLAX_NAME}: load it "
+            "with transformers and save it again as safetensors"
+        )
     if whole.is_file() or not (index.is_file() or flax.is_file()):
         return _read_safetensors(whole), str(whole)
     if index.is_file():

@@ -62,6 +62,12 @@ class Execution:
     remat: Literal["none", "dots", "full"] = "none"
     attention: fused_attention.Implementation = "xla"
 
+    def __post_init__(self) -> None:
+        allowed = {"remat": ("none", "dots", "full"), "attention": ("xla", "cudnn", "splash")}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise InputError(f"{name}={getattr(self, name)!r}, expected one of {values}")
+
     @property
     def scans(self) -> bool:
         if self.scan_layers is not None:
@@ -288,17 +294,12 @@ def read_encoder(stacked: dict, states: Array, mask: Array | None = None) -> Cac
 def split_layers(layers: Layer, runs: tuple[int, ...]) -> list[Layer]:
     """Cuts every leaf [N, ...] into consecutive runs of layers.
 
-    Parameters by `lax.split`, whose gradient is one concatenation: that of N indexings is a sum
-    of N arrays as large as all layers together.
+    By `lax.split`, whose gradient is one concatenation: that of N indexings is a sum of N arrays
+    as large as all layers together.
     """
-    leaves, structure = jax.tree.flatten(layers.params)
+    leaves, structure = jax.tree.flatten(layers)
     cut = zip(*[jax.lax.split(leaf, runs) for leaf in leaves], strict=True)
-    rest, pieces, start = layers.replace(params=None), [], 0
-    for size, run in zip(runs, cut, strict=True):
-        piece = jax.tree.map(lambda leaf, i=start, n=size: leaf[i : i + n], rest)
-        pieces.append(piece.replace(params=jax.tree.unflatten(structure, run)))
-        start += size
-    return pieces
+    return [jax.tree.unflatten(structure, run) for run in cut]
 
 
 def at(stacked: Any, n: int) -> Any:
@@ -389,8 +390,8 @@ def encode(
         memory = {}
         visible = visibility(attention_mask, segment_ids, L if config.is_decoder else None)
     else:
-        masks = (attention_mask, encoder_attention_mask)
-        if segment_ids is not None or 3 in map(jnp.ndim, masks):
+        masks = [m for m in (attention_mask, encoder_attention_mask) if m is not None]
+        if segment_ids is not None or any(mask.ndim == 3 for mask in masks):
             raise InputError("a cache takes masks [B, L] and [B, S] alone, and no segment_ids")
         real = counted != config.pad_token_id
         memory, visible = caches.announce(cache, attention_mask, real)
