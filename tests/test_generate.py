@@ -18,7 +18,7 @@ NEW = 5
 def model():
     made = FlaxRobertaPreLayerNormForCausalLM(CONFIG, _do_init=False)
     made.params = random_params(CONFIG, "causal_lm")
-    # Never a pad: ours is no token, as in every forward pass, and transformers' `generate` counts it.
+    # Never a pad: it is no token, as in every forward pass; transformers' `generate` counts it.
     made.params["lm_head"]["bias"][CONFIG.pad_token_id] = -50
     return made
 
@@ -33,12 +33,15 @@ def padded(prompts, side):
 
 
 def step_by_step(model, prompt):
-    """argmax over a whole forward pass of the bare tokens, again for every new one."""
-    ids = list(prompt)
-    for _ in range(NEW):
-        logits = model(np.array([ids])).logits
-        ids.append(int(np.asarray(logits)[0, -1].argmax()))
-    return ids[len(prompt) :]
+    """argmax over a whole forward pass without a cache, again for every new token.
+
+    In one row of fixed length, which compiles once: pads come after what is read.
+    """
+    ids = np.full((1, max(map(len, PROMPTS)) + NEW), CONFIG.pad_token_id)
+    ids[0, : len(prompt)] = prompt
+    for n in range(len(prompt), len(prompt) + NEW):
+        ids[0, n] = np.asarray(model(ids).logits)[0, n - 1].argmax()
+    return ids[0, len(prompt) : len(prompt) + NEW].tolist()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
