@@ -228,7 +228,8 @@ class RobertaPreLayerNormConfig:
         """From the content of a `config.json`.
 
         Raises:
-            InputError: for another model_type, or a value that is out of its range.
+            InputError: for another model_type, heads that transformers 4 has pruned, or a value
+                that is out of its range.
         """
         values = dict(values)
         model_type = values.pop("model_type", MODEL_TYPE)
@@ -236,6 +237,11 @@ class RobertaPreLayerNormConfig:
             raise InputError(
                 f"config: model_type={model_type!r}, expected {MODEL_TYPE!r} (plain RoBERTa "
                 "normalises after each sublayer: another function, not another name)"
+            )
+        if values.get("pruned_heads"):
+            raise InputError(
+                f"config: pruned_heads={values['pruned_heads']}, expected none: layers share one "
+                "array, so all have the same heads (prune_heads here sets weights to 0)"
             )
         if values.get("id2label") is not None:
             # transformers writes both; id2label wins there as well.

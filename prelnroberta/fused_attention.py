@@ -37,8 +37,6 @@ def check(
     """
     if implementation == "xla":
         return
-    if implementation not in _BACKENDS:
-        raise InputError(f"attention={implementation!r}, expected xla, cudnn or splash")
     backend = jax.default_backend()
     asked = {
         f"the {backend} backend": backend != _BACKENDS[implementation],

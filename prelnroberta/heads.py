@@ -14,7 +14,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from prelnroberta.cache import Cache
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 from prelnroberta.layers import ACTIVATIONS, dropout, layer_norm, project
@@ -124,7 +123,7 @@ class CausalLM(TableModule):
     """The decoder with the language-model head: logits at t predict the token at t + 1."""
 
     @nn.compact
-    def outputs(
+    def __call__(
         self, *inputs: Any, deterministic: bool = True, **named: Any
     ) -> tuple[Array, EncoderOutput]:
         """Arguments as `Encoder`'s. Returns logits [B, L, V] float32 and the encoder's output.
@@ -138,12 +137,12 @@ class CausalLM(TableModule):
         output = self.encode(p, *inputs, deterministic=deterministic, **named)
         return lm_logits(p, self.config, output.last_hidden_state), output
 
-    def __call__(
-        self, *inputs: Any, deterministic: bool = True, **named: Any
-    ) -> tuple[Array, EncoderOutput | Cache]:
-        """As `outputs`, but with a cache given, logits and the cache: one decoding step."""
-        logits, output = self.outputs(*inputs, deterministic=deterministic, **named)
-        return logits, output if output.cache is None else output.cache
+
+def _narrowed(named: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that compute the last block at position 0 alone, if no one sees the difference."""
+    if named.get("keep_residuals") or named.get("keep_attentions"):
+        return named
+    return {**named, "read_positions": jnp.zeros((1, 1), jnp.int32)}
 
 
 class SequenceClassification(TableModule):
@@ -151,11 +150,7 @@ class SequenceClassification(TableModule):
 
     @nn.compact
     def __call__(
-        self,
-        input_ids: Array | None = None,
-        *inputs: Any,
-        deterministic: bool = True,
-        **named: Any,
+        self, *inputs: Any, deterministic: bool = True, **named: Any
     ) -> tuple[Array, EncoderOutput]:
         """Arguments as `Encoder`'s, without read_positions.
 
@@ -164,10 +159,7 @@ class SequenceClassification(TableModule):
             which is exact, unless residuals or attentions are kept.
         """
         p = self.tree("sequence_classification")
-        if not (named.get("keep_residuals") or named.get("keep_attentions")):
-            given = named.get("inputs_embeds") if input_ids is None else input_ids
-            named["read_positions"] = jnp.zeros((given.shape[0], 1), jnp.int32)
-        output = self.encode(p, input_ids, *inputs, deterministic=deterministic, **named)
+        output = self.encode(p, *inputs, deterministic=deterministic, **_narrowed(named))
         x = output.last_hidden_state[:, 0]
         x = classifier_dropout(x, self.config, self.dropout_key(deterministic))
         x = jnp.tanh(project(p["classifier"]["dense"], "bd,de->be", x))
@@ -191,9 +183,8 @@ class MultipleChoice(TableModule):
         rows = {name: named.pop(name) for name in _BY_CHOICE & named.keys()}
         shapes = [x.shape[:2] for x in (*inputs, *rows.values()) if x is not None]
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (inputs, rows))
-        if not (named.get("keep_residuals") or named.get("keep_attentions")):
-            named["read_positions"] = jnp.zeros((shapes[0][0] * shapes[0][1], 1), jnp.int32)
-        output = self.encode(p, *flat[0], deterministic=deterministic, **flat[1], **named)
+        named = _narrowed({**named, **flat[1]})
+        output = self.encode(p, *flat[0], deterministic=deterministic, **named)
         x = pool(p, output.last_hidden_state)
         x = dropout(x, self.config.hidden_dropout_prob, self.dropout_key(deterministic))
         return project(p["classifier"], "bd,dc->bc", x).reshape(shapes[0]), output

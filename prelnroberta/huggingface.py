@@ -29,6 +29,8 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 FLAX_NAME = "flax_model.msgpack"
 CONFIG_NAME = "config.json"
+# Pickles, which run what they hold, and TensorFlow's.
+_UNREAD = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5")
 ARCHITECTURES = {
     "encoder": "RobertaPreLayerNormModel",
     "base": "RobertaPreLayerNormModel",
@@ -293,12 +295,15 @@ def save_pretrained(
         dtype: of the file: float32, float16 or bfloat16.
 
     Raises:
-        InputError: where the tree is not the model's, or a number is too large for the dtype.
+        InputError: where the tree is not the model's, a number is too large for the dtype, or
+            `directory` is a file.
     """
     from safetensors.numpy import save
 
     parameters.check(params, config, model)
     directory = Path(directory)
+    if directory.is_file():
+        raise InputError(f"{directory}: a file, expected a directory to write to")
     directory.mkdir(parents=True, exist_ok=True)
     values = {**config.to_dict(), "architectures": [ARCHITECTURES[model]], "dtype": dtype}
     tensors = {n: as_dtype(n, t, dtype) for n, t in to_tensors(params, config, model).items()}
@@ -377,7 +382,14 @@ def read_weights(path: str | Path) -> tuple[dict[str, np.ndarray], str]:
     path = Path(path)
     if not path.is_file():
         places = [path / name for name in (WEIGHTS_NAME, INDEX_NAME, FLAX_NAME)]
-        path = next((place for place in places if place.is_file()), places[0])
+        found = next((place for place in places if place.is_file()), None)
+        others = [name for name in _UNREAD if (path / name).is_file()]
+        if found is None and others:
+            raise InputError(
+                f"{path / others[0]}: not read here, expected {WEIGHTS_NAME} or {FLAX_NAME}: "
+                f"python -m experiments.convert --input={path} --output=NEW writes them"
+            )
+        path = found or places[0]
     readers = {".json": _read_shards, ".msgpack": _read_flax}
     return readers.get(path.suffix, _read_safetensors)(path), str(path)
 

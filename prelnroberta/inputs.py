@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prelnroberta.cache import init_cache
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 from prelnroberta.heads import IGNORE, problem_type
@@ -63,7 +64,8 @@ def check_inputs(
         _require_rank("input_ids", ids, rows + 1, letters)
         shape = ids.shape
     if 0 in shape:
-        raise InputError(f"input_ids has shape {list(shape)}, expected no empty axis")
+        name = "inputs_embeds" if ids is None else "input_ids"
+        raise InputError(f"{name} has shape {list(shape)}, expected no empty axis")
     *lead, L = shape
     B = lead[0]
     if inputs.get("position_ids") is None:
@@ -92,6 +94,49 @@ def check_inputs(
         S = states.shape[1]
         _require_shape("encoder_hidden_states", states, [(B, S, D)])
         optional("encoder_attention_mask", (B, S), (B, L, S))
+    elif inputs.get("encoder_attention_mask") is not None:
+        raise InputError("encoder_attention_mask: give the encoder_hidden_states it is of, too")
+
+
+def check_cache(config: RobertaPreLayerNormConfig, cache: Any, inputs: Mapping[str, Any]) -> None:
+    """Holds a cache to the model and to the new columns, `inputs` as of `check_inputs`.
+
+    Raises:
+        InputError: for what is no cache of such a model and batch, or one without room.
+    """
+    new = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+    B, L = new.shape[:2]
+    if not isinstance(cache, Mapping) or "valid" not in cache:
+        raise InputError("past_key_values is no cache of this package: init_cache makes one")
+    columns = cache["valid"].shape[1]
+    expected = jax.eval_shape(lambda: init_cache(config, B, columns))
+    found = {name: cache.get(name) for name in expected}
+    if jax.tree.map(jnp.shape, found) != jax.tree.map(jnp.shape, expected):
+        made = list(jnp.shape(cache.get("keys")))
+        raise InputError(
+            f"past_key_values was made for another model or batch: its keys have shape {made}, "
+            f"expected {list(expected['keys'].shape)}"
+        )
+    if _traced(cache["index"]):
+        return
+    used = int(cache["index"])
+    if used + L > columns:
+        raise InputError(
+            f"past_key_values has {columns} columns, {used} used: no room for {L} more; call "
+            "init_cache with a larger max_length"
+        )
+    if inputs.get("position_ids") is None and not _traced(new):
+        real = np.ones((B, L), int)
+        if inputs.get("input_ids") is not None:
+            real = np.asarray(new) != config.pad_token_id
+        config.check_length(int((np.asarray(cache["count"]) + real.sum(-1)).max()))
+
+
+def check_key(name: str, key: Any) -> None:
+    """Raises InputError unless `key` is a jax PRNG key, typed or of two uint32."""
+    is_array = isinstance(key, (jax.Array, np.ndarray))
+    if not (is_array and (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == "uint32")):
+        raise InputError(f"{name} is {key!r}, expected a jax PRNG key such as jax.random.key(0)")
 
 
 def check_labels(
@@ -113,8 +158,20 @@ def check_labels(
         check_integers("labels", labels, C, "num_labels", ignore=True)
         return
     _require_shape("labels", labels, [tuple(logits_shape), *([tuple(lead)] if C == 1 else [])])
-    if not _traced(labels) and not np.isfinite(np.asarray(labels, np.float32)).all():
+    if _traced(labels):
+        return
+    values = np.asarray(labels, np.float32)
+    if not np.isfinite(values).all():
         raise InputError("labels: NaN or infinity, expected finite numbers")
+    if kind == "multi_label_classification" and ((values < 0) | (values > 1)).any():
+        raise InputError("labels: expected numbers in [0, 1], one for each of several labels")
+
+
+def check_span(name: str, positions: Any, rows: int) -> None:
+    """Raises InputError unless positions are whole numbers [B]; any, since outside is ignored."""
+    _require_shape(name, positions, [(rows,)])
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise InputError(f"{name} is {positions.dtype}, expected integers")
 
 
 def check_integers(

@@ -1,9 +1,11 @@
-"""What every part of the model is made of: norm, projection, dropout, activations, a gather."""
+"""What every part of the model is made of: norm, projection, dropout, activations, a gather; and
+where tokens stand and which others they see.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +51,46 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
 
 
 def take_positions(x: Array, positions: Array) -> Array:
-    """Gathers [B, L, ...] at [B, M] -> [B, M, ...], row by row.
+    """Gathers [B, L, ...] at [B, M] -> [B, M, ...], row by row; at [1, M], the same in all rows.
 
     A gather over the flattened batch would make sharded programs collect the whole batch.
     """
     index = positions.reshape(positions.shape + (1,) * (x.ndim - 2))
     return jnp.take_along_axis(x, index, axis=1)
+
+
+def default_position_ids(input_ids: Array, pad_token_id: int, before: Array | int = 0) -> Array:
+    """Positions by counting real tokens: pad + 1, pad + 2, ...; pads get pad. [B, L] int32.
+
+    The rule reads ids, not the attention mask, and works for padding on either side or amid
+    (fairseq/utils.py make_positions; transformers create_position_ids_from_input_ids).
+
+    Args:
+        before: [B, 1], how many real tokens came before, in a cache.
+    """
+    real = (input_ids != pad_token_id).astype(jnp.int32)
+    return (jnp.cumsum(real, axis=-1) + before) * real + pad_token_id
+
+
+def visibility(
+    attention_mask: Array | None = None,
+    segment_ids: Array | None = None,
+    causal_length: int | None = None,
+) -> Array | None:
+    """Which keys each query may see: bool, [B, 1, L] or [B, L, L]; None means all.
+
+    Args:
+        attention_mask: [B, L] over keys or [B, L, L] over queries and keys; nonzero is visible.
+        segment_ids: [B, L] int. Tokens see their own segment only. 0 is padding, a segment of
+            its own, so that no row of attention is ever empty.
+        causal_length: L, where no token may see a later one.
+    """
+    masks = []
+    if attention_mask is not None:
+        mask = attention_mask != 0
+        masks.append(mask[:, None, :] if mask.ndim == 2 else mask)
+    if segment_ids is not None:
+        masks.append(segment_ids[:, :, None] == segment_ids[:, None, :])
+    if causal_length is not None:
+        masks.append(jnp.tri(causal_length, dtype=bool)[None])
+    return reduce(jnp.logical_and, masks) if masks else None

@@ -15,7 +15,6 @@ Flax version), which on real tokens is fairseq's RoBERTa with `--encoder-normali
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -30,7 +29,15 @@ from prelnroberta import params as parameters
 from prelnroberta.cache import Cache
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
-from prelnroberta.layers import ACTIVATIONS, dropout, layer_norm, project, take_positions
+from prelnroberta.layers import (
+    ACTIVATIONS,
+    default_position_ids,
+    dropout,
+    layer_norm,
+    project,
+    take_positions,
+    visibility,
+)
 
 Array = jax.Array
 
@@ -54,6 +61,12 @@ class Execution:
     scan_layers: bool | None = None
     remat: Literal["none", "dots", "full"] = "none"
     attention: fused_attention.Implementation = "xla"
+
+    def __post_init__(self) -> None:
+        allowed = {"remat": ("none", "dots", "full"), "attention": ("xla", "cudnn", "splash")}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise InputError(f"{name}={getattr(self, name)!r}, expected one of {values}")
 
     @property
     def scans(self) -> bool:
@@ -91,13 +104,14 @@ class Layer:
         params: its sub-tree of `encoder/layers`.
         key: for dropout; None turns it off.
         head_mask: [H] float, multiplied to each head's probabilities.
-        cache: `keys`, `values` [B, T, H, K]; `cross_keys`, `cross_values` [B, S, H, K].
+        cache: `keys`, `values` [B, T, H, K], when decoding; `cross_keys`, `cross_values`
+            [B, S, H, K], where there are encoder states.
     """
 
     params: dict
     key: Array | None = None
     head_mask: Array | None = None
-    cache: Cache | None = None
+    cache: Cache = dataclasses.field(default_factory=dict)
 
 
 @flax.struct.dataclass
@@ -107,17 +121,29 @@ class Context:
     Attributes:
         visible: bool, [B, 1, T] or [B, L, T]: which keys a query sees; None: all.
         segments: [B, L] int, the same for the kernel that wants it so.
-        encoder_states, encoder_visible: [B, S, D] and [B, 1, S], for cross-attention.
+        encoder_visible: bool, [B, 1, S] or [B, L, S]: which encoder states a query sees.
         index: [] int32, the column of the cache where new keys go.
         keep_attentions: whether to return probabilities.
     """
 
     visible: Array | None = None
     segments: Array | None = None
-    encoder_states: Array | None = None
     encoder_visible: Array | None = None
     index: Array | None = None
     keep_attentions: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def narrowed(self, positions: Array) -> Context:
+        """The same for queries at `positions` [B, M] alone."""
+
+        def rows(visible: Array | None) -> Array | None:
+            if visible is None or visible.shape[1] == 1:
+                return visible
+            return take_positions(visible, positions)
+
+        # Few queries: not worth a kernel that wants whole tiles of them.
+        return self.replace(
+            visible=rows(self.visible), encoder_visible=rows(self.encoder_visible), segments=None
+        )
 
 
 @flax.struct.dataclass
@@ -127,43 +153,6 @@ class Kept:
     attention: Array | None = None
     cross_attention: Array | None = None
     cache: Cache | None = None
-
-
-def default_position_ids(input_ids: Array, pad_token_id: int, before: Array | int = 0) -> Array:
-    """Positions by counting real tokens: pad + 1, pad + 2, ...; pads get pad. [B, L] int32.
-
-    The rule reads ids, not the attention mask, and works for padding on either side or amid
-    (fairseq/utils.py make_positions; transformers create_position_ids_from_input_ids).
-
-    Args:
-        before: [B, 1], how many real tokens came before, in a cache.
-    """
-    real = (input_ids != pad_token_id).astype(jnp.int32)
-    return (jnp.cumsum(real, axis=-1) + before) * real + pad_token_id
-
-
-def visibility(
-    attention_mask: Array | None = None,
-    segment_ids: Array | None = None,
-    causal_length: int | None = None,
-) -> Array | None:
-    """Which keys each query may see: bool, [B, 1, L] or [B, L, L]; None means all.
-
-    Args:
-        attention_mask: [B, L] over keys or [B, L, L] over queries and keys; nonzero is visible.
-        segment_ids: [B, L] int. Tokens see their own segment only. 0 is padding, a segment of
-            its own, so that no row of attention is ever empty.
-        causal_length: L, where no token may see a later one.
-    """
-    masks = []
-    if attention_mask is not None:
-        mask = attention_mask != 0
-        masks.append(mask[:, None, :] if mask.ndim == 2 else mask)
-    if segment_ids is not None:
-        masks.append(segment_ids[:, :, None] == segment_ids[:, None, :])
-    if causal_length is not None:
-        masks.append(jnp.tri(causal_length, dtype=bool)[None])
-    return functools.reduce(jnp.logical_and, masks) if masks else None
 
 
 def embeddings(
@@ -241,50 +230,37 @@ def block(
     """One layer, norm-and-add: [B, L, D] -> [B, L, D], or [B, M, D] at `read_positions`.
 
     Args:
-        read_positions: [B, M]. Queries, output and MLP are computed there alone: exact, because
-            after its keys and values a block works on each position by itself.
+        read_positions: [B, M] or [1, M]. Queries, output and MLP are computed there alone: exact,
+            because after its keys and values a block works on each position by itself.
     """
     p, key, cache = layer.params, layer.key, layer.cache
-    k_probabilities, k_attention, k_mlp = (None,) * 3 if key is None else jax.random.split(key, 3)
+    k_scores, k_attention, k_mlp = (None,) * 3 if key is None else jax.random.split(key, 3)
     eps, rate = config.layer_norm_eps, config.hidden_dropout_prob
-    kept = {}
+    new = None
 
     queries = layer_norm(p["attention_norm"], x, eps)
     keys, values = keys_and_values(p["attention"], queries)
-    if cache is not None:
-        kept["keys"], kept["values"] = keys, values
+    if "keys" in cache:
+        new = {"keys": keys, "values": values}
         keys = jax.lax.dynamic_update_slice_in_dim(cache["keys"], keys, context.index, 1)
         values = jax.lax.dynamic_update_slice_in_dim(cache["values"], values, context.index, 1)
     if read_positions is not None:
         queries, x = take_positions(queries, read_positions), take_positions(x, read_positions)
-        visible = context.visible
-        if visible is not None and visible.shape[1] > 1:
-            visible = jnp.broadcast_to(visible, (x.shape[0], *visible.shape[1:]))
-            visible = take_positions(visible, read_positions)
-        # Few queries: not worth a kernel that wants whole tiles of them.
-        context = context.replace(visible=visible, segments=None)
+        context = context.narrowed(read_positions)
     mixed, probabilities = attention(
-        p["attention"],
-        config,
-        execution,
-        queries,
-        keys,
-        values,
-        context,
-        k_probabilities,
-        layer.head_mask,
+        p["attention"], config, execution, queries, keys, values, context, k_scores, layer.head_mask
     )
     x = x + dropout(mixed, rate, k_attention)
 
     cross = None
-    if context.encoder_states is not None or (cache is not None and "cross_keys" in cache):
+    if "cross_keys" in cache:
         x, cross = cross_attention(layer, config, x, context)
 
     normed = layer_norm(p["mlp_norm"], x, eps)
     x = x + dropout(mlp(p["mlp"], config, normed), rate, k_mlp)
     if not context.keep_attentions:
         probabilities = cross = None
-    return x, Kept(probabilities, cross, None if cache is None else kept)
+    return x, Kept(probabilities, cross, new)
 
 
 def cross_attention(
@@ -294,28 +270,18 @@ def cross_attention(
 
     Returns the stream [B, M, D] and the probabilities [B, H, M, S].
     """
-    p, key = layer.params, layer.key
-    k_probabilities, k_output = (None,) * 2
-    if key is not None:
-        k_probabilities, k_output = jax.random.split(jax.random.fold_in(key, 3))
-    if layer.cache is not None and "cross_keys" in layer.cache:
-        keys, values = layer.cache["cross_keys"], layer.cache["cross_values"]
-    else:
-        states = context.encoder_states.astype(x.dtype)
-        keys, values = keys_and_values(p["cross_attention"], states)
+    p, cache = layer.params["cross_attention"], layer.cache
+    k_scores, k_output = None, None
+    if layer.key is not None:
+        # The block has split this key in three: a fourth.
+        k_scores, k_output = jax.random.split(jax.random.fold_in(layer.key, 3))
+    queries = layer_norm(layer.params["cross_attention_norm"], x, config.layer_norm_eps)
+    keys, values = cache["cross_keys"], cache["cross_values"]
+    seen = Context(visible=context.encoder_visible)
     mixed, probabilities = attention(
-        p["cross_attention"],
-        config,
-        Execution(),
-        layer_norm(p["cross_attention_norm"], x, config.layer_norm_eps),
-        keys,
-        values,
-        Context(visible=context.encoder_visible),
-        k_probabilities,
-        layer.head_mask,
+        p, config, Execution(), queries, keys, values, seen, k_scores, layer.head_mask
     )
-    x = x + dropout(mixed, config.hidden_dropout_prob, k_output)
-    return x, probabilities
+    return x + dropout(mixed, config.hidden_dropout_prob, k_output), probabilities
 
 
 def read_encoder(stacked: dict, states: Array, mask: Array | None = None) -> Cache:
@@ -328,17 +294,12 @@ def read_encoder(stacked: dict, states: Array, mask: Array | None = None) -> Cac
 def split_layers(layers: Layer, runs: tuple[int, ...]) -> list[Layer]:
     """Cuts every leaf [N, ...] into consecutive runs of layers.
 
-    Parameters by `lax.split`, whose gradient is one concatenation: that of N indexings is a sum
-    of N arrays as large as all layers together.
+    By `lax.split`, whose gradient is one concatenation: that of N indexings is a sum of N arrays
+    as large as all layers together.
     """
-    leaves, structure = jax.tree.flatten(layers.params)
+    leaves, structure = jax.tree.flatten(layers)
     cut = zip(*[jax.lax.split(leaf, runs) for leaf in leaves], strict=True)
-    rest, pieces, start = layers.replace(params=None), [], 0
-    for size, run in zip(runs, cut, strict=True):
-        piece = jax.tree.map(lambda leaf, i=start, n=size: leaf[i : i + n], rest)
-        pieces.append(piece.replace(params=jax.tree.unflatten(structure, run)))
-        start += size
-    return pieces
+    return [jax.tree.unflatten(structure, run) for run in cut]
 
 
 def at(stacked: Any, n: int) -> Any:
@@ -422,20 +383,21 @@ def encode(
         words, counted = inputs_embeds, jnp.full((B, L), config.pad_token_id + 1)
     else:
         words, counted = p["embeddings"]["word"][input_ids], input_ids
-    before = 0 if cache is None else cache["count"][:, None]
     if position_ids is None:
+        before = 0 if cache is None else cache["count"][:, None]
         position_ids = default_position_ids(counted, config.pad_token_id, before)
     if cache is None:
+        memory = {}
         visible = visibility(attention_mask, segment_ids, L if config.is_decoder else None)
     else:
-        if segment_ids is not None or jnp.ndim(attention_mask) == 3:
-            raise InputError("a cache takes an attention_mask [B, L] alone, and no segment_ids")
+        masks = [m for m in (attention_mask, encoder_attention_mask) if m is not None]
+        if segment_ids is not None or any(mask.ndim == 3 for mask in masks):
+            raise InputError("a cache takes masks [B, L] and [B, S] alone, and no segment_ids")
         real = counted != config.pad_token_id
-        cache, visible = caches.announce(cache, attention_mask, real)
-        if encoder_hidden_states is not None and "cross_keys" not in cache:
-            states, mask = encoder_hidden_states.astype(execution.dtype), encoder_attention_mask
-            cache |= read_encoder(p["encoder"]["layers"], states, mask)
-        encoder_attention_mask = cache.get("cross_valid")
+        memory, visible = caches.announce(cache, attention_mask, real)
+    if encoder_hidden_states is not None and "cross_keys" not in memory:
+        states = encoder_hidden_states.astype(execution.dtype)
+        memory |= read_encoder(p["encoder"]["layers"], states, encoder_attention_mask)
     asked = {
         "head_mask": head_mask is not None,
         "attention probabilities": keep_attentions,
@@ -450,31 +412,22 @@ def encode(
 
     k_embeddings, k_layers = (None, None) if key is None else jax.random.split(key)
     x = embeddings(
-        p["embeddings"],
-        config,
-        execution.dtype,
-        words,
-        token_type_ids,
-        position_ids,
-        k_embeddings,
+        p["embeddings"], config, execution.dtype, words, token_type_ids, position_ids, k_embeddings
     )
     N = config.num_hidden_layers
+    if head_mask is not None:
+        head_mask = jnp.broadcast_to(head_mask, (N, config.num_attention_heads))
     layers = Layer(
         params=p["encoder"]["layers"],
         key=None if key is None else jax.random.split(k_layers, N),
-        head_mask=None
-        if head_mask is None
-        else jnp.broadcast_to(head_mask, (N, config.num_attention_heads)),
-        cache=None
-        if cache is None
-        else {name: cache[name] for name in caches.OF_LAYERS if name in cache},
+        head_mask=head_mask,
+        cache={name: memory[name] for name in caches.OF_LAYERS if name in memory},
     )
     context = Context(
         visible=visible,
         segments=segments,
-        encoder_states=encoder_hidden_states,
-        encoder_visible=visibility(encoder_attention_mask),
-        index=None if cache is None else cache["index"],
+        encoder_visible=visibility(memory.get("cross_valid")),
+        index=memory.get("index"),
         keep_attentions=keep_attentions,
     )
     last, residuals, kept = run_layers(
@@ -486,7 +439,7 @@ def encode(
         residuals=(x, *residuals) if keep_residuals else None,
         attentions=tuple(k.attention for k in kept) if keep_attentions else None,
         cross_attentions=tuple(k.cross_attention for k in kept) if crossed else None,
-        cache=None if cache is None else caches.fill(cache, [k.cache for k in kept], L),
+        cache=None if cache is None else caches.fill(memory, [k.cache for k in kept], L),
     )
 
 
@@ -532,7 +485,7 @@ class Encoder(TableModule):
             token_type_ids: [B, L] int in [0, T); None: all 0.
             position_ids: [B, L] int in [0, P); None: `default_position_ids`.
             segment_ids: [B, L] int, for packed rows: attention stays within a segment.
-            read_positions: [B, M] int: compute the last block and norm there alone.
+            read_positions: [B, M] or [1, M] int: compute the last block and norm there alone.
             inputs_embeds: [B, L, D], by keyword as all below; in place of the vectors of
                 input_ids. Positions then count every column.
             head_mask: [H] or [N, H] float, multiplied to the probabilities after dropout.

@@ -1,4 +1,11 @@
-"""What must change nothing: padding, packing, scan, remat, reading in part, batching."""
+"""What must change nothing: padding, packing, scan, remat, reading in part, batching, vmap and
+pmap."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +25,14 @@ def encode(config, params, ids, execution=None, **options):
     return module.apply({"params": params}, jnp.asarray(ids), **options)
 
 
+def some_ids(config):
+    return np.random.default_rng(1).integers(4, config.vocab_size, (3, 12))
+
+
 @pytest.fixture(scope="module", params=[TINY, ODD], ids=["tiny", "odd"])
 def case(request):
     config = request.param
-    ids = np.random.default_rng(1).integers(4, config.vocab_size, (3, 12))
-    return config, random_params(config, "encoder"), ids
+    return config, random_params(config, "encoder"), some_ids(config)
 
 
 @pytest.mark.parametrize("places", ["right", "left", "middle"])
@@ -92,31 +102,42 @@ def test_gradient_reaches_all_of_a_segment_and_nothing_else():
     ],
     ids=["scan", "remat", "scan_dots", "scan_remat"],
 )
-def test_execution_changes_nothing(case, execution):
+def test_execution_changes_nothing(execution):
     """Outputs and gradients, dropout included: keys belong to layers, not to loops."""
-    config, params, ids = case
+    expected, expected_gradient = with_dropout(Execution(scan_layers=False))
+    found, gradient = with_dropout(execution)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, **SIMILAR)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * max(1, np.abs(b).max()))
 
-    def loss(params, execution):
+
+@functools.cache
+def with_dropout(execution):
+    """Outputs and gradients of a loss that reads all of them."""
+    config = ODD
+    params, ids = random_params(config, "encoder"), some_ids(config)
+    # A generator that compiles faster than the default one.
+    key = jax.random.key(7, impl="rbg")
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def run(params):
         output = encode(
             config,
             params,
             ids,
             execution,
             deterministic=False,
-            rngs={"dropout": jax.random.key(7)},
+            rngs={"dropout": key},
             read_positions=jnp.asarray([[1, 5]] * 3),
             keep_residuals=True,
         )
         streams = sum((r.astype(jnp.float32) ** 2).mean() for r in output.residuals)
         return (output.last_hidden_state**3).sum() + streams, output
 
-    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
-    (_, expected), expected_gradient = run(params, Execution(scan_layers=False))
-    (_, found), gradient = run(params, execution)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, **SIMILAR)
-    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * max(1, np.abs(b).max()))
+    (_, output), gradients = run(params)
+    return output, gradients
 
 
 def test_reading_some_positions_is_exact(case):
@@ -129,6 +150,47 @@ def test_reading_some_positions_is_exact(case):
         whole = encode(config, params, ids, **options).last_hidden_state
         part = encode(config, params, ids, read_positions=read, **options).last_hidden_state
         np.testing.assert_allclose(part, jnp.take_along_axis(whole, read[..., None], 1), **SIMILAR)
+        part = encode(config, params, ids, read_positions=read[:1], **options).last_hidden_state
+        np.testing.assert_allclose(part, whole[:, read[0]], **SIMILAR)
+
+
+def test_reading_some_positions_of_a_decoder_is_exact():
+    """Causal and cross-attention masks are narrowed with the queries, those of three axes too."""
+    config = TINY.replace(is_decoder=True, add_cross_attention=True)
+    params, ids, rng = random_params(config, "encoder"), some_ids(config), np.random.default_rng(0)
+    read = jnp.asarray([[0, 3, 3], [11, 0, 5], [2, 1, 0]])
+    square = rng.random((3, 12, 4)) < 0.5
+    states = jnp.asarray(rng.standard_normal((3, 4, config.hidden_size)), jnp.float32)
+    options = {"encoder_hidden_states": states, "encoder_attention_mask": jnp.asarray(square)}
+    whole = encode(config, params, ids, **options).last_hidden_state
+    part = encode(config, params, ids, read_positions=read, **options).last_hidden_state
+    np.testing.assert_allclose(part, jnp.take_along_axis(whole, read[..., None], 1), **SIMILAR)
+
+
+def test_vmap_is_a_loop():
+    """Over models (an ensemble) and, of the gradient, over rows: per-example gradients."""
+    config, params, ids = TINY, random_params(TINY, "encoder"), some_ids(TINY)
+    trees = [params, random_params(config, "encoder", seed=1)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+    def run(params, ids):
+        return encode(config, params, ids, read_positions=jnp.zeros((1, 1), int)).last_hidden_state
+
+    found = jax.vmap(run, (0, None))(stacked, ids)
+    for one, tree in zip(found, trees, strict=True):
+        np.testing.assert_allclose(one, run(tree, ids), **SIMILAR)
+    gradient = jax.grad(lambda params, ids: (run(params, ids) ** 3).sum())
+    by_row = jax.jit(jax.vmap(gradient, (None, 0)))(params, ids[:, None])
+    whole = jax.jit(gradient)(params, ids)
+    for a, b in zip(jax.tree.leaves(by_row), jax.tree.leaves(whole), strict=True):
+        bound = 1e-5 * max(1, np.abs(b).max())
+        np.testing.assert_allclose(a.sum(0), b, rtol=1e-4, atol=bound)
+
+
+def test_pmap_of_every_module():
+    script = Path(__file__).parent / "oracle" / "eight_devices.py"
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, script], check=True, timeout=600, env=environment)
 
 
 def test_a_batch_is_its_rows_and_jit_is_no_jit(case):
@@ -205,12 +267,9 @@ def test_scores_of_rows_add_up():
         "masked_labels": rng.integers(4, 500, (4, 3)),
         "masked_weights": (rng.random((4, 3)) < 0.6).astype(np.float32),
     }
-    module = MaskedLM(TINY)
-    whole = masked_lm_scores(module, params, batch)
-    rows = [
-        masked_lm_scores(module, params, {k: v[i : i + 1] for k, v in batch.items()})
-        for i in range(4)
-    ]
+    score = jax.jit(functools.partial(masked_lm_scores, MaskedLM(TINY)))
+    whole = score(params, batch)
+    rows = [score(params, {k: v[i : i + 1] for k, v in batch.items()}) for i in range(4)]
     total = sum(rows, Scores.zero())
     for name in ("loss", "correct", "weight"):
         assert float(getattr(total, name)) == pytest.approx(float(getattr(whole, name)), rel=1e-5)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import transformers
+from safetensors.numpy import save_file
 from support import random_params
 from test_models import SMALL, flax_class, our_model
 
@@ -60,18 +62,36 @@ def test_round_trip_through_transformers_5(name, tmp_path, caplog):
     ours = made(model, config_of(model).replace(tie_word_embeddings=not untied))
     ours.save_pretrained(tmp_path / "ours", max_shard_bytes=4000 if model == "base" else 10**9)
     assert (tmp_path / "ours" / "model.safetensors.index.json").exists() == (model == "base")
-    transformers.logging.enable_propagation()
-    with caplog.at_level(logging.INFO):
-        theirs, info = getattr(transformers, ARCHITECTURES[model]).from_pretrained(
-            tmp_path / "ours", output_loading_info=True
-        )
-    assert not [r for r in caplog.records if r.levelno >= logging.WARNING], caplog.text
-    assert not any(info.values()), info
+    theirs, said, info = read_by_transformers_5(model, tmp_path / "ours", caplog)
+    assert not said and not info
     theirs.save_pretrained(tmp_path / "theirs")
     again = flax_class(model).from_pretrained(tmp_path / "theirs")
     assert_same(again.params, ours.params)
     assert not str(again.swapped)
     assert_same(flax_class(model).from_pretrained(tmp_path / "ours").params, ours.params)
+
+
+def read_by_transformers_5(model, directory, caplog):
+    """Its torch model, what it said in its log or as a Python warning, and what it returned of
+    tensors that did not fit."""
+    transformers.logging.enable_propagation()
+    cls = getattr(transformers, ARCHITECTURES[model])
+    with caplog.at_level(logging.INFO), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        theirs, info = cls.from_pretrained(directory, output_loading_info=True)
+    said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    return theirs, said + [str(w.message) for w in warned], {k: v for k, v in info.items() if v}
+
+
+def test_transformers_5_would_have_said_a_word(tmp_path, caplog):
+    """Or the test above could not fail."""
+    made("masked_lm").save_pretrained(tmp_path)
+    tensors, _ = read_weights(tmp_path)
+    del tensors["lm_head.dense.bias"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    _, said, info = read_by_transformers_5("masked_lm", tmp_path, caplog)
+    assert any("lm_head.dense.bias" in line for line in said)
+    assert info == {"missing_keys": {"lm_head.dense.bias"}}
 
 
 def test_saving_whole_replaces_shards(tmp_path):
@@ -120,8 +140,6 @@ def test_mismatched_sizes_only_where_asked(tmp_path):
 
 
 def test_one_error_lists_everything(tmp_path):
-    from safetensors.numpy import save_file
-
     made("masked_lm").save_pretrained(tmp_path)
     tensors, _ = read_weights(tmp_path)
     del tensors["lm_head.dense.bias"]
@@ -157,6 +175,11 @@ def test_damaged_files_are_refused_in_one_line(name, tmp_path):
     (tmp_path / name).unlink()
     with pytest.raises(InputError, match="no such file"):
         FlaxRobertaPreLayerNormModel.from_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(
+        InputError, match=r"pytorch_model.bin: not read here, expected model.safetens"
+    ):
+        FlaxRobertaPreLayerNormModel.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "b"}}))
     with pytest.raises(InputError, match="b: no such file"):
         FlaxRobertaPreLayerNormModel.from_pretrained(tmp_path)
@@ -169,13 +192,19 @@ def test_a_config_that_contradicts_the_weights_is_refused(tmp_path):
         ({"hidden_size": 32}, r"expected float32\[60, 32\]"),
         ({"tie_word_embeddings": False}, "missing lm_head.decoder.weight"),
         ({"nonsense": 1}, "unknown argument nonsense"),
+        ({"add_pooling_layer": False}, "unknown argument add_pooling_layer"),
+        ({"config": {}}, "config is a dict"),
     ):
         with pytest.raises(InputError, match=complaint):
             FlaxRobertaPreLayerNormForCausalLM.from_pretrained(tmp_path, **change)
-    values = json.loads((tmp_path / "config.json").read_text()) | {"add_cross_attention": False}
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(InputError, match=r"unexpected .*crossattention"):
-        load_pretrained(tmp_path, "causal_lm")
+    values = json.loads((tmp_path / "config.json").read_text())
+    for change, complaint in (
+        ({"add_cross_attention": False}, r"unexpected .*crossattention"),
+        ({"pruned_heads": {"0": [1]}}, r"config.json: config: pruned_heads=\{'0': \[1\]\}"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(values | change))
+        with pytest.raises(InputError, match=complaint):
+            load_pretrained(tmp_path, "causal_lm")
 
 
 def test_half_precision_files_and_trees(tmp_path):
@@ -204,9 +233,14 @@ def test_resizing_keeps_old_logits(tied):
     np.testing.assert_allclose(ours(IDS).logits[..., :60], before, rtol=1e-5, atol=1e-5)
     ours.resize_token_embeddings(50)
     np.testing.assert_allclose(ours(IDS).logits, before[..., :50], rtol=1e-5, atol=1e-5)
+    ours.resize_token_embeddings(pad_to_multiple_of=32)
+    assert ours.config.vocab_size == ours.params["embeddings"]["word"].shape[0] == 64
+    for sizes, complaint in (((0,), "new_num_tokens=0"), ((70, -8), "pad_to_multiple_of=-8")):
+        with pytest.raises(InputError, match=complaint):
+            ours.resize_token_embeddings(*sizes)
 
 
-def test_pruned_heads_are_masked_heads_and_stay_out():
+def test_pruned_heads_are_masked_heads_and_stay_out(tmp_path):
     ours = made("base")
     mask = np.ones((2, 2), np.float32)
     mask[1, 0] = 0
@@ -218,6 +252,12 @@ def test_pruned_heads_are_masked_heads_and_stay_out():
     assert not np.any(attention["value"]["kernel"][1, :, 0])
     assert not np.any(attention["output"]["kernel"][1, 0])
     assert np.any(attention["output"]["kernel"][1, 1])
+    ours.save_pretrained(tmp_path)
+    again = FlaxRobertaPreLayerNormModel.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(again(IDS).last_hidden_state, ours(IDS).last_hidden_state)
+    for heads in ({2: [0]}, {0: [-1]}, {"0": [0]}, [0]):
+        with pytest.raises(InputError, match="prune_heads: "):
+            ours.prune_heads(heads)
 
 
 def test_head_mask_weighs_probabilities():
@@ -272,9 +312,8 @@ def test_cached_decoding_is_the_full_forward(config):
     np.testing.assert_array_equal(cache["count"], mask.sum(1))
     with pytest.raises(InputError, match="9 columns, 8 used: no room for 2 more"):
         ours(ids[:, :2], past_key_values=cache)
-    # The module's own form of it: (logits, cache).
     logits, after = ours.module.apply({"params": ours.params}, ids[:, :1], mask[:, :1], cache=cache)
-    assert logits.shape == (5, 1, 60) and int(after["index"]) == 9
+    assert logits.shape == (5, 1, 60) and int(after.cache["index"]) == 9
 
 
 def test_causal_logits_do_not_see_the_future():
@@ -300,8 +339,12 @@ def test_embeddings_given_are_embeddings_looked_up():
         np.testing.assert_allclose(
             ours(inputs_embeds=vectors)[0], ours(ids)[0], rtol=1e-5, atol=1e-5
         )
-    gradient = jax.grad(lambda x: ours(inputs_embeds=x).logits[0, 0])(jnp.asarray(vectors))
-    assert gradient.shape == vectors.shape and (np.abs(gradient).sum(-1) > 0).all()
+    by_vector = jax.grad(lambda x: ours(inputs_embeds=x).logits[0, 0])(jnp.asarray(vectors))
+    by_table = jax.grad(lambda p: ours(ids, params=p).logits[0, 0])(ours.params)
+    assert len(np.unique(ids)) == ids.size
+    expected = np.asarray(by_table["embeddings"]["word"])[ids]
+    np.testing.assert_allclose(by_vector, expected, rtol=1e-5, atol=1e-6)
+    assert (np.abs(by_vector).sum(-1) > 0).all()
 
 
 def test_last_hidden_state_is_normed_or_not_as_the_config_says():
@@ -359,7 +402,12 @@ BAD = {
     "label shape": ({"input_ids": [[5]], "labels": [5]}, r"labels has shape \[1\]"),
     "float label": ({"input_ids": [[5]], "labels": [[5.0]]}, "labels is float64"),
     "other label": ({"input_ids": [[5]], "start_positions": [0]}, "start_positions: "),
-    "no key": ({"input_ids": [[5]], "train": True}, "needs dropout_rng"),
+    "no key": ({"input_ids": [[5]], "train": True}, "dropout_rng .* is None, expected a jax PRNG"),
+    "no such key": ({"input_ids": [[5]], "train": True, "dropout_rng": 3}, "is 3, expected a jax"),
+    "no states": ({"input_ids": [[5]], "encoder_attention_mask": [[1]]}, "encoder_hidden_states"),
+    "no decoder": ({"input_ids": [[5]], "past_key_values": {}}, "does not decode with a cache"),
+    "no tree": ({"input_ids": [[5]], "params": 3}, "expected a tree of arrays"),
+    "other tree": ({"input_ids": [[5]], "params": {"a": np.ones(1)}}, "missing embeddings/word"),
 }
 
 
@@ -369,6 +417,61 @@ def test_bad_input_is_refused(name):
     with pytest.raises(InputError, match=complaint) as error:
         made("masked_lm")(**inputs)
     assert "\n" not in str(error.value)
+
+
+def test_bad_targets_are_refused():
+    sequence = made("sequence_classification", SMALL.replace(num_labels=3))
+    span, choice = made("question_answering"), made("multiple_choice")
+    for call, complaint in (
+        (
+            lambda: sequence([[5]], labels=[3]),
+            r"labels\[0\] is 3, expected 0 to num_labels - 1 = 2",
+        ),
+        (lambda: sequence([[5]], labels=[1.0]), r"labels has shape \[1\], expected \[1, 3\]"),
+        (lambda: sequence([[5]], labels=[[0.0, 1.0, 7.0]]), r"expected numbers in \[0, 1\]"),
+        (lambda: sequence([[5]], labels=[[0.0, 1.0, np.nan]]), "NaN"),
+        (lambda: choice([[[5], [6]]], labels=[2]), r"labels\[0\] is 2, expected 0 to choices - 1"),
+        (lambda: choice([[5]]), r"expected \[B, C, L\]"),
+        (lambda: span([[5]], start_positions=[0]), "give both of start_positions, end_positions"),
+        (lambda: span([[5]], labels=[0]), "takes start_positions and end_positions"),
+        (lambda: span([[5]], start_positions=[0.5], end_positions=[1]), "expected integers"),
+        (lambda: span([[5]], start_positions=[[0]], end_positions=[1]), r"expected \[1\]"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            call()
+
+
+def test_bad_caches_are_refused():
+    ours = made("causal_lm", PLAIN_DECODER)
+    deeper = our_model("causal_lm", PLAIN_DECODER.replace(num_hidden_layers=3))
+    for cache, complaint in (
+        ({}, "no cache of this package"),
+        (((1, 2),), "no cache of this package"),
+        (ours.init_cache(3, 9), r"keys have shape \[2, 3, 9, 2, 8\], expected \[2, 2, 9, 2, 8\]"),
+        (deeper.init_cache(2, 9), r"shape \[3, 2, 9, 2, 8\], expected \[2, 2, 9, 2, 8\]"),
+        (ours.init_cache(2, 4), "4 columns, 0 used: no room for 5 more"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            ours(IDS, past_key_values=cache)
+    cache = ours.init_cache(2, 99)
+    cache["count"] += 61
+    with pytest.raises(InputError, match="66 tokens is longer than the 64"):
+        ours(IDS, past_key_values=cache)
+
+
+def test_bad_options_are_refused():
+    for options, complaint in (
+        ({"attention": "flash"}, "attention='flash', expected one of"),
+        ({"dtype": "float8"}, "dtype='float8', expected float32 or bfloat16"),
+        ({"dtype": int}, "expected float32 or bfloat16"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            FlaxRobertaPreLayerNormModel(SMALL, _do_init=False, **options)
+    with pytest.raises(InputError, match="config is a dict"):
+        FlaxRobertaPreLayerNormModel({})
+    ours = made("base")
+    with pytest.raises(InputError, match=r"missing pooler/kernel .* unexpected lm_head"):
+        ours.params = made("masked_lm").params
 
 
 def test_fused_attention_is_refused_where_it_cannot_serve():
