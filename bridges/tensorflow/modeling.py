@@ -91,10 +91,10 @@ class Projection(Part):
         self.bias = self.variable("bias", self.outputs)
 
     def call(self, x: Tensor, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        rows, columns = math.prod(self.inputs), math.prod(self.outputs)
-        kernel = tf.cast(tf.reshape(self.kernel.value, [rows, columns]), x.dtype)
-        bias = tf.cast(tf.reshape(self.bias.value, [columns]), x.dtype)
-        y = tf.nn.bias_add(tf.matmul(tf.reshape(x, [-1, rows]), kernel), bias)
+        taken, given = math.prod(self.inputs), math.prod(self.outputs)
+        kernel = tf.cast(tf.reshape(self.kernel.value, [taken, given]), x.dtype)
+        bias = tf.cast(tf.reshape(self.bias.value, [given]), x.dtype)
+        y = tf.nn.bias_add(tf.matmul(tf.reshape(x, [-1, taken]), kernel), bias)
         y = y if activation is None else activation(y)
         lead = sizes(x)[: x.shape.rank - len(self.inputs)]
         return tf.reshape(y, [*lead, *self.outputs])
@@ -151,17 +151,22 @@ class Embeddings(Part):
         self.token_type = self.variable("token_type", (c.type_vocab_size, c.hidden_size))
         self.norm.build()
 
-    def look_up(self, input_ids: Tensor) -> Tensor:
-        """[B, L] -> [B, L, D]."""
-        return tf.gather(self.word.value, input_ids)
-
     def call(
         self, words: Tensor, position_ids: Tensor, context: Context, token_type_ids: Any = None
     ) -> Tensor:
-        types = self.token_type.value
-        x = words + (types[0] if token_type_ids is None else tf.gather(types, token_type_ids))
-        x = self.norm(x + tf.gather(self.position.value, position_ids))
+        first = self.token_type.value[0]
+        x = words + (first if token_type_ids is None else rows(self.token_type, token_type_ids))
+        x = self.norm(x + rows(self.position, position_ids))
         return context.drop(x, self.config.hidden_dropout_prob)
+
+
+def rows(table: keras.Variable, ids: Tensor) -> Tensor:
+    """Rows of a table [V, D] by ids [B, L] -> [B, L, D], with a dense gradient.
+
+    Of TensorFlow's sparse one, with an entry for each time that a row is taken, Keras' Adam sums
+    the squares where it should square the sum. A gradient through a reshape is dense.
+    """
+    return tf.gather(tf.reshape(table.value, table.shape), ids)
 
 
 class Attention(Part):
@@ -406,7 +411,7 @@ def encode(
         words = inputs_embeds
         counted = tf.fill(sizes(words)[:2], config.pad_token_id + 1)
     else:
-        words, counted = embeddings.look_up(input_ids), input_ids
+        words, counted = rows(embeddings.word, input_ids), input_ids
     cache, before = past_key_values, 0
     if cache is None:
         length = sizes(counted)[1] if config.is_decoder else None

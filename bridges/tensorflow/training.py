@@ -34,6 +34,27 @@ class OwnLoss:
         """(y, y_pred, sample_weight) for Keras' metrics."""
         raise NotImplementedError
 
+    def compile(self, optimizer: Any = "adamw", *, metrics: Any = None, **settings: Any) -> None:
+        """As keras.Model.compile, but without a loss, and with all metrics weighted.
+
+        Keras leaves the weights, and with them the label -100, out of what it calls metrics.
+
+        Raises:
+            InputError: given a loss, or weighted_metrics beside metrics.
+        """
+        if settings.pop("loss", None) is not None:
+            raise InputError("compile: loss given, expected none: the model has its own")
+        weighted = settings.pop("weighted_metrics", None)
+        if metrics is not None and weighted is not None:
+            raise InputError("compile: give metrics alone, all are weighted")
+        weighted = metrics if weighted is None else weighted
+        super().compile(optimizer=optimizer, weighted_metrics=weighted, **settings)
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles as a `.keras` file says; Keras does so itself for its own `compile` alone."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
     def train_step(self, data: Any) -> dict[str, Tensor]:
         inputs, targets = self._split(data)
         with tf.GradientTape() as tape:
@@ -71,10 +92,6 @@ class OwnLoss:
     def _split(self, data: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Inputs and targets of a step."""
         inputs, (targets, y, weights) = self._features(data)
-        if self.loss is not None:
-            raise InputError(
-                f"compile: loss={self.loss!r}, expected none: the model has its own, of its labels"
-            )
         if weights is not None:
             raise InputError("sample_weight: not taken; label with -100 what should not count")
         if isinstance(y, Mapping):
