@@ -360,3 +360,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 66,
     },
 }
+
+
+def require_config(config: object) -> None:
+    """Raises InputError for what is no RobertaPreLayerNormConfig, transformers' own for one."""
+    if not isinstance(config, RobertaPreLayerNormConfig):
+        raise InputError(
+            f"config is a {type(config).__name__}, expected prelnroberta's "
+            "RobertaPreLayerNormConfig (its from_dict reads the to_dict of another)"
+        )

@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from prelnroberta import params as parameters
-from prelnroberta.config import RobertaPreLayerNormConfig
+from prelnroberta.config import RobertaPreLayerNormConfig, require_config
 from prelnroberta.errors import InputError
 from prelnroberta.files import written_whole
+
+_log = logging.getLogger(__name__)
 
 BASE_PREFIX = "roberta_prelayernorm."
 WEIGHTS_NAME = "model.safetensors"
@@ -368,6 +371,47 @@ def load_pretrained(
     config = RobertaPreLayerNormConfig.from_json(Path(directory) / CONFIG_NAME)
     tensors, source = read_weights(directory)
     return from_tensors(tensors, config, model, source), config
+
+
+def open_directory(
+    cls: type,
+    directory: str | Path,
+    config: RobertaPreLayerNormConfig | None,
+    options: Collection[str],
+    arguments: Mapping[str, Any],
+) -> tuple[RobertaPreLayerNormConfig, dict[str, Any]]:
+    """What every `from_pretrained` begins with: the config, and the class' own arguments.
+
+    Args:
+        cls: the class that is asked, for messages.
+        config: in place of the directory's.
+        options: names of the class' own arguments; all others replace fields of the config.
+
+    Raises:
+        InputError: no such directory, a config of another class, an unknown argument.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(
+            f"{directory}: no such directory, expected one with config.json and the weights "
+            "(hub names are not downloaded)"
+        )
+    config = RobertaPreLayerNormConfig.from_json(directory) if config is None else config
+    require_config(config)
+    fields = {field.name for field in dataclasses.fields(config)} - {"extra"}
+    if unknown := arguments.keys() - fields - set(options):
+        raise InputError(
+            f"{cls.__name__}.from_pretrained: unknown argument {', '.join(sorted(unknown))}"
+        )
+    replaced = {name: value for name, value in arguments.items() if name in fields}
+    own = {name: value for name, value in arguments.items() if name not in fields}
+    return config.replace(**replaced), own
+
+
+def report_swapped(swapped: Swapped, source: str, cls: type) -> None:
+    """Warns of parts that are new or dropped; says nothing where the file fits."""
+    if str(swapped):
+        _log.warning("%s into %s: %s", source, cls.__name__, swapped)
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, np.ndarray], str]:

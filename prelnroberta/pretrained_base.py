@@ -7,7 +7,6 @@ arguments of transformers 4.57's `FlaxPreTrainedModel` (`modeling_flax_utils.py`
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,14 +20,13 @@ from prelnroberta import cache as caches
 from prelnroberta import heads, huggingface, outputs
 from prelnroberta import params as parameters
 from prelnroberta.cache import Cache
-from prelnroberta.config import RobertaPreLayerNormConfig
+from prelnroberta.config import RobertaPreLayerNormConfig, require_config
 from prelnroberta.errors import InputError
 from prelnroberta.inputs import as_array, check_cache, check_inputs, check_key, check_labels
 from prelnroberta.modeling import EncoderOutput, Execution, TableModule
 from prelnroberta.params import Tree
 
 Array = jax.Array
-_log = logging.getLogger(__name__)
 
 
 class FlaxRobertaPreLayerNormPreTrainedModel:
@@ -77,7 +75,7 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
         gradient_checkpointing: bool = False,
         attention: str = "xla",
     ):
-        _require_config(config)
+        require_config(config)
         self.config = config
         self.dtype = _float_type(dtype)
         self.execution = Execution(
@@ -166,21 +164,7 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
             InputError: a file that is missing or damaged; one message listing every missing,
                 unexpected, mis-shaped and non-finite tensor; an unknown argument.
         """
-        directory = Path(directory)
-        if not directory.is_dir():
-            raise InputError(
-                f"{directory}: no such directory, expected one with config.json and the weights "
-                "(hub names are not downloaded)"
-            )
-        if config is None:
-            config = RobertaPreLayerNormConfig.from_json(directory)
-        fields = {field.name for field in dataclasses.fields(cls.config_class)} - {"extra"}
-        unknown = changes.keys() - fields - cls.options
-        if unknown:
-            raise InputError(f"from_pretrained: unknown argument {', '.join(sorted(unknown))}")
-        _require_config(config)
-        config = config.replace(**{k: v for k, v in changes.items() if k in fields})
-        options = {k: v for k, v in changes.items() if k in cls.options}
+        config, options = huggingface.open_directory(cls, directory, config, cls.options, changes)
         model = cls(config, seed=seed, dtype=dtype, _do_init=False, **options)
         tensors, source = huggingface.read_weights(directory)
         tree, model.swapped = huggingface.read_tensors(
@@ -191,8 +175,7 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
             lambda: model.init_weights(jax.random.key(seed)),
             ignore_mismatched_sizes,
         )
-        if str(model.swapped):
-            _log.warning("%s into %s: %s", source, cls.__name__, model.swapped)
+        huggingface.report_swapped(model.swapped, source, cls)
         tree = jax.device_put(tree)
         if not _do_init:
             return model, tree
@@ -423,13 +406,6 @@ def _apply(
         rngs=None if rng is None else {"dropout": rng},
     )
     return (None, found) if isinstance(found, EncoderOutput) else found
-
-
-def _require_config(config: Any) -> None:
-    if not isinstance(config, RobertaPreLayerNormConfig):
-        raise InputError(
-            f"config is a {type(config).__name__}, expected a RobertaPreLayerNormConfig"
-        )
 
 
 def _float_type(dtype: Any) -> jnp.dtype:

@@ -14,9 +14,8 @@ import safetensors.numpy
 import torch
 import transformers
 from foreign import V, checkpoint, fairseq_state
-from support import ODD, TINY, assert_close, call, ragged_batch, random_params
+from support import ODD, TINY, assert_close, call, ragged_batch, random_params, run_oracle
 from test_bad_input import refused
-from test_parity_flax4 import run_oracle
 
 from bridges.detect import open_checkpoint
 from bridges.fairseq import writing

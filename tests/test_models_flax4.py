@@ -6,17 +6,12 @@ They need an older transformers than the environment has: `make test` installs i
 dependency of ours changes) and it runs in one process of its own, on directories that we wrote.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support import ODD, random_params
+from support import ODD, random_params, run_oracle
 from test_models import (
     SMALL,
     TWO_TYPES,
@@ -32,7 +27,6 @@ from prelnroberta import heads
 from prelnroberta import params as parameters
 from prelnroberta.huggingface import ARCHITECTURES, save_pretrained
 
-TRANSFORMERS_4 = Path(sys.prefix) / "transformers4"
 # Each class in another configuration than `test_models.py` has for it.
 CASES = for_full_rows(
     {
@@ -53,22 +47,6 @@ CASES = for_full_rows(
 # What differs from another case in the loss only, which Flax classes never had.
 TORCH_ALONE = ("regression", "multi_label")
 FLAX = [kind for kind in CASES if kind not in TORCH_ALONE]
-
-
-def run_oracle(script: str, *args: Path) -> None:
-    assert TRANSFORMERS_4.is_dir(), f"{TRANSFORMERS_4} is missing: run `make test`, which makes it"
-    subprocess.run(
-        [sys.executable, Path(__file__).parent / "oracle" / script, *args],
-        check=True,
-        timeout=600,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(TRANSFORMERS_4),
-            "USE_TF": "0",
-            "TRANSFORMERS_VERBOSITY": "error",
-            "JAX_PLATFORMS": "cpu",
-        },
-    )
 
 
 def weights_of_outputs(kind, batch, output, weight):

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from support import ODD, ROOT, assert_close, random_params
+from support import ODD, ROOT, assert_close, random_params, run_oracle
 from test_models import SMALL, TWO_TYPES, case_batch
-from test_parity_flax4 import run_oracle
 from test_pytorch_models import tensors, twin, twin_class
 
 from prelnroberta import InputError

@@ -2,17 +2,12 @@
 process of its own: outputs, losses, gradients, and the tf_model.h5 that it wrote."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from support import ODD, assert_close, random_params
+from support import ODD, assert_close, random_params, run_oracle
 from test_models import SMALL, TWO_TYPES, case_batch
-from test_parity_flax4 import TRANSFORMERS_4
 
 import bridges.tensorflow
 from prelnroberta import InputError
@@ -54,15 +49,7 @@ def answers(tmp_path_factory):
         save_pretrained(root / kind, random_params(config, model), config, model)
         np.savez(root / kind / "batch.npz", **batch_of(kind))
         (root / kind / "architecture.txt").write_text(ARCHITECTURES[model])
-    script = Path(__file__).parent / "oracle" / "transformers4_tensorflow.py"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(TRANSFORMERS_4),
-        "TF_USE_LEGACY_KERAS": "1",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
-    subprocess.run([sys.executable, script, root], check=True, timeout=600, env=environment)
+    run_oracle("transformers4_tensorflow.py", root)
     return root
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -16,12 +14,11 @@ from bridges.pytorch.cache import Cache
 from bridges.pytorch.packing import Packing
 from prelnroberta import huggingface
 from prelnroberta import params as parameters
-from prelnroberta.config import RobertaPreLayerNormConfig
+from prelnroberta.config import RobertaPreLayerNormConfig, require_config
 from prelnroberta.errors import InputError
 from prelnroberta.inputs import check_inputs
 from prelnroberta.params import Tree
 
-_log = logging.getLogger(__name__)
 _WORD = "roberta_prelayernorm.embeddings.word_embeddings.weight"
 
 
@@ -38,11 +35,7 @@ class PreTrained(nn.Module):
 
     def __init__(self, config: RobertaPreLayerNormConfig):
         super().__init__()
-        if not isinstance(config, RobertaPreLayerNormConfig):
-            raise InputError(
-                f"config is a {type(config).__name__}, expected prelnroberta's "
-                "RobertaPreLayerNormConfig (RobertaPreLayerNormConfig.from_dict reads another's)"
-            )
+        require_config(config)
         self.config = config
         self.swapped = huggingface.Swapped()
 
@@ -117,19 +110,7 @@ class PreTrained(nn.Module):
             InputError: a file that is missing or damaged; one message listing every missing,
                 unexpected, mis-shaped and non-finite tensor; an unknown argument.
         """
-        directory = Path(directory)
-        if not directory.is_dir():
-            raise InputError(
-                f"{directory}: no such directory, expected one with config.json and the weights "
-                "(hub names are not downloaded)"
-            )
-        if config is None:
-            config = RobertaPreLayerNormConfig.from_json(directory)
-        options = {name: changes.pop(name) for name in cls.options & changes.keys()}
-        unknown = changes.keys() - ({f.name for f in dataclasses.fields(config)} - {"extra"})
-        if unknown:
-            raise InputError(f"from_pretrained: unknown argument {', '.join(sorted(unknown))}")
-        config = config.replace(**changes)
+        config, options = huggingface.open_directory(cls, directory, config, cls.options, changes)
         with torch.device("meta"):
             name = cls(config, **options).model
         tensors, source = huggingface.read_weights(directory)
@@ -143,8 +124,7 @@ class PreTrained(nn.Module):
         )
         model = cls.from_params(tree, config, **options).to(dtype)
         model.swapped = swapped
-        if str(swapped):
-            _log.warning("%s into %s: %s", source, cls.__name__, swapped)
+        huggingface.report_swapped(swapped, source, cls)
         return model
 
     def save_pretrained(self, directory: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:

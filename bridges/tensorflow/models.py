@@ -38,6 +38,7 @@ class TFRobertaPreLayerNormModel(TFRobertaPreLayerNormPreTrainedModel):
     """The encoder (or decoder) and, unless add_pooling_layer is False, its pooler."""
 
     target_names = ()
+    options = TFRobertaPreLayerNormPreTrainedModel.options | {"add_pooling_layer"}
 
     def __init__(
         self, config: RobertaPreLayerNormConfig, *, add_pooling_layer: bool = True, **options: Any

@@ -6,9 +6,7 @@ its input on the host when called eagerly, and is filled from a parameter tree a
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,13 +26,12 @@ from bridges.tensorflow.outputs import Output, output
 from bridges.tensorflow.training import OwnLoss
 from prelnroberta import huggingface
 from prelnroberta import params as parameters
-from prelnroberta.config import RobertaPreLayerNormConfig
+from prelnroberta.config import RobertaPreLayerNormConfig, require_config
 from prelnroberta.errors import InputError
 from prelnroberta.inputs import as_array, check_inputs, check_labels
 from prelnroberta.params import Tree
 
 Tensor = tf.Tensor
-_log = logging.getLogger(__name__)
 
 ROW_ARGUMENTS = (
     "input_ids",
@@ -75,6 +72,7 @@ class TFRobertaPreLayerNormPreTrainedModel(OwnLoss, keras.Model):
     config_class = RobertaPreLayerNormConfig
     base_model_prefix = "roberta_prelayernorm"
     model: ClassVar[str]
+    options: ClassVar[frozenset[str]] = frozenset({"dtype", "name", "trainable"})
     target_names = ("labels",)
     reads_first_position = False
 
@@ -88,10 +86,7 @@ class TFRobertaPreLayerNormPreTrainedModel(OwnLoss, keras.Model):
         name: str | None = None,
         trainable: bool = True,
     ):
-        if not isinstance(config, RobertaPreLayerNormConfig):
-            raise InputError(
-                f"config is a {type(config).__name__}, expected a RobertaPreLayerNormConfig"
-            )
+        require_config(config)
         parameters.table(config, self.model)
         super().__init__(name=name, dtype=dtype, trainable=trainable, autocast=False)
         if self.variable_dtype != "float32":
@@ -166,21 +161,7 @@ class TFRobertaPreLayerNormPreTrainedModel(OwnLoss, keras.Model):
             InputError: a file that is missing or damaged; one message listing every missing,
                 unexpected, mis-shaped and non-finite tensor; an unknown argument.
         """
-        directory = Path(directory)
-        if not directory.is_dir():
-            raise InputError(
-                f"{directory}: no such directory, expected one with config.json and the weights "
-                "(hub names are not downloaded)"
-            )
-        if config is None:
-            config = RobertaPreLayerNormConfig.from_json(directory)
-        fields = {field.name for field in dataclasses.fields(config)} - {"extra"}
-        own = {"dtype", "name", "trainable", "add_pooling_layer"}
-        unknown = changes.keys() - fields - own
-        if unknown:
-            raise InputError(f"from_pretrained: unknown argument {', '.join(sorted(unknown))}")
-        config = config.replace(**{k: v for k, v in changes.items() if k in fields})
-        options = {k: v for k, v in changes.items() if k in own}
+        config, options = huggingface.open_directory(cls, directory, config, cls.options, changes)
         model = cls.model_of(options)
         tensors, source = read_weights(directory)
         params, swapped = huggingface.read_tensors(
@@ -191,8 +172,7 @@ class TFRobertaPreLayerNormPreTrainedModel(OwnLoss, keras.Model):
             lambda: parameters.init(config, jax.random.key(seed), model),
             ignore_mismatched_sizes,
         )
-        if str(swapped):
-            _log.warning("%s into %s: %s", source, cls.__name__, swapped)
+        huggingface.report_swapped(swapped, source, cls)
         made = cls(config, params=params, seed=seed, **options)
         made.swapped = swapped
         return made

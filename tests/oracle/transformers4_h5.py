@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ |= {"USE_TF": "1", "TF_USE_LEGACY_KERAS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+os.environ["USE_TF"] = "1"
 
 import numpy as np
 import transformers

@@ -5,9 +5,12 @@ CASE/batch.npz and CASE/architecture.txt. Writes CASE/tf.npz, outputs and the lo
 torch's names, and CASE/h5/, what its `save_pretrained` writes.
 """
 
+import os
 import re
 import sys
 from pathlib import Path
+
+os.environ["USE_TF"] = "1"
 
 import numpy as np
 import tensorflow as tf
