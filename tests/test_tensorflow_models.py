@@ -110,7 +110,7 @@ def test_parity(kind):
             assert_close(value, gradient, f"gradient of {name}", 1e-5, 2e-4)
 
 
-@pytest.mark.parametrize("kind", ["masked_lm", "cross", "multiple_choice", "span"])
+@pytest.mark.parametrize("kind", ["cross", "multiple_choice", "span"])
 def test_graph_xla_and_predict_agree_with_eager(kind):
     model, config = CASES[kind]
     ours, _ = pair(model, config)

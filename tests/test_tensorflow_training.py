@@ -52,7 +52,7 @@ def test_fit_lowers_the_loss_from_dicts_and_datasets():
 def test_loss_and_metrics_weigh_tokens_not_batches():
     """Batches with one counted label and with many: the mean is that of all labels."""
     model = tf_model("token_classification", CONFIG, random_params(CONFIG, "token_classification"))
-    model.compile(metrics=["accuracy"], jit_compile=False)
+    model.compile(metrics=["accuracy"], run_eagerly=True)
     ids = np.random.default_rng(0).integers(4, 60, (4, 7))
     labels = np.full((4, 7), -100)
     labels[0, 0], labels[2:] = 1, ids[2:] % 3
@@ -70,7 +70,7 @@ def test_every_class_with_a_head_fits(model):
     metrics = ["accuracy"]
     if model == "question_answering":
         metrics = {"start_logits": "accuracy", "end_logits": "accuracy"}
-    ours.compile(keras.optimizers.AdamW(1e-3), metrics=metrics, jit_compile=False)
+    ours.compile(keras.optimizers.AdamW(1e-3), metrics=metrics, run_eagerly=True)
     features = {"input_ids": IDS}
     if model == "multiple_choice":
         features = {"input_ids": np.stack([IDS, IDS[:, ::-1]], 1)}
@@ -157,7 +157,7 @@ def test_twenty_steps_of_adamw_are_those_of_flax():
 def test_mixed_precision_trains(policy):
     ids, labels = easy_rows()
     model = tf_model("sequence_classification", EASY, dtype=policy)
-    model.compile(keras.optimizers.AdamW(3e-3), jit_compile=False)
+    model.compile(keras.optimizers.AdamW(3e-3), run_eagerly=True)
     scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     assert scaled == (policy == "mixed_float16")
     history = model.fit(ids, labels, epochs=8, batch_size=16, verbose=0).history["loss"]

@@ -5,32 +5,14 @@
     model = TFRobertaPreLayerNormForMaskedLM.from_pretrained(folder)
     logits = model(input_ids, attention_mask=mask).logits  # [B, L, V]
 
-Importing it chooses Keras' TensorFlow backend, unless the user's settings name another: then it
-raises InputError, because a Keras of another backend would accept these models and compute with
-arrays that TensorFlow does not know.
+`export.save_saved_model` and `export.save_tflite` write files that need none of this code.
 """
 
-import os
+from bridges.tensorflow.backend import require_tensorflow
 
-from prelnroberta.errors import InputError
+require_tensorflow()
 
-os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-# Of TensorFlow's own lines on stderr, errors only.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-if os.environ["KERAS_BACKEND"] == "tensorflow":
-    import keras
-
-    _backend = keras.backend.backend()
-else:
-    _backend = os.environ["KERAS_BACKEND"]
-if _backend != "tensorflow":
-    raise InputError(
-        f"bridges.tensorflow needs Keras' TensorFlow backend, found {_backend!r}: set "
-        "KERAS_BACKEND=tensorflow before keras is imported"
-    )
-
-from bridges.tensorflow.models import (
+from bridges.tensorflow.models import (  # noqa: E402
     TFRobertaPreLayerNormForCausalLM,
     TFRobertaPreLayerNormForMaskedLM,
     TFRobertaPreLayerNormForMultipleChoice,
@@ -39,7 +21,7 @@ from bridges.tensorflow.models import (
     TFRobertaPreLayerNormForTokenClassification,
     TFRobertaPreLayerNormModel,
 )
-from bridges.tensorflow.pretrained import TFRobertaPreLayerNormPreTrainedModel
+from bridges.tensorflow.pretrained import TFRobertaPreLayerNormPreTrainedModel  # noqa: E402
 
 __all__ = [
     "TFRobertaPreLayerNormForCausalLM",

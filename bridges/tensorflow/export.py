@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,6 @@ def serving_functions(model: Model) -> dict[str, Any]:
             )
             return flat_fields(found)
 
-        # Optimizer slots and metrics would be saved, too, if the model itself were traced.
         specs = {name: tf.TensorSpec(axes, tf.int32, name=name) for name in names}
         return tf.function(serve, autograph=False).get_concrete_function(**specs)
 
@@ -60,6 +60,13 @@ def flat_fields(found: Output) -> dict[str, tf.Tensor]:
     return {name: tf.cast(value, tf.float32) for name, value in flat.items()}
 
 
+def _holder(model: Model) -> tf.Module:
+    """Owns the weights and nothing else: no optimizer slots, metrics or Python classes."""
+    holder = tf.Module()
+    holder.weights = [variable.value for variable in model.weights]
+    return holder
+
+
 def save_saved_model(model: Model, directory: str | Path) -> None:
     """Writes a SavedModel with the signatures of `serving_functions`, loads and compares it.
 
@@ -73,8 +80,7 @@ def save_saved_model(model: Model, directory: str | Path) -> None:
     if directory.exists():
         raise InputError(f"{directory}: exists already, expected a new place for a SavedModel")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    holder = tf.Module()
-    holder.variables_of_model = [variable.value for variable in model.weights]
+    holder = _holder(model)
     with written_whole(directory) as partial:
         tf.saved_model.save(holder, str(partial), signatures=serving_functions(model))
         loaded = tf.saved_model.load(str(partial))
@@ -98,8 +104,7 @@ def save_tflite(model: Model, path: str | Path) -> None:
             with it: nothing is written then.
     """
     path = Path(path)
-    holder = tf.Module()
-    holder.variables_of_model = [variable.value for variable in model.weights]
+    holder = _holder(model)
     function = serving_functions(model)["serving_default"]
     converter = tf.lite.TFLiteConverter.from_concrete_functions([function], holder)
     try:
@@ -107,7 +112,10 @@ def save_tflite(model: Model, path: str | Path) -> None:
     except Exception as error:  # the converter's own class is private
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"{path}: TFLite cannot hold this model ({reason})") from None
-    runner = tf.lite.Interpreter(model_content=content).get_signature_runner()
+    with warnings.catch_warnings():
+        # It announces its move to another package, which TensorFlow 2.21 does not bring along.
+        warnings.simplefilter("ignore")
+        runner = tf.lite.Interpreter(model_content=content).get_signature_runner()
 
     def run(inputs: dict[str, np.ndarray]) -> Any:
         return runner(**inputs)
