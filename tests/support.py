@@ -74,6 +74,13 @@ def ragged_batch(
     }
 
 
+def with_tokens(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The rows in which something is seen. In others, kernels of softmax differ from each other."""
+    mask = batch["attention_mask"]
+    kept = mask.any(-1) if mask.ndim == 2 else mask.any(-1).all(-1)
+    return {name: rows[kept] for name, rows in batch.items()}
+
+
 def rms_relative(found: np.ndarray, expected: np.ndarray) -> float:
     """rms of the difference over rms of the expected values."""
     found, expected = np.float64(found), np.float64(expected)

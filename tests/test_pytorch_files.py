@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from support import ODD, ROOT, assert_close, random_params, run_oracle
+from support import ODD, ROOT, assert_close, random_params, run_oracle, with_tokens
 from test_models import SMALL, TWO_TYPES, case_batch
 from test_pytorch_models import tensors, twin, twin_class
 
@@ -93,7 +93,7 @@ def test_round_trip_through_transformers_5(kind, tmp_path, caplog):
         )
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING], caplog.text
     assert not any(info.values()), info
-    batch = tensors(case_batch(model, config, kind))
+    batch = tensors(with_tokens(case_batch(model, config, kind)))
     with torch.no_grad():
         found, expected = ours(**batch), theirs.eval()(**batch)
     real = batch["attention_mask"] == 1 if config.is_decoder else slice(None)
@@ -115,7 +115,7 @@ def answers(tmp_path_factory):
     for kind in READABLE:
         model, config = CASES[kind]
         twin(model, config.replace(tie_last_hidden_states=False)).save_pretrained(root / kind)
-        np.savez(root / kind / "batch.npz", **case_batch(model, config, kind))
+        np.savez(root / kind / "batch.npz", **with_tokens(case_batch(model, config, kind)))
         (root / kind / "architecture.txt").write_text(ARCHITECTURES[model])
     run_oracle("transformers4_pytorch.py", root)
     return root
@@ -125,7 +125,7 @@ def answers(tmp_path_factory):
 def test_transformers_4_reads_and_computes_the_same(kind, answers):
     model, config = CASES[kind]
     assert (answers / kind / "said.txt").read_text() == ""
-    batch = tensors(case_batch(model, config, kind))
+    batch = tensors(with_tokens(case_batch(model, config, kind)))
     again = twin_class(model).from_pretrained(answers / kind / "written")
     assert not str(again.swapped)
     assert_same(again.to_params(), random_params(config, model))

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import tensorflow as tf
-from support import ODD, assert_close, random_params, run_oracle
+from support import ODD, assert_close, random_params, run_oracle, with_tokens
 from test_models import SMALL, TWO_TYPES, case_batch
 
 import bridges.tensorflow
@@ -30,7 +30,7 @@ CASES = {
 
 def batch_of(kind):
     """Labels and places that transformers' TF losses, too, take as they are meant."""
-    batch = case_batch(*CASES[kind], kind)
+    batch = with_tokens(case_batch(*CASES[kind], kind))
     if kind in ("single_label", "multiple_choice"):
         batch["labels"] = np.maximum(batch["labels"], 0)
     if kind == "span":
