@@ -171,11 +171,13 @@ def write_onnx(
 def write_tensorflow(
     params: Tree, config: RobertaPreLayerNormConfig, model: str, source: Path, output: Path
 ) -> Run:
-    import tensorflow as tf
-
+    # First, because it keeps TensorFlow from chatting on standard error.
     from bridges import tensorflow as twins
     from bridges.tensorflow.export import save_saved_model
     from prelnroberta.huggingface import ARCHITECTURES
+
+    # isort: split
+    import tensorflow as tf
 
     twin = getattr(twins, f"TF{ARCHITECTURES[model]}")
     save_saved_model(twin.from_params(params, config, **options(model)), output / "tensorflow")

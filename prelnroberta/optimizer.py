@@ -120,6 +120,7 @@ def freeze_labels(params: parameters.Tree, patterns: Sequence[str]) -> parameter
     Raises:
         InputError: a pattern that matches no path.
     """
+    patterns = [patterns] if isinstance(patterns, str) else patterns
     paths = parameters.flatten(params)
     for pattern in patterns:
         if not fnmatch.filter(paths, pattern):

@@ -1,0 +1,24 @@
+"""What README shows in Python runs as it stands, on a model that a run made."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from support import ENVIRONMENT, ROOT, finished_run
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_block_runs(number, tmp_path):
+    code = BLOCKS[number].replace("runs/demo", str(finished_run()))
+    code = code.replace("runs/", f"{tmp_path}/")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_there_are_blocks():
+    assert len(BLOCKS) == 3
