@@ -55,11 +55,14 @@ bridges: $(VENV)/bridged
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.demo
 
+# Most of the time is compiling, on one core each: files are shared out among processes.
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+
 test: $(VENV)/tested
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(VENV)/tested
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/tested
 	$(BIN)/ruff check .
