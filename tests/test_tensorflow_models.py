@@ -196,10 +196,13 @@ def test_masks_segments_heads_vectors_and_positions():
         {"input_ids": ids, "head_mask": rng.random(H).astype(np.float32)},
         {"input_ids": ids, "head_mask": rng.random((N, H)).astype(np.float32)},
         {"input_ids": ids, "position_ids": rng.integers(0, 33, (5, 8))},
-        {"inputs_embeds": rng.standard_normal((5, 8, 42)).astype(np.float32)},
+        {"inputs_embeds": rng.standard_normal((5, 8, 42))},
     ):
         found, expected = (m(**inputs, output_attentions=True) for m in (ours, flax))
         assert_same_output(found, expected)
+    ours, flax = pair("multiple_choice", ODD)
+    vectors = rng.standard_normal((3, 2, 8, 42)).astype(np.float32)
+    assert_same_output(*(m(inputs_embeds=vectors) for m in (ours, flax)))
 
 
 def test_reading_the_first_position_alone_is_exact():
@@ -218,7 +221,7 @@ def test_reading_the_first_position_alone_is_exact():
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision(policy):
     """Weights stay float32; errors are those of the dtype; a masked row is finite."""
-    bounds = {"mixed_bfloat16": 2e-2, "mixed_float16": 2e-3}
+    bounds = {"mixed_bfloat16": 1e-2, "mixed_float16": 1.5e-3}  # measured: 7e-3, 9e-4
     params = random_params(ODD, "masked_lm", scale=0.1)
     half, full = (
         tf_model("masked_lm", ODD, params, dtype=policy),

@@ -408,7 +408,7 @@ def encode(
     """The encoder's output in `dtype`; arguments as `prelnroberta.modeling.Encoder`'s."""
     if input_ids is None:
         # Vectors tell no pads: every column counts.
-        words = inputs_embeds
+        words = tf.cast(inputs_embeds, tf.float32)
         counted = tf.fill(sizes(words)[:2], config.pad_token_id + 1)
     else:
         words, counted = rows(embeddings.word, input_ids), input_ids

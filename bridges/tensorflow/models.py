@@ -22,7 +22,7 @@ from bridges.tensorflow.pretrained import (
     ROW_ARGUMENTS,
     TFRobertaPreLayerNormPreTrainedModel,
     counted,
-    integers,
+    standardized,
 )
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
@@ -103,12 +103,12 @@ class TFRobertaPreLayerNormForCausalLM(TFRobertaPreLayerNormForMaskedLM):
         return (*super().argument_names, *DECODER_ARGUMENTS)
 
     def scores(self, output: Output, targets: Mapping[str, Tensor]) -> Scores:
-        return heads.causal_lm_scores(output["logits"], integers(targets["labels"]))
+        return heads.causal_lm_scores(output["logits"], standardized(targets["labels"]))
 
     def metric_arguments(
         self, output: Output, targets: Mapping[str, Tensor]
     ) -> tuple[Any, Any, Any]:
-        return counted(integers(targets["labels"])[:, 1:], output["logits"][:, :-1])
+        return counted(standardized(targets["labels"])[:, 1:], output["logits"][:, :-1])
 
     def generate(
         self,
@@ -158,7 +158,7 @@ class TFRobertaPreLayerNormForCausalLM(TFRobertaPreLayerNormForMaskedLM):
         _, most = wanted.new_tokens(prompts.shape[1])
         longest = int((prompts != self.config.pad_token_id).sum(-1).max())
         self.config.check_length(longest + most - 1, "a prompt and its continuation")
-        tensors = {name: integers(value) for name, value in given.items()}
+        tensors = {name: standardized(value) for name, value in given.items()}
         specs = tuple((n, tf.TensorSpec.from_tensor(x)) for n, x in tensors.items())
         return self._search(wanted, most, specs)(tensors, tf.constant([seed, 0], tf.int32))
 
@@ -205,12 +205,12 @@ class TFRobertaPreLayerNormForSequenceClassification(TFRobertaPreLayerNormPreTra
         return output(logits=self.classifier(encoded.last_hidden_state[:, 0], drop=drop))
 
     def scores(self, output: Output, targets: Mapping[str, Tensor]) -> Scores:
-        return heads.sequence_scores(self.config, output["logits"], integers(targets["labels"]))
+        return heads.sequence_scores(self.config, output["logits"], standardized(targets["labels"]))
 
     def metric_arguments(
         self, output: Output, targets: Mapping[str, Tensor]
     ) -> tuple[Any, Any, Any]:
-        labels = integers(targets["labels"])
+        labels = standardized(targets["labels"])
         if heads.problem_type(self.config, labels) == "single_label_classification":
             return counted(labels, output["logits"])
         return labels, output["logits"], None
@@ -291,6 +291,6 @@ class TFRobertaPreLayerNormForQuestionAnswering(TFRobertaPreLayerNormPreTrainedM
         sides = []
         for name in ("start", "end"):
             logits = output[f"{name}_logits"]
-            positions = integers(targets[f"{name}_positions"])
+            positions = standardized(targets[f"{name}_positions"])
             sides.append((logits, heads.span_labels(positions, sizes_of(logits)[1])))
         return sides

@@ -96,6 +96,7 @@ class TFRobertaPreLayerNormPreTrainedModel(OwnLoss, keras.Model):
             )
         self.config = config
         self.seed = seed
+        self.swapped = huggingface.Swapped()
         self.noise = keras.random.SeedGenerator(seed)
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
@@ -131,7 +132,7 @@ class TFRobertaPreLayerNormPreTrainedModel(OwnLoss, keras.Model):
 
     def to_params(self) -> Tree:
         """The parameter tree, float32 numpy."""
-        values = {path: v.numpy() for path, v in self.variables_by_path().items()}
+        values = {path: v.value.numpy() for path, v in self.variables_by_path().items()}
         return names.from_variables(values, self.config, self.model, self.name)
 
     # Files.
@@ -294,9 +295,9 @@ class TFRobertaPreLayerNormPreTrainedModel(OwnLoss, keras.Model):
                 "more; call init_cache with a larger max_length"
             )
         if "position_ids" not in inputs:
-            real = (
-                new != self.config.pad_token_id if "input_ids" in inputs else np.ones(new.shape[:2])
-            )
+            real = np.ones(new.shape[:2], bool)
+            if "input_ids" in inputs:
+                real = new != self.config.pad_token_id
             self.config.check_length(int((count + real.sum(-1)).max()))
 
     def check_targets(self, targets: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> None:
@@ -325,16 +326,12 @@ class TFRobertaPreLayerNormPreTrainedModel(OwnLoss, keras.Model):
         def either(given: bool | None, name: str) -> bool:
             return getattr(self.config, name) if given is None else given
 
-        inputs = {n: v if n == "past_key_values" else integers(v) for n, v in inputs.items()}
+        inputs = {n: v if n == "past_key_values" else standardized(v) for n, v in inputs.items()}
         targets = {n: inputs.pop(n) for n in self.target_names if n in inputs}
         keep = either(output_hidden_states, "output_hidden_states")
         attentions = either(output_attentions, "output_attentions")
         first = inputs.get("input_ids", inputs.get("inputs_embeds"))
-        if (
-            use_cache
-            and "past_key_values" not in inputs
-            and "past_key_values" in self.argument_names
-        ):
+        if use_cache and "past_key_values" in set(self.argument_names) - inputs.keys():
             inputs["past_key_values"] = self.init_cache(sizes(first)[0], self.config.max_length)
         encoded = encode(
             self.embeddings,
@@ -375,12 +372,12 @@ class TFRobertaPreLayerNormPreTrainedModel(OwnLoss, keras.Model):
         return caches.init_cache(self.config, batch_size, max_length, self.compute_dtype)
 
     def scores(self, output: Output, targets: Mapping[str, Tensor]) -> Scores:
-        return heads.label_scores(output["logits"], integers(targets["labels"]))
+        return heads.label_scores(output["logits"], standardized(targets["labels"]))
 
     def metric_arguments(
         self, output: Output, targets: Mapping[str, Tensor]
     ) -> tuple[Any, Any, Any]:
-        return counted(integers(targets["labels"]), output["logits"])
+        return counted(standardized(targets["labels"]), output["logits"])
 
 
 _OPTIONS = (
@@ -396,7 +393,7 @@ def _same(x: Tensor, rate: float) -> Tensor:
     return x
 
 
-def integers(value: Tensor) -> Tensor:
+def standardized(value: Tensor) -> Tensor:
     """Integers and booleans as int32: -100 must fit, and comparisons must agree."""
     value = tf.convert_to_tensor(value)
     return value if value.dtype.is_floating else tf.cast(value, tf.int32)
