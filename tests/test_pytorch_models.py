@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from support import ODD, assert_close, ragged_batch, random_params
+from support import ODD, assert_close, ragged_batch, random_params, with_tokens
 from test_models import CASES, SMALL, case_batch, our_model, torch_model
 from test_parity_torch import Reference
 
@@ -83,7 +83,7 @@ def test_against_flax(kind):
 def test_against_transformers(kind):
     """Outputs and gradients: float64 to the last digits, float32 to the ladder."""
     model, config = CASES[kind]
-    params, batch = random_params(config, model), case_batch(model, config, kind)
+    params, batch = random_params(config, model), with_tokens(case_batch(model, config, kind))
     theirs, asked = torch_model(model, config, params), {"use_cache": False}
     wide = tensors(batch, torch.float64)
     expected = theirs(**wide, output_hidden_states=True, output_attentions=True, **asked)
