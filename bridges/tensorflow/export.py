@@ -134,11 +134,11 @@ def _compare(model: Model, run: Any, names: list[str], source: str) -> None:
         shape = (B, 2, L) if model.model == "multiple_choice" else (B, L)
         mask = np.ones(shape, np.int32)
         mask[..., -1, -L // 3 :] = 0
-        ids = rng.standardized(0, config.vocab_size, shape)
+        ids = rng.integers(0, config.vocab_size, shape)
         inputs = {
             "input_ids": np.where(mask == 1, ids, config.pad_token_id).astype(np.int32),
             "attention_mask": mask,
-            "token_type_ids": rng.standardized(0, config.type_vocab_size, shape).astype(np.int32),
+            "token_type_ids": rng.integers(0, config.type_vocab_size, shape).astype(np.int32),
         }
         inputs = {name: inputs[name] for name in names}
         found = run(inputs)
