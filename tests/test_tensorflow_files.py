@@ -130,12 +130,19 @@ def test_tflite_agrees_at_other_shapes(model, tmp_path):
 
 def test_a_file_that_disagrees_is_refused(tmp_path, monkeypatch):
     ours = made("token_classification")
-    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    monkeypatch.setitem(export.TOLERANCE, "float32", -1.0)
     with pytest.raises(InputError, match=r"saved: signature \w+: logits differs .* expected"):
         save_saved_model(ours, tmp_path / "saved")
     with pytest.raises(InputError, match=r"model.tflite: logits differs"):
         save_tflite(ours, tmp_path / "model.tflite")
     assert not list(tmp_path.iterdir())
+
+
+def test_half_precision_is_saved_by_tensorflow_and_refused_by_tflite(tmp_path):
+    ours = tf_model("base", SMALL, random_params(SMALL, "base"), dtype="mixed_bfloat16")
+    save_saved_model(ours, tmp_path / "saved")
+    with pytest.raises(InputError, match=r"model.tflite: TFLite cannot hold this model"):
+        save_tflite(ours, tmp_path / "model.tflite")
 
 
 # The import.

@@ -90,6 +90,13 @@ def test_tokens_are_those_of_flax(way, config):
         assert len(np.unique(new)) > 4 and (new == PAD).any()
 
 
+def test_mixed_precision_generates():
+    params = random_params(CROSS, "causal_lm", scale=0.1)
+    ours = tf_model("causal_lm", CROSS, params, dtype="mixed_bfloat16")
+    found = ours.generate(PROMPTS, num_beams=3, max_new_tokens=4, **STATES)
+    assert found.sequences.shape == (3, 9) and np.isfinite(found.scores).all()
+
+
 def test_filters_are_those_of_flax():
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((6, 30)).astype(np.float32) * 3

@@ -16,9 +16,10 @@ from prelnroberta.files import written_whole
 
 Model = TFRobertaPreLayerNormPreTrainedModel
 
-# Largest difference from the model that a file may show, over the rms of the model's output. On a
-# CPU they agree to 1e-5; a wrong kernel is off by 1 or gives NaN.
-TOLERANCE = 1e-4
+# Largest difference from the model that a file may show, over the rms of the model's output, by the
+# dtype of the computation. In float32 they agree to 1e-5; in half precision a graph rounds at other
+# places than eager calls do (2e-2 and 2e-3 were seen). A wrong kernel is off by 1 or gives NaN.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1, "float16": 1e-2}
 
 
 def serving_functions(model: Model) -> dict[str, Any]:
@@ -100,8 +101,8 @@ def save_tflite(model: Model, path: str | Path) -> None:
     `interpreter.get_signature_runner()` with arrays of any [B, L].
 
     Raises:
-        InputError: where TensorFlow's converter refuses the model, or the interpreter disagrees
-            with it: nothing is written then.
+        InputError: where TensorFlow's converter refuses the model, as it does in mixed precision,
+            or the interpreter disagrees with it: nothing is written then.
     """
     path = Path(path)
     holder = _holder(model)
@@ -129,16 +130,16 @@ def save_tflite(model: Model, path: str | Path) -> None:
 def _compare(model: Model, run: Any, names: list[str], source: str) -> None:
     """Holds `run` to the model at two shapes, with pads on the right."""
     rng = np.random.default_rng(0)
-    config = model.config
+    config, tolerance = model.config, TOLERANCE[model.compute_dtype]
     for B, L in ((1, 3), (3, min(config.max_length, 12))):
         shape = (B, 2, L) if model.model == "multiple_choice" else (B, L)
         mask = np.ones(shape, np.int32)
         mask[..., -1, -L // 3 :] = 0
-        ids = rng.standardized(0, config.vocab_size, shape)
+        ids = rng.integers(0, config.vocab_size, shape)
         inputs = {
             "input_ids": np.where(mask == 1, ids, config.pad_token_id).astype(np.int32),
             "attention_mask": mask,
-            "token_type_ids": rng.standardized(0, config.type_vocab_size, shape).astype(np.int32),
+            "token_type_ids": rng.integers(0, config.type_vocab_size, shape).astype(np.int32),
         }
         inputs = {name: inputs[name] for name in names}
         found = run(inputs)
@@ -149,8 +150,8 @@ def _compare(model: Model, run: Any, names: list[str], source: str) -> None:
             value = value.numpy()
             scale = np.sqrt(np.mean(np.square(value))) or 1.0
             error = np.abs(np.asarray(found[name]) - value).max() / scale
-            if not error <= TOLERANCE:
+            if not error <= tolerance:
                 raise InputError(
                     f"{source}: {name} differs from the model's by {error:.1e} of its rms at "
-                    f"shape {list(shape)}, expected {TOLERANCE:.0e} or less"
+                    f"shape {list(shape)}, expected {tolerance:.0e} or less"
                 )
