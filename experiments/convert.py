@@ -65,9 +65,7 @@ def main() -> int:
 def check_output() -> None:
     if not FLAGS.output:
         raise InputError("--output is missing: the folder to make (or give --describe)")
-    output = Path(FLAGS.output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"--output={output} exists: name a new or empty folder")
+    flags.check_new_folder(FLAGS.output)
 
 
 def input_path() -> Path:

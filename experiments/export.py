@@ -40,8 +40,7 @@ _NEEDS = {
 
 def main() -> int:
     directory, output = flags.model_folder(FLAGS.model), Path(FLAGS.output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"--output={output} exists: name a new or empty folder")
+    flags.check_new_folder(FLAGS.output)
     for form in FLAGS.format:
         for module, extra in _NEEDS[form]:
             flags.needs(module, extra, f"--format={form}")

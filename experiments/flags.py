@@ -312,6 +312,13 @@ def positive(*names: str) -> None:
             raise InputError(f"--{name}={FLAGS[name].value}, expected 1 or more")
 
 
+def check_new_folder(path: str) -> None:
+    """Raises InputError for an --output that would be written over."""
+    folder = Path(path)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"--output={folder} exists: name a new or empty folder")
+
+
 def needs(module: str, extra: str, flag: str) -> None:
     """Raises InputError, before anything is done, for a flag whose library is not installed."""
     if importlib.util.find_spec(module) is None:

@@ -52,7 +52,9 @@ def main() -> int:
     print(f"{copied} against {directory}\n{NOTE}")
     print(columns(["class", "framework", "dtype", *KINDS]))
     runs: list[list[Error]] = []
-    for served, copy in zip(all_served(directory), all_served(copied), strict=True):
+    copies = all_served(copied) if FLAGS.against else None
+    for served in all_served(directory):
+        copy = next(copies) if copies else served
         if served.config != copy.config:
             raise InputError(f"{copied}: config.json differs from that of {directory}")
         if served.new:
@@ -178,13 +180,9 @@ def layer_plots(runs: list[list[Error]]) -> str:
     )
     for axis, model in zip(axes.flat, models, strict=False):
         for run in (run for run in runs if run[0].model == model):
-            # The worst batch at each layer.
-            states: dict[str, float] = {}
-            for error in run:
-                if error.kind == "hidden state":
-                    states[error.name] = max(states.get(error.name, 0.0), error.rms)
+            states = [error.rms for error in run if error.kind == "hidden state"]
             label = f"{run[0].framework} {run[0].dtype}"
-            axis.plot(list(states.values()), marker=".", label=label)
+            axis.plot(states, marker=".", label=label)
         axis.set(yscale="log", title=model, xlabel="hidden state", ylabel="rms error / rms")
     for axis in list(axes.flat)[len(models) :]:
         axis.remove()

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 from prelnroberta.layers import ACTIVATIONS, dropout, layer_norm, project
-from prelnroberta.modeling import EncoderOutput, TableModule
+from prelnroberta.modeling import Encoder, EncoderOutput, TableModule
 
 Array = jax.Array
 
@@ -226,6 +226,19 @@ class QuestionAnswering(TableModule):
         p = self.tree("question_answering")
         output = self.encode(p, *inputs, deterministic=deterministic, **named)
         return project(p["span"], "bld,dc->blc", output.last_hidden_state), output
+
+
+# The models of the parameter table.
+MODULES: dict[str, type[TableModule]] = {
+    "encoder": Encoder,
+    "base": Base,
+    "masked_lm": MaskedLM,
+    "causal_lm": CausalLM,
+    "sequence_classification": SequenceClassification,
+    "multiple_choice": MultipleChoice,
+    "token_classification": TokenClassification,
+    "question_answering": QuestionAnswering,
+}
 
 
 def label_scores(logits: Array, labels: Array) -> Scores:

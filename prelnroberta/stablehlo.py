@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from prelnroberta import heads, modeling
+from prelnroberta import heads
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
@@ -29,16 +29,6 @@ PROGRAM_NAME = "model.stablehlo"
 PARAMS_NAME = "params.safetensors"
 PLATFORMS = ("cpu", "cuda", "tpu")
 
-_MODULES: dict[str, type[modeling.TableModule]] = {
-    "encoder": modeling.Encoder,
-    "base": heads.Base,
-    "masked_lm": heads.MaskedLM,
-    "causal_lm": heads.CausalLM,
-    "sequence_classification": heads.SequenceClassification,
-    "multiple_choice": heads.MultipleChoice,
-    "token_classification": heads.TokenClassification,
-    "question_answering": heads.QuestionAnswering,
-}
 Outputs = dict[str, jax.Array]
 
 
@@ -52,7 +42,7 @@ def forward(
 ) -> Outputs:
     """What is exported: int32 inputs [B, L], or [B, C, L] of choices, to the outputs of the
     Flax class by name, float32."""
-    found = _MODULES[model](config).apply(
+    found = heads.MODULES[model](config).apply(
         {"params": params}, input_ids, attention_mask, token_type_ids
     )
     if model == "encoder":

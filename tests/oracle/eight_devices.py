@@ -13,22 +13,11 @@ import numpy as np
 from prelnroberta import heads
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
-from prelnroberta.modeling import Encoder
 
 DEVICES = 8
 CONFIG = RobertaPreLayerNormConfig.preset(
     "tiny", hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=1
 )
-MODULES = {
-    "encoder": Encoder,
-    "base": heads.Base,
-    "masked_lm": heads.MaskedLM,
-    "causal_lm": heads.CausalLM,
-    "sequence_classification": heads.SequenceClassification,
-    "multiple_choice": heads.MultipleChoice,
-    "token_classification": heads.TokenClassification,
-    "question_answering": heads.QuestionAnswering,
-}
 
 
 def main() -> None:
@@ -37,7 +26,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     ids = rng.integers(4, CONFIG.vocab_size, (2 * DEVICES, 7))
     ids[1, 4:] = ids[9, :3] = CONFIG.pad_token_id
-    for model, of_class in MODULES.items():
+    for model, of_class in heads.MODULES.items():
         module = of_class(CONFIG.replace(is_decoder=model == "causal_lm"))
         rows = np.stack([ids, ids[::-1]], 1) if model == "multiple_choice" else ids
         rows = {"input_ids": rows, "attention_mask": (rows != CONFIG.pad_token_id).astype(np.int32)}
