@@ -169,6 +169,11 @@ def _predict() -> None:
     flags.DEFINE_integer("batch_size", 32, "Texts computed at once.")
 
 
+def _example_data() -> None:
+    flags.DEFINE_string("output", None, "The folder to make: new, or empty.", required=True)
+    flags.DEFINE_integer("examples", 2000, "Training examples of each task, at most.")
+
+
 def _convert() -> None:
     flags.DEFINE_string(
         "input",
@@ -236,6 +241,7 @@ _GROUPS: dict[str, Callable[[], None]] = {
     "compute": _compute,
     "predict": _predict,
     "demo": _demo,
+    "example_data": _example_data,
     "convert": _convert,
     "parity": _parity,
     "export": _export,

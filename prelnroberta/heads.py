@@ -7,6 +7,7 @@ devices: a mean of means is wrong as soon as masked tokens differ in number.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -52,13 +53,45 @@ class Scores:
         return cls(*(jnp.zeros((), jnp.float32) for _ in range(3)))
 
 
-def cross_entropy(logits: Array, labels: Array, weights: Array) -> Scores:
+@dataclasses.dataclass(frozen=True)
+class LossSettings:
+    """What a cross entropy does beside counting every target the same.
+
+    Attributes:
+        class_weights: one number a class, by which a target of that class counts; None: 1.
+        label_smoothing: share of each target spread evenly over all classes, in [0, 1).
+
+    Both as in torch's `cross_entropy` (mean reduction): the smoothed part counts each class by its
+    own weight, and the whole is divided by the weights of the targets.
+    """
+
+    class_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+
+
+PLAIN = LossSettings()
+
+
+def cross_entropy(
+    logits: Array, labels: Array, weights: Array, settings: LossSettings = PLAIN
+) -> Scores:
     """Scores of logits [..., V] against labels [...] int, counted by weights [...] float32."""
     logits = logits.astype(jnp.float32)
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
     label_logits = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    smoothing, counted = settings.label_smoothing, weights
+    if settings.class_weights is not None:
+        by_class = jnp.asarray(settings.class_weights, jnp.float32)
+        weights = weights * by_class[labels]
+    loss = ((log_normalizer - label_logits) * weights).sum()
+    if smoothing:
+        surprise = log_normalizer[..., None] - logits
+        if settings.class_weights is not None:
+            surprise = surprise * by_class
+        spread = (surprise.mean(axis=-1) * counted).sum()
+        loss = (1.0 - smoothing) * loss + smoothing * spread
     return Scores(
-        loss=((log_normalizer - label_logits) * weights).sum(),
+        loss=loss,
         correct=((logits.argmax(axis=-1) == labels) * weights).sum(),
         weight=weights.sum(),
     )
@@ -241,33 +274,37 @@ MODULES: dict[str, type[TableModule]] = {
 }
 
 
-def label_scores(logits: Array, labels: Array) -> Scores:
+def label_scores(logits: Array, labels: Array, settings: LossSettings = PLAIN) -> Scores:
     """Cross entropy of logits [..., C] against labels [...] int; -100 does not count.
 
     For masked tokens, token classes, single-label classification and choices.
     """
     counted = labels != IGNORE
-    return cross_entropy(logits, jnp.where(counted, labels, 0), counted.astype(jnp.float32))
+    weights = counted.astype(jnp.float32)
+    return cross_entropy(logits, jnp.where(counted, labels, 0), weights, settings)
 
 
-def causal_lm_scores(logits: Array, labels: Array) -> Scores:
+def causal_lm_scores(logits: Array, labels: Array, settings: LossSettings = PLAIN) -> Scores:
     """Scores of logits [B, L, V] at t against labels [B, L] at t + 1; -100 does not count."""
-    return label_scores(logits[:, :-1], labels[:, 1:])
+    return label_scores(logits[:, :-1], labels[:, 1:], settings)
 
 
 def regression_scores(outputs: Array, labels: Array) -> Scores:
-    """Squared errors of outputs against labels of as many numbers."""
+    """Squared errors of outputs against labels of as many numbers; -100 does not count."""
     outputs, labels = (x.astype(jnp.float32).reshape(-1) for x in (outputs, labels))
-    weight = jnp.asarray(outputs.size, jnp.float32)
-    return Scores(jnp.square(outputs - labels).sum(), jnp.zeros((), jnp.float32), weight)
+    counted = (labels != IGNORE).astype(jnp.float32)
+    loss = (jnp.square(outputs - labels) * counted).sum()
+    return Scores(loss, jnp.zeros((), jnp.float32), counted.sum())
 
 
 def multi_label_scores(logits: Array, labels: Array) -> Scores:
-    """Binary cross entropy of logits [B, C] against labels [B, C] in [0, 1], C decisions a row."""
+    """Binary cross entropy of logits [B, C] against labels [B, C] in [0, 1], C decisions a row;
+    -100 does not count."""
     logits, labels = logits.astype(jnp.float32), labels.astype(jnp.float32)
-    loss = jax.nn.softplus(logits) - labels * logits
-    correct = ((logits > 0) == (labels > 0.5)).sum(dtype=jnp.float32)
-    return Scores(loss.sum(), correct, jnp.asarray(logits.size, jnp.float32))
+    counted = (labels != IGNORE).astype(jnp.float32)
+    loss = (jax.nn.softplus(logits) - labels * logits) * counted
+    correct = ((logits > 0) == (labels > 0.5)) * counted
+    return Scores(loss.sum(), correct.sum(), counted.sum())
 
 
 def problem_type(config: RobertaPreLayerNormConfig, labels: Array) -> str:
@@ -280,17 +317,22 @@ def problem_type(config: RobertaPreLayerNormConfig, labels: Array) -> str:
     return "single_label_classification" if whole else "multi_label_classification"
 
 
-def sequence_scores(config: RobertaPreLayerNormConfig, logits: Array, labels: Array) -> Scores:
-    """Scores of logits [B, C]: against labels [B] int, [B, C] float, or in regression [B(, C)]."""
-    score = {
-        "regression": regression_scores,
-        "single_label_classification": label_scores,
-        "multi_label_classification": multi_label_scores,
-    }
-    return score[problem_type(config, labels)](logits, labels)
+def sequence_scores(
+    config: RobertaPreLayerNormConfig, logits: Array, labels: Array, settings: LossSettings = PLAIN
+) -> Scores:
+    """Scores of logits [B, C]: against labels [B] int, [B, C] float, or in regression [B(, C)].
+
+    `settings` is of single labels.
+    """
+    kind = problem_type(config, labels)
+    if kind == "single_label_classification":
+        return label_scores(logits, labels, settings)
+    return (regression_scores if kind == "regression" else multi_label_scores)(logits, labels)
 
 
-def span_scores(logits: Array, starts: Array, ends: Array) -> tuple[Scores, Scores]:
+def span_scores(
+    logits: Array, starts: Array, ends: Array, settings: LossSettings = PLAIN
+) -> tuple[Scores, Scores]:
     """Of logits [B, L, 2] against positions [B]: scores of the starts and of the ends.
 
     Positions outside of the row do not count. transformers' loss is the mean of the two means;
@@ -300,7 +342,7 @@ def span_scores(logits: Array, starts: Array, ends: Array) -> tuple[Scores, Scor
 
     def score(side: int, positions: Array) -> Scores:
         inside = (positions >= 0) & (positions < L)
-        return label_scores(logits[:, :, side], jnp.where(inside, positions, IGNORE))
+        return label_scores(logits[:, :, side], jnp.where(inside, positions, IGNORE), settings)
 
     return score(0, starts), score(1, ends)
 

@@ -6,9 +6,11 @@ import dataclasses
 import fnmatch
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from prelnroberta import params as parameters
@@ -33,6 +35,11 @@ class Optimization:
         decay_biases, decay_norms: whether these decay, too. fairseq decays everything, BERT and
             most fine-tuning neither. Kernels and embedding tables always do.
         clip_norm: largest global gradient norm; 0 does not clip.
+        layer_decay: each layer learns at this times the rate of the one above it: the head and the
+            final norm at the full rate, the last layer at `layer_decay` times it, the embeddings at
+            its (N + 1)-th power (ELECTRA, Clark et al., 2020). 1 is one rate for all.
+        freeze_layers: the embeddings and so many of the first layers stay as they are; 0: none do.
+        freeze: patterns of paths, as in a shell, of what else stays as it is.
 
     Raises:
         InputError: naming the field, its value and what was expected.
@@ -51,6 +58,9 @@ class Optimization:
     decay_biases: bool = False
     decay_norms: bool = False
     clip_norm: float = 0.0
+    layer_decay: float = 1.0
+    freeze_layers: int = 0
+    freeze: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         def require(holds: bool, field: str, expected: str) -> None:
@@ -72,6 +82,8 @@ class Optimization:
         require(_positive(self.adam_epsilon), "adam_epsilon", "a number > 0")
         require(self.weight_decay == 0 or _positive(self.weight_decay), "weight_decay", "0 or more")
         require(self.clip_norm == 0 or _positive(self.clip_norm), "clip_norm", "0 (off) or more")
+        require(0 < self.layer_decay <= 1, "layer_decay", "a number in (0, 1]")
+        require(self.freeze_layers >= 0, "freeze_layers", "0 (none) or more")
 
 
 def _positive(value: float) -> bool:
@@ -135,10 +147,55 @@ def freeze_labels(params: parameters.Tree, patterns: Sequence[str]) -> parameter
     )
 
 
+def layer_rates(
+    settings: Optimization, config: RobertaPreLayerNormConfig, model: str = "masked_lm"
+) -> parameters.Tree | None:
+    """What each leaf's learning rate is multiplied by: a tree of float32 arrays that broadcast
+    against the leaves ([N, 1, ...] for stacked ones), 0 where frozen; None if all are 1.
+
+    Raises:
+        InputError: more frozen layers than there are, or a pattern that matches no path.
+    """
+    if settings.layer_decay == 1 and not settings.freeze_layers and not settings.freeze:
+        return None
+    N = config.num_hidden_layers
+    if settings.freeze_layers > N:
+        raise InputError(f"freeze_layers={settings.freeze_layers}, expected 0 to {N}, the layers")
+    depths = np.arange(N + 2)  # embeddings, layers, and what stands above them
+    rates = np.float32(settings.layer_decay) ** (N + 1 - depths)
+    if settings.freeze_layers:
+        rates[: settings.freeze_layers + 1] = 0.0
+    shapes = parameters.shapes(config, model)
+    labels = parameters.flatten(freeze_labels(parameters.unflatten(shapes), settings.freeze))
+
+    def rate(path: str, row: parameters.Parameter) -> np.ndarray:
+        if labels[path] == "frozen":
+            return np.float32(0.0)
+        if row.stacked:
+            return rates[1:-1].reshape(N, *(1 for _ in shapes[path][1:]))
+        return rates[0] if path.startswith("embeddings/") else rates[-1]
+
+    rows = parameters.table(config, model)
+    return parameters.unflatten({path: rate(path, row) for path, row in rows.items()})
+
+
+def at_rates(
+    optimizer: optax.GradientTransformation, rates: parameters.Tree
+) -> optax.GradientTransformation:
+    """Multiplies the steps of `optimizer` by `rates`. What is frozen counts in no gradient norm."""
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        gradients = jax.tree.map(lambda g, rate: g * (rate > 0), gradients, rates)
+        updates, state = optimizer.update(gradients, state, params)
+        return jax.tree.map(lambda u, rate: u * rate, updates, rates), state
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
 def adamw(
     settings: Optimization, config: RobertaPreLayerNormConfig, model: str = "masked_lm"
 ) -> optax.GradientTransformation:
-    """The optimizer: clip by global norm, then AdamW. Moments are float32."""
+    """The optimizer: clip by global norm, then AdamW, at each layer's rate. Moments are float32."""
     steps = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
     steps.append(
         optax.adamw(
@@ -151,4 +208,5 @@ def adamw(
             mask=decay_mask(settings, config, model),
         )
     )
-    return optax.chain(*steps)
+    rates = layer_rates(settings, config, model)
+    return optax.chain(*steps) if rates is None else at_rates(optax.chain(*steps), rates)

@@ -87,15 +87,20 @@ class DocstringCorpus:
 
     def _read(self) -> Iterator[Document]:
         seen = set()
+        for string, key in self.strings():
+            new = [p for p in dict.fromkeys(prose(string)) if p not in seen]
+            seen.update(new)
+            if new:
+                yield Document("\n".join(new), key)
+
+    def strings(self) -> Iterator[Document]:
+        """What the documents are found in: every string of several lines, with all its markup."""
         for package, roots in self.roots.items():
             for root in roots:
                 for path in _sources(root):
                     key = f"{package}/{path.relative_to(root).with_suffix('').as_posix()}"
                     for string in _long_strings(path):
-                        new = [p for p in dict.fromkeys(prose(string)) if p not in seen]
-                        seen.update(new)
-                        if new:
-                            yield Document("\n".join(new), key)
+                        yield Document(string, key)
 
     def manifest(self) -> dict:
         """The versions of all that is read, and the checksum of the rules that read it."""
