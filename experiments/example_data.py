@@ -21,11 +21,11 @@ import csv
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import flags
@@ -81,9 +81,9 @@ def divided(documents: Iterable[Document]) -> dict[str, list[Document]]:
 
 def chosen(items: Iterable, most: int) -> list:
     """At most so many different ones, in an order of their hashes: no one's choice."""
-    return sorted(
-        set(items), key=lambda item: hashlib.sha256(repr(item).encode()).hexdigest()
-    )[:most]
+    return sorted(set(items), key=lambda item: hashlib.sha256(repr(item).encode()).hexdigest())[
+        :most
+    ]
 
 
 def sentences(text: str) -> list[str]:
@@ -119,7 +119,7 @@ def markup(strings: list[Document], most: int) -> tuple[str, int]:
     for string in strings:
         for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(string.text)):
             text = " ".join(paragraph.split())
-            if not _MARKUP.search(text) or not text[-1:] == "." or ">>>" in text:
+            if not _MARKUP.search(text) or text[-1:] != "." or ">>>" in text:
                 continue
             words, end = [], 0
             for match in [*_MARKUP.finditer(text), None]:
@@ -176,7 +176,7 @@ def next_sentences(documents: list[Document], most: int) -> tuple[str, int]:
     for document in documents:
         for line in document.text.split("\n"):
             found = sentences(line)
-            pairs += zip(found, found[1:], strict=False)
+            pairs += itertools.pairwise(found)
     pairs = chosen(pairs, most)
     rows = []
     for number, (first, true) in enumerate(pairs):

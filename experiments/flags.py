@@ -145,6 +145,13 @@ def _optimization() -> None:
     flags.DEFINE_bool("decay_norms", False, "Whether LayerNorms decay (fairseq: yes).")
     flags.DEFINE_float("clip_norm", 0.0, "Largest global gradient norm; 0 does not clip.")
     flags.DEFINE_integer("accumulate", 1, "Parts of a batch computed one after the other.")
+    flags.DEFINE_float(
+        "layer_decay", 1.0, "Each layer's learning rate over that of the one above it."
+    )
+    flags.DEFINE_integer("freeze_layers", 0, "Keep the embeddings and so many first layers.")
+    flags.DEFINE_multi_string(
+        "freeze", [], "Keep parameters whose path matches, as 'embeddings/*'; several times."
+    )
 
 
 def _compute() -> None:
