@@ -181,7 +181,7 @@ class FileCorpus:
             if path.name.removesuffix(".gz").endswith(".jsonl"):
                 texts = _json_documents(path, self.text_field)
             else:
-                texts = _plain_documents(_read_text(path))
+                texts = _plain_documents(text_chunks(path))
             for text in texts:
                 empty = False
                 yield Document(text, hashlib.sha256(text.encode()).hexdigest())
@@ -226,7 +226,7 @@ def _find(pattern: str) -> list[Path]:
     return files
 
 
-def _read_text(path: Path) -> Iterator[str]:
+def text_chunks(path: Path) -> Iterator[str]:
     """The file's text in chunks of a megabyte: decompressed, decoded, newlines made one kind."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
@@ -286,7 +286,7 @@ def _trim(text: str) -> str:
 
 
 def _json_documents(path: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(_read_text(path)), 1):
+    for number, line in enumerate(lines(text_chunks(path)), 1):
         if not line.strip():
             continue
         try:
@@ -303,7 +303,7 @@ def _json_documents(path: Path, field: str) -> Iterator[str]:
         yield from _cut(record[field])
 
 
-def _lines(chunks: Iterable[str]) -> Iterator[str]:
+def lines(chunks: Iterable[str]) -> Iterator[str]:
     pending = []  # the parts of a line longer than a chunk, joined once
     for chunk in chunks:
         head, *rest = chunk.split("\n")

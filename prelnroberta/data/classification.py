@@ -1,0 +1,218 @@
+"""Sequence classification and regression: tables -> examples -> features -> batches.
+
+A batch, B rows of L tokens and C classes:
+    input_ids, attention_mask    int32 [B, L]
+    labels                       int32 [B], -100 in filling rows (single label);
+                                 float32 [B, C] in {0, 1} (multi-label); float32 [B] (regression)
+    weights                      float32 [B], 1 for an example, 0 for a filling row
+Without labels in the examples there is no `labels`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from prelnroberta.data.bad_rows import BadRows, settled
+from prelnroberta.data.bucketing import NOTHING, padded
+from prelnroberta.data.encoding import copied, encodings, ids_of
+from prelnroberta.data.labels import LabelIds
+from prelnroberta.data.loader import Batch
+from prelnroberta.data.tables import Column, read_table, text_problem
+from prelnroberta.data.tokenizer import PAD_ID
+from prelnroberta.errors import InputError
+from prelnroberta.heads import IGNORE
+
+if TYPE_CHECKING:
+    import tokenizers
+
+SINGLE, MULTI, REGRESSION = (
+    "single_label_classification",
+    "multi_label_classification",
+    "regression",
+)
+
+
+class TextExample(NamedTuple):
+    """A text or pair of texts; `label` is a cell or JSON value as read, None where there is none.
+
+    Of several labels, `label` is a list of names.
+    """
+
+    place: str
+    text: str
+    pair: str | None = None
+    label: Any = None
+
+
+def read_examples(
+    path: str | Path,
+    text: Column,
+    pair: Column | None = None,
+    label: Column | Sequence[Column] | None = None,
+    header: bool | None = None,
+    bad: BadRows | None = None,
+) -> list[TextExample]:
+    """Examples from a CSV, TSV or JSON-lines file (`tables.read_table` has the formats).
+
+    Args:
+        text, pair: columns of the first text, and of the second if there are pairs.
+        label: column of the label. Several columns are several labels, each cell 0 or 1, and the
+            columns' names are those of the labels. None: there are none to read.
+
+    Raises:
+        InputError: the file's, and texts that are none, unless `bad` takes them.
+    """
+    bad, own = settled(bad)
+    several = label is not None and not isinstance(label, str | int)
+    wanted = [text] + ([] if pair is None else [pair])
+    label_columns = list(label) if several else [] if label is None else [label]
+    examples = []
+    for place, values in read_table(path, [*wanted, *label_columns], header=header, bad=bad):
+        problem = next(filter(None, (text_problem(name, values[name]) for name in wanted)), None)
+        value = None if label is None else values[label_columns[0]]
+        if several:
+            sides = {column: str(values[column]).strip().lower() for column in label_columns}
+            wrong = [c for c, side in sides.items() if side not in _SIDES]
+            if wrong:
+                problem = (
+                    problem or f"expected 0 or 1 under {wrong[0]!r}, found {sides[wrong[0]]!r}"
+                )
+            value = [str(column) for column, side in sides.items() if _SIDES.get(side)]
+        elif label is not None and value is None:
+            problem = problem or f"no label under {label!r}"
+        if problem:
+            bad.add(place, problem)
+            continue
+        examples.append(
+            TextExample(place, values[text], None if pair is None else values[pair], value)
+        )
+    if own:
+        bad.settle()
+    return examples
+
+
+_SIDES = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+
+
+def label_names(label: Any) -> list[Any]:
+    """The labels of a multi-label example: a JSON list, or text parted by commas."""
+    if isinstance(label, str):
+        return [name.strip() for name in label.split(",") if name.strip()]
+    return list(label) if isinstance(label, list | tuple) else [label]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFeatures:
+    """Token ids of each example, `<s> A </s>` or `<s> A </s></s> B </s>`, and its label.
+
+    Attributes:
+        examples: those that are left, in order.
+        input_ids: int32 [tokens] each.
+        labels: int32 [n], float32 [n, C] or [n] (regression), or None.
+        truncated: how many examples were cut to the greatest length.
+    """
+
+    examples: list[TextExample]
+    input_ids: list[np.ndarray]
+    labels: np.ndarray | None
+    truncated: int
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(ids) for ids in self.input_ids], np.int64)
+
+    def batch(self, indices: np.ndarray, length: int) -> Batch:
+        """The module's batch of the examples at `indices` [B]; -1 fills up."""
+        real = np.asarray(indices) != NOTHING
+        input_ids = padded(self.input_ids, indices, length, PAD_ID)
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": (input_ids != PAD_ID).astype(np.int32),
+            "weights": real.astype(np.float32),
+        }
+        if self.labels is not None:
+            labels = self.labels[indices]
+            labels[~real] = IGNORE if labels.dtype == np.int32 else 0
+            batch["labels"] = labels
+        return batch
+
+
+def text_features(
+    examples: Sequence[TextExample],
+    tokenizer: tokenizers.Tokenizer,
+    max_length: int,
+    problem_type: str = SINGLE,
+    labels: Sequence[str] = (),
+    bad: BadRows | None = None,
+) -> TextFeatures:
+    """Features of examples, with labels as ids of the names `labels` or, in regression, numbers.
+
+    The ids are those of transformers' `tokenizer(text, pair, truncation=True)`.
+
+    Args:
+        max_length: rows are cut to so many tokens, the longer text of a pair first.
+        problem_type: the config's. Unread where the examples have no labels.
+        labels: the names of the classes, id by id (`labels.discover_labels`).
+        bad: takes examples whose label is no name or number; they are left out.
+
+    Raises:
+        InputError: no examples (left), or bad ones where `bad` is None.
+    """
+    bad, own = settled(bad)
+    if own:
+        bad.seen(len(examples))
+    labelled = bool(examples) and examples[0].label is not None
+    kept, values = [], []
+    to_value = _label_reader(problem_type, labels) if labelled else lambda label: 0
+    for example in examples:
+        value = to_value(example.label)
+        if isinstance(value, str):
+            bad.add(example.place, value)
+            continue
+        kept.append(example)
+        values.append(value)
+    if own:
+        bad.settle()
+    if not kept:
+        raise InputError(f"no examples left: {bad.summary}")
+    inputs = [e.text if e.pair is None else (e.text, e.pair) for e in kept]
+    input_ids, truncated = [], 0
+    for encoding in encodings(copied(tokenizer, max_length), inputs):
+        input_ids.append(ids_of(encoding))
+        truncated += bool(encoding.overflowing)
+    dtype = np.int32 if problem_type == SINGLE else np.float32
+    return TextFeatures(kept, input_ids, np.array(values, dtype) if labelled else None, truncated)
+
+
+def _label_reader(problem_type: str, labels: Sequence[str]) -> Any:
+    """label -> its value in the batch, or what is wrong with it, as str."""
+    if problem_type == REGRESSION:
+        return _number
+    ids = LabelIds(labels)
+    if problem_type == SINGLE:
+        return ids.find
+
+    def sides(label: Any) -> np.ndarray | str:
+        row = np.zeros(len(ids.names), np.float32)
+        for name in label_names(label):
+            found = ids.find(name)
+            if isinstance(found, str):
+                return found
+            row[found] = 1
+        return row
+
+    return sides
+
+
+def _number(label: Any) -> float | str:
+    try:
+        value = math.nan if isinstance(label, bool) else float(label)
+    except (TypeError, ValueError):
+        value = math.nan
+    return value if math.isfinite(value) else f"expected a number as label, found {label!r:.40}"
