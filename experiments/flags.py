@@ -49,7 +49,6 @@ def _run() -> None:
     flags.DEFINE_integer("seed", 0, "Fixes initial values, data order, masks and dropout.")
     flags.DEFINE_integer("log_every", 10, "Steps between reports of the training loss.")
     flags.DEFINE_integer("eval_every", 500, "Steps between evaluations; each one is saved.")
-    flags.DEFINE_integer("eval_rows", 1024, "Validation rows per evaluation, at most.")
     flags.DEFINE_integer("save_every", 500, "Steps between checkpoints.")
     flags.DEFINE_integer("keep_checkpoints", 2, "Latest checkpoints kept, besides the best.")
 
@@ -85,6 +84,7 @@ def _rows() -> None:
         "packed so that attention and positions never cross a boundary.",
     )
     flags.DEFINE_integer("batch_size", 32, "B, rows in an optimizer step.")
+    flags.DEFINE_integer("eval_rows", 1024, "Validation rows per evaluation, at most.")
 
 
 def _masking() -> None:
@@ -111,18 +111,21 @@ def _model() -> None:
     flags.DEFINE_string(
         "init_from", None, "A model folder or a run to start from: config, weights, tokenizer."
     )
-    flags.DEFINE_bool(
-        "fast_start",
-        False,
-        "Start with first-layer heads that look at the neighbours, which ends the plateau at word "
-        "frequencies early (prelnroberta/fast_start.py).",
-    )
     for name in _CONFIG_INTS:
         flags.DEFINE_integer(name, None, "Replaces the preset's.")
     for name in _CONFIG_FLOATS:
         flags.DEFINE_float(name, None, "Replaces the preset's.")
     for name in _DROPOUTS:
         flags.DEFINE_float(name, None, "Replaces the preset's, or --init_from's.")
+
+
+def _fast_start() -> None:
+    flags.DEFINE_bool(
+        "fast_start",
+        False,
+        "Start with first-layer heads that look at the neighbours, which ends the plateau at word "
+        "frequencies early (prelnroberta/fast_start.py).",
+    )
 
 
 def _optimization() -> None:
@@ -174,6 +177,59 @@ def _predict() -> None:
     flags.DEFINE_enum("format", "text", ["text", "json"], "For eyes, or as JSON lines.")
     flags.DEFINE_integer("top_k", 5, "Guesses shown for each mask.")
     flags.DEFINE_integer("batch_size", 32, "Texts computed at once.")
+
+
+TASKS = (
+    "sequence_classification",
+    "token_classification",
+    "question_answering",
+    "multiple_choice",
+    "causal_lm",
+    "masked_lm",
+)
+
+
+def _task() -> None:
+    flags.DEFINE_enum("task", None, TASKS, "What to learn or do. Default: what --model was made for.")
+    flags.DEFINE_integer("max_length", None, "Tokens in a row, at most. Default: the model's most.")
+    flags.DEFINE_bool("skip_bad_rows", False, "Go on without rows that cannot be used; count them.")
+    flags.DEFINE_integer("length_buckets", 6, "Lengths to pad to: so many shapes are compiled.")
+    flags.DEFINE_integer("eval_positions", 8192, "Tokens, with pads, in a batch of an evaluation.")
+    flags.DEFINE_string("text_column", "text", "Of the (first) text: a name, or a number from 0.")
+    flags.DEFINE_string("pair_column", None, "Of the second text of pairs.")
+    flags.DEFINE_list("label_column", ["label"], "Of the label; several, of 0 and 1, for several.")
+    flags.DEFINE_list("labels", [], "The classes' names, in order. Default: those in --train_file.")
+    flags.DEFINE_enum(
+        "problem_type",
+        "single_label_classification",
+        ["single_label_classification", "multi_label_classification", "regression"],
+        "What a text's label is.",
+    )
+
+
+def _finetuning() -> None:
+    flags.DEFINE_string("train_file", None, "Examples to learn from.", required=True)
+    flags.DEFINE_string("eval_file", None, "Examples to choose the best model by.", required=True)
+    flags.DEFINE_string("tokenizer", None, "Of a model from scratch; see experiments.pretrain.")
+    flags.DEFINE_bool("scratch", False, "Take --init_from's architecture and tokenizer alone.")
+    flags.DEFINE_float("classifier_dropout", None, "Replaces the model's.")
+    flags.DEFINE_integer("batch_size", 16, "B, examples in an optimizer step.")
+    flags.DEFINE_float("epochs", 3.0, "Times through the examples, unless --steps is given.")
+    flags.DEFINE_float("warmup_ratio", 0.06, "Share of the steps that warm up, or --warmup_steps.")
+    flags.DEFINE_integer("patience", 0, "Stop after so many evaluations without a better one; 0: no.")
+    flags.DEFINE_float("label_smoothing", 0.0, "Share of each label spread over all classes.")
+    flags.DEFINE_list(
+        "class_weights", [], "By how much classes count, one number each in order; or 'balanced'."
+    )
+    flags.DEFINE_list("seeds", [], "Run once for each of these seeds, in folders of their own.")
+    flags.DEFINE_multi_string(
+        "sweep", [], "A flag and its values, as learning_rate=1e-4,3e-4: run once for each; with "
+        "several sweeps, for each combination."
+    )
+    # Counted from the data, where they are not given.
+    for name in ("steps", "warmup_steps", "eval_every", "save_every"):
+        FLAGS.set_default(name, None)
+    FLAGS.set_default("learning_rate", 5e-5)
 
 
 def _example_data() -> None:
@@ -244,10 +300,13 @@ _GROUPS: dict[str, Callable[[], None]] = {
     "rows": _rows,
     "masking": _masking,
     "model": _model,
+    "fast_start": _fast_start,
     "optimization": _optimization,
     "compute": _compute,
     "predict": _predict,
     "demo": _demo,
+    "task": _task,
+    "finetuning": _finetuning,
     "example_data": _example_data,
     "convert": _convert,
     "parity": _parity,
@@ -382,11 +441,11 @@ def evaluation_masking(masking: Masking) -> Masking:
         raise InputError(f"--eval_mask_rate: {error}") from None
 
 
-def config() -> RobertaPreLayerNormConfig:
+def config(vocab_size: int) -> RobertaPreLayerNormConfig:
     """The architecture: --init_from's, or --preset and what replaces its fields."""
     asked = RobertaPreLayerNormConfig.preset(
         FLAGS.preset,
-        vocab_size=FLAGS.vocab_size,
+        vocab_size=vocab_size,
         **_given(*_CONFIG_INTS, *_CONFIG_FLOATS, *_DROPOUTS),
     )
     if not FLAGS.init_from:
@@ -412,15 +471,15 @@ def model_folder(path: str) -> Path:
 
 def _given(*names: str) -> dict[str, Any]:
     """name -> value of those of these flags that were set."""
-    return {name: FLAGS[name].value for name in names if FLAGS[name].present}
+    return {name: FLAGS[name].value for name in names if name in FLAGS and FLAGS[name].present}
 
 
-def optimization() -> Optimization:
-    """The optimizer's settings, each under its field's name."""
+def optimization(**counted: int) -> Optimization:
+    """The optimizer's settings, each under its field's name; `counted` are not read from flags."""
     from prelnroberta.optimizer import Optimization
 
-    names = [field.name for field in dataclasses.fields(Optimization)]
-    return Optimization(**{name: FLAGS[name].value for name in names})
+    names = {field.name for field in dataclasses.fields(Optimization)} - counted.keys()
+    return Optimization(**{name: FLAGS[name].value for name in names}, **counted)
 
 
 def execution() -> Execution:

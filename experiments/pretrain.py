@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from prelnroberta.params import Tree
     from prelnroberta.train import ScoreFn, TrainState
 
-flags.declare("run", "corpus", "rows", "masking", "model", "optimization", "compute")
+flags.declare("run", "corpus", "rows", "masking", "model", "fast_start", "optimization", "compute")
 
 
 def main() -> int:
@@ -72,7 +72,7 @@ def check_settings(run_dir: Path) -> RobertaPreLayerNormConfig:
         raise InputError(f"--seed={FLAGS.seed}, expected 0 or more, below 2^63")
     flags.optimization()
     flags.corpus()
-    config = flags.config()
+    config = flags.config(FLAGS.vocab_size)
     flags.check_masking()
     if FLAGS.sequence_length < 3:
         raise InputError(f"--sequence_length={FLAGS.sequence_length}, expected 3 or more")

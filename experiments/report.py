@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,16 @@ from prelnroberta.files import written_whole
 
 # What a clock says; every other number of a record is the same in a resumed run.
 TIMES = ("tokens_per_second", "input_wait", "seconds")
+
+
+def describe_validation(record: dict[str, Any]) -> str:
+    gain = record["unigram_loss"] - record["loss"]
+    return (
+        f"step {record['step']:,}  validation loss {record['loss']:.3f} "
+        f"({abs(gain):.3f} nats {'below' if gain > 0 else 'above'} the unigram baseline "
+        f"{record['unigram_loss']:.3f})  perplexity {record['perplexity']:,.1f}  accuracy "
+        f"{record['accuracy']:.1%} (most frequent token: {record['most_frequent_accuracy']:.1%})"
+    )
 
 
 class Report:
@@ -35,6 +46,7 @@ class Report:
         from tqdm import tqdm
 
         self.run_dir = run_dir
+        self._describe = describe
         self.path = run_dir / "metrics.jsonl"
         kept = [record for record in read_records(self.path) if record["step"] <= start]
         with written_whole(self.path) as partial:
@@ -80,7 +92,7 @@ class Report:
                     f"{duration(left * (self._steps - step))} left"
                 )
         else:
-            self.say(describe_validation(record))
+            self.say(self._describe(record))
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
@@ -92,16 +104,6 @@ class Report:
         self._file.close()
         with suppress(OSError):  # a full disk, which the records have told of
             self._events.close()
-
-
-def describe_validation(record: dict[str, Any]) -> str:
-    gain = record["unigram_loss"] - record["loss"]
-    return (
-        f"step {record['step']:,}  validation loss {record['loss']:.3f} "
-        f"({abs(gain):.3f} nats {'below' if gain > 0 else 'above'} the unigram baseline "
-        f"{record['unigram_loss']:.3f})  perplexity {record['perplexity']:,.1f}  accuracy "
-        f"{record['accuracy']:.1%} (most frequent token: {record['most_frequent_accuracy']:.1%})"
-    )
 
 
 def duration(seconds: float) -> str:

@@ -7,6 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from types import FrameType
 from typing import Any
 
@@ -61,8 +62,12 @@ def train(
     validate: Callable[[TrainState], dict[str, float]],
     learning_rate: Callable[[int], Any],
     tokens_per_step: float,
+    objective: Callable[[dict[str, float]], float] = itemgetter("loss"),
+    enough: Callable[[], bool] = lambda: False,
 ) -> tuple[TrainState, signal.Signals | None]:
-    """Takes steps from `state.step` to `cadence.steps`.
+    """Takes steps from `state.step` to `cadence.steps`, or until an evaluation is `enough`.
+
+    The checkpoint of the evaluation whose `objective` is the least is kept.
 
     One step is dispatched ahead of the one that is waited for, so that the device never waits for
     the host. Returns the last state, and the signal that ended the loop early, if one did: the
@@ -92,9 +97,9 @@ def train(
                 report.record("validation", number, **validation)
             if stop or validation or cadence.due(cadence.save_every, number):
                 _check_finite(state, number)
-                loss = validation["loss"] if validation else None
+                loss = objective(validation) if validation else None
                 clock.paused(lambda state=state, loss=loss: checkpoints.save(state, {}, loss))
-            if stop:
+            if stop or (validation and enough()):
                 break
         checkpoints.wait()
     return state, interruption.signal

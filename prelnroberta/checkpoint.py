@@ -78,6 +78,10 @@ class Checkpoints:
         """The last complete step, or None."""
         return self._manager.latest_step()
 
+    def kept(self) -> list[int]:
+        """The complete steps that are there, in order."""
+        return sorted(self._manager.all_steps())
+
     def save(self, state: TrainState, extra: dict[str, Any], loss: float | None = None) -> None:
         """Begins to write `state` and returns once its values are safe to change.
 

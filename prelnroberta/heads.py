@@ -289,22 +289,31 @@ def causal_lm_scores(logits: Array, labels: Array, settings: LossSettings = PLAI
     return label_scores(logits[:, :-1], labels[:, 1:], settings)
 
 
-def regression_scores(outputs: Array, labels: Array) -> Scores:
-    """Squared errors of outputs against labels of as many numbers; -100 does not count."""
-    outputs, labels = (x.astype(jnp.float32).reshape(-1) for x in (outputs, labels))
-    counted = (labels != IGNORE).astype(jnp.float32)
-    loss = (jnp.square(outputs - labels) * counted).sum()
-    return Scores(loss, jnp.zeros((), jnp.float32), counted.sum())
+def regression_scores(outputs: Array, labels: Array, weights: Array | None = None) -> Scores:
+    """Squared errors of outputs [B] or [B, C] against labels of as many numbers.
+
+    `weights` [B] float32 counts rows; None: each once.
+    """
+    squares = jnp.square(outputs.astype(jnp.float32).reshape(labels.shape) - labels)
+    return _weighted(squares, jnp.zeros_like(squares), weights)
 
 
-def multi_label_scores(logits: Array, labels: Array) -> Scores:
-    """Binary cross entropy of logits [B, C] against labels [B, C] in [0, 1], C decisions a row;
-    -100 does not count."""
+def multi_label_scores(logits: Array, labels: Array, weights: Array | None = None) -> Scores:
+    """Binary cross entropy of logits [B, C] against labels [B, C] in [0, 1], C decisions a row.
+
+    `weights` [B] float32 counts rows; None: each once.
+    """
     logits, labels = logits.astype(jnp.float32), labels.astype(jnp.float32)
-    counted = (labels != IGNORE).astype(jnp.float32)
-    loss = (jax.nn.softplus(logits) - labels * logits) * counted
-    correct = ((logits > 0) == (labels > 0.5)) * counted
-    return Scores(loss.sum(), correct.sum(), counted.sum())
+    loss = jax.nn.softplus(logits) - labels * logits
+    return _weighted(loss, (logits > 0) == (labels > 0.5), weights)
+
+
+def _weighted(loss: Array, correct: Array, weights: Array | None) -> Scores:
+    """Sums over all axes of `loss` and `correct` [B, ...], each row counted by weights [B]."""
+    by_row = jnp.ones(loss.shape[0], jnp.float32) if weights is None else weights
+    by_row = by_row.reshape(-1, *(1 for _ in loss.shape[1:]))
+    counted = jnp.broadcast_to(by_row, loss.shape)
+    return Scores((loss * counted).sum(), (correct * counted).sum(), counted.sum())
 
 
 def problem_type(config: RobertaPreLayerNormConfig, labels: Array) -> str:
@@ -318,16 +327,22 @@ def problem_type(config: RobertaPreLayerNormConfig, labels: Array) -> str:
 
 
 def sequence_scores(
-    config: RobertaPreLayerNormConfig, logits: Array, labels: Array, settings: LossSettings = PLAIN
+    config: RobertaPreLayerNormConfig,
+    logits: Array,
+    labels: Array,
+    settings: LossSettings = PLAIN,
+    weights: Array | None = None,
 ) -> Scores:
     """Scores of logits [B, C]: against labels [B] int, [B, C] float, or in regression [B(, C)].
 
-    `settings` is of single labels.
+    `settings` is of single labels, whose -100 does not count; `weights` [B] counts rows of others.
     """
     kind = problem_type(config, labels)
     if kind == "single_label_classification":
         return label_scores(logits, labels, settings)
-    return (regression_scores if kind == "regression" else multi_label_scores)(logits, labels)
+    return (regression_scores if kind == "regression" else multi_label_scores)(
+        logits, labels, weights
+    )
 
 
 def span_scores(
@@ -348,7 +363,11 @@ def span_scores(
 
 
 def masked_lm_scores(
-    module: MaskedLM, params: dict, batch: dict[str, Array], dropout_key: Array | None = None
+    module: MaskedLM,
+    params: dict,
+    batch: dict[str, Array],
+    dropout_key: Array | None = None,
+    settings: LossSettings = PLAIN,
 ) -> Scores:
     """Scores of one batch of masked rows: logits are computed at masked positions alone.
 
@@ -366,4 +385,4 @@ def masked_lm_scores(
         deterministic=dropout_key is None,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
-    return cross_entropy(logits, batch["masked_labels"], batch["masked_weights"])
+    return cross_entropy(logits, batch["masked_labels"], batch["masked_weights"], settings)

@@ -1,5 +1,7 @@
 """Losses with class weights and smoothing against torch; learning rates by layer, frozen parts."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,10 +48,13 @@ def test_rows_that_fill_a_batch_count_in_no_loss():
     rng = np.random.default_rng(1)
     logits = rng.standard_normal((6, 3)).astype(np.float32)
     labels = rng.random((6, 3)).round().astype(np.float32)
-    filled = np.concatenate([labels[:4], np.full((2, 3), IGNORE, np.float32)])
+    weights = np.float32([1, 1, 1, 1, 0, 0])
     for score in (heads.multi_label_scores, heads.regression_scores):
-        alone, among = score(logits[:4], labels[:4]), score(logits, filled)
-        jax.tree.map(np.testing.assert_allclose, alone, among)
+        alone, among = score(logits[:4], labels[:4]), score(logits, labels, weights)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), alone, among)
+    one = heads.regression_scores(logits[:, :1], labels[:, 0])
+    np.testing.assert_allclose(one.loss, ((logits[:, 0] - labels[:, 0]) ** 2).sum(), rtol=1e-6)
+    assert one.weight == 6
 
 
 def stepped(gradient=1.0, **changes):
