@@ -116,7 +116,7 @@ class TrainingBatches:
         batch_size: int,
         seed: int,
         buckets: Sequence[int],
-        pool: int = 16,
+        pool: int = 50,
     ):
         if batch_size < 1 or pool < 1:
             raise InputError(f"batch size={batch_size}, pool={pool}: expected 1 or more")
