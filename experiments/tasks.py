@@ -4,20 +4,20 @@
 task goes from files to figures in the order of its methods:
 
     read      file -> examples                     (prelnroberta/data)
-    names     examples -> names of the classes
+    settled   what the training examples decide: the names of the classes
     features  examples -> token ids in batches     (prelnroberta/data)
     logits    batch -> what the model says         \\
-    loss      logits -> summed scores              | pure, compiled together
+    loss      logits -> summed scores               | pure, compiled together
     outputs   logits -> what answers are made of   /
-    answers   outputs -> JSON-able predictions
-    measure   answers -> metrics
+    answers   outputs -> predictions, JSON-able
+    measure   outputs -> metrics
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,10 +28,13 @@ import numpy as np
 from prelnroberta import heads
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.data.bad_rows import BadRows
-from prelnroberta.data.bucketing import NOTHING, Features, bucket_lengths, evaluation_batches
-from prelnroberta.data.loader import Batch
-from prelnroberta.errors import InputError
-from prelnroberta.heads import LossSettings, Scores
+from prelnroberta.data.blocks import Blocks, token_stream
+from prelnroberta.data.bucketing import NOTHING, Features, TrainingBatches
+from prelnroberta.data.classification import MULTI, REGRESSION, SINGLE
+from prelnroberta.data.loader import Batch, Loader
+from prelnroberta.data.masking import Masking
+from prelnroberta.heads import IGNORE, LossSettings, Scores
+from prelnroberta.metrics import UnigramBaseline
 from prelnroberta.modeling import TableModule
 from prelnroberta.params import Tree
 
@@ -39,31 +42,59 @@ if TYPE_CHECKING:
     import tokenizers
 
 Array = jax.Array
-Row = dict[str, np.ndarray]  # what the model said of one example
-Answer = dict[str, Any]  # a prediction, JSON-able
+Row = dict[str, np.ndarray]  # what the model said of one row of the features
+Answer = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskSettings:
-    """All that says how data becomes batches; kept in the model's folder as `task.json`.
+    """How a file becomes batches and batches become answers, kept beside a model as `task.json`.
 
-    Columns are names or, for files without a header, numbers from 0.
+    Attributes:
+        max_length: of a row, in tokens.
+        text_column, pair_column, label_columns: names, or numbers from 0; None, (): the task's own.
+        labels: names of the classes, id by id; (): those of the training file.
+        problem_type: of sequence classification, as in config.json.
+        all_pieces: whether every piece of a word is labelled, or the first alone.
+        stride: tokens that windows over long inputs share; None: the task's own.
+        may_be_null: whether questions may have no answer.
+        n_best, max_answer_length, null_threshold: of answers (`questions.predict_answers`).
+        mask_rate: share of tokens to predict, in masked language modeling.
     """
 
     task: str
     max_length: int
-    labels: tuple[str, ...] = ()
-    problem_type: str = "single_label_classification"
-    text_column: str | int = "text"
+    text_column: str | int | None = None
     pair_column: str | int | None = None
-    label_columns: tuple[str | int, ...] = ("label",)
+    label_columns: tuple[str | int, ...] = ()
+    labels: tuple[str, ...] = ()
+    problem_type: str = SINGLE
+    all_pieces: bool = False
+    stride: int | None = None
+    may_be_null: bool = False
+    n_best: int = 20
+    max_answer_length: int = 30
+    null_threshold: float = 0.0
+    mask_rate: float = 0.15
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Metrics; of classes also the confusion matrix [C, C], true by row, and a report to read."""
+
+    metrics: dict[str, float]
+    confusion: np.ndarray | None = None
+    names: tuple[str, ...] = ()
+    report: str = ""
 
 
 class Task:
-    """What the tasks share."""
+    """What the tasks share. `metric` is what models are compared by, more is better; `target` is
+    in the batches of examples whose answers are known."""
 
     model: ClassVar[str]
-    metric: ClassVar[str]  # the figure by which models are compared: more is better
+    metric: str = "accuracy"
+    target: ClassVar[str] = "labels"
 
     def __init__(self, settings: TaskSettings):
         self.settings = settings
@@ -73,28 +104,35 @@ class Task:
     def read(self, path: str | Path, labelled: bool, bad: BadRows) -> list:
         raise NotImplementedError
 
-    def names(self, examples: Sequence) -> tuple[str, ...]:
-        """Of the classes, id by id; () where the task has none."""
-        return ()
+    def settled(self, examples: Sequence) -> TaskSettings:
+        """The settings with what the training examples decide."""
+        return self.settings
 
     def configure(self, config: RobertaPreLayerNormConfig) -> RobertaPreLayerNormConfig:
-        """The config of this task's model on the architecture of `config`."""
-        return config
+        """The config of this task's model, of the architecture of `config`."""
+        if not self.settings.labels:
+            return config
+        return config.replace(id2label=dict(enumerate(self.settings.labels)))
 
     def features(
-        self, examples: Sequence, tokenizer: tokenizers.Tokenizer, bad: BadRows
+        self, examples: Sequence, tokenizer: tokenizers.Tokenizer, bad: BadRows, training: bool
     ) -> Features:
         raise NotImplementedError
+
+    def batches(
+        self, features: Features, batch_size: int, seed: int, buckets: Sequence[int]
+    ) -> TrainingBatches | Loader:
+        return TrainingBatches(features, batch_size, seed, buckets)
 
     # The model: pure.
 
     def logits(
         self, module: TableModule, params: Tree, batch: dict[str, Array], key: Array | None = None
     ) -> Array:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         logits, _ = module.apply(
             {"params": params},
-            **inputs,
+            batch["input_ids"],
+            attention_mask=batch["attention_mask"],
             deterministic=key is None,
             rngs=None if key is None else {"dropout": key},
         )
@@ -112,28 +150,30 @@ class Task:
     def outputs(
         self, config: RobertaPreLayerNormConfig, logits: Array, batch: dict[str, Array]
     ) -> dict[str, Array]:
+        """By row of the batch, float32."""
         return {"probabilities": jax.nn.softmax(logits.astype(jnp.float32), axis=-1)}
 
     # Results.
 
-    def answers(self, features: Features, rows: list[Row]) -> Iterator[Answer]:
+    def answers(self, features: Features, rows: Sequence[Row]) -> Iterator[Answer]:
+        """One for each example, in order."""
         raise NotImplementedError
 
-    def measure(self, features: Features, rows: list[Row]) -> Measured:
+    def measure(self, features: Features, rows: Sequence[Row]) -> Measured:
         raise NotImplementedError
 
-    def trivial(self, train: Features, dev: Features) -> dict[str, float]:
-        """The metric of what knows the training labels and no text."""
+    def trivial(self, train: Features, features: Features) -> float:
+        """`metric` of whoever knows the labels of training, and reads no text."""
         raise NotImplementedError
 
+    def label_counts(self, features: Features) -> np.ndarray:
+        """[C]: how often each class is asked for."""
+        labels = np.concatenate([np.atleast_1d(x) for x in features.labels])
+        return np.bincount(labels[labels != IGNORE], minlength=len(self.settings.labels))
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """Metrics, and for classes their confusion matrix [C, C] (true by row) and a report to read."""
 
-    metrics: dict[str, float]
-    confusion: np.ndarray | None = None
-    report: str = ""
+def _stacked(rows: Sequence[Row], name: str) -> np.ndarray:
+    return np.stack([row[name] for row in rows])
 
 
 class SequenceClassification(Task):
@@ -143,31 +183,30 @@ class SequenceClassification(Task):
 
     @property
     def metric(self) -> str:
-        return {"regression": "pearson", "multi_label_classification": "f1"}.get(
-            self.settings.problem_type, "accuracy"
-        )
+        return {REGRESSION: "pearson", MULTI: "f1"}.get(self.settings.problem_type, "accuracy")
 
     def read(self, path: str | Path, labelled: bool, bad: BadRows) -> list:
         from prelnroberta.data.classification import read_examples
 
         s = self.settings
-        one = s.label_columns[0] if len(s.label_columns) == 1 else s.label_columns
-        return read_examples(
-            path, s.text_column, s.pair_column, one if labelled else None, bad=bad
-        )
+        label = (s.label_columns[0] if len(s.label_columns) == 1 else s.label_columns) or "label"
+        text = "text" if s.text_column is None else s.text_column
+        return read_examples(path, text, s.pair_column, label if labelled else None, bad=bad)
 
-    def names(self, examples: Sequence) -> tuple[str, ...]:
-        from prelnroberta.data.classification import MULTI, REGRESSION, label_names
+    def settled(self, examples: Sequence) -> TaskSettings:
+        from prelnroberta.data.classification import label_names
         from prelnroberta.data.labels import discover_labels
 
         s = self.settings
         if s.labels or s.problem_type == REGRESSION:
-            return s.labels
-        if s.problem_type == MULTI:
-            if len(s.label_columns) > 1:
-                return tuple(map(str, s.label_columns))
-            return discover_labels(name for e in examples for name in label_names(e.label))
-        return discover_labels(e.label for e in examples)
+            return s
+        if s.problem_type == MULTI and len(s.label_columns) > 1:
+            names = tuple(map(str, s.label_columns))
+        elif s.problem_type == MULTI:
+            names = discover_labels(name for e in examples for name in label_names(e.label))
+        else:
+            names = discover_labels(e.label for e in examples)
+        return dataclasses.replace(s, labels=names)
 
     def configure(self, config: RobertaPreLayerNormConfig) -> RobertaPreLayerNormConfig:
         names = self.settings.labels or ("LABEL_0",)
@@ -175,7 +214,7 @@ class SequenceClassification(Task):
         return config.replace(id2label=dict(enumerate(names)), problem_type=kind)
 
     def features(
-        self, examples: Sequence, tokenizer: tokenizers.Tokenizer, bad: BadRows
+        self, examples: Sequence, tokenizer: tokenizers.Tokenizer, bad: BadRows, training: bool
     ) -> Features:
         from prelnroberta.data.classification import text_features
 
@@ -195,89 +234,364 @@ class SequenceClassification(Task):
         self, config: RobertaPreLayerNormConfig, logits: Array, batch: dict[str, Array]
     ) -> dict[str, Array]:
         logits = logits.astype(jnp.float32)
-        if config.problem_type == "regression":
+        if self.settings.problem_type == REGRESSION:
             return {"value": logits[:, 0]}
-        if config.problem_type == "multi_label_classification":
+        if self.settings.problem_type == MULTI:
             return {"probabilities": jax.nn.sigmoid(logits)}
         return {"probabilities": jax.nn.softmax(logits, axis=-1)}
 
-    def answers(self, features: Features, rows: list[Row]) -> Iterator[Answer]:
+    def answers(self, features: Features, rows: Sequence[Row]) -> Iterator[Answer]:
         names, kind = self.settings.labels, self.settings.problem_type
         for example, row in zip(features.examples, rows, strict=True):
             answer = {"text": example.text}
             if example.pair is not None:
                 answer["pair"] = example.pair
-            if kind == "regression":
+            if kind == REGRESSION:
                 yield answer | {"value": float(row["value"])}
                 continue
-            probabilities = dict(zip(names, map(float, row["probabilities"]), strict=True))
-            if kind == "multi_label_classification":
+            probabilities = dict(zip(names, row["probabilities"].tolist(), strict=True))
+            if kind == MULTI:
                 answer["labels"] = [name for name, p in probabilities.items() if p > 0.5]
             else:
                 answer["label"] = max(probabilities, key=probabilities.get)
             yield answer | {"probabilities": probabilities}
 
-    def measure(self, features: Features, rows: list[Row]) -> Measured:
-        p = np.stack([row["probabilities"] for row in rows])
-        return Measured({"accuracy": float((p.argmax(-1) == features.labels).mean())})
 
-    def trivial(self, train: Features, dev: Features) -> dict[str, float]:
-        most = np.bincount(train.labels).argmax()
-        return {"accuracy": float((dev.labels == most).mean())}
+class TokenClassification(Task):
+    """Words of sentences: entities (IOB2 tags), or any other label a word."""
+
+    model = "token_classification"
+
+    @property
+    def metric(self) -> str:
+        return "f1" if self._of_entities else "accuracy"
+
+    @property
+    def _of_entities(self) -> bool:
+        from prelnroberta.data.tags import is_tag
+
+        return all(map(is_tag, self.settings.labels))
+
+    def read(self, path: str | Path, labelled: bool, bad: BadRows) -> list:
+        from prelnroberta.data.conll import read_sentences
+
+        s = self.settings
+        tag = s.label_columns[0] if s.label_columns else None
+        return read_sentences(path, s.text_column, tag, labelled, bad).examples
+
+    def settled(self, examples: Sequence) -> TaskSettings:
+        from prelnroberta.data.conll import tag_names
+
+        s = self.settings
+        return s if s.labels else dataclasses.replace(s, labels=tag_names(examples))
+
+    def features(
+        self, examples: Sequence, tokenizer: tokenizers.Tokenizer, bad: BadRows, training: bool
+    ) -> Features:
+        from prelnroberta.data.tokens import token_features
+
+        s = self.settings
+        return token_features(
+            examples, tokenizer, s.max_length, s.labels, s.all_pieces, s.stride, bad
+        )
+
+    def _tags(
+        self, features: Features, rows: Sequence[Row]
+    ) -> Iterator[tuple[Any, list[str], list[float]]]:
+        """Of each sentence: itself, its predicted tags, and their probabilities."""
+        by_word = features.by_word([row["probabilities"] for row in rows])
+        for sentence, words in zip(features.examples, by_word, strict=True):
+            tags = [self.settings.labels[i] for i in words.argmax(axis=-1)]
+            yield sentence, tags, words.max(axis=-1).tolist()
+
+    def answers(self, features: Features, rows: Sequence[Row]) -> Iterator[Answer]:
+        from prelnroberta.data.tokens import entities
+
+        for sentence, tags, probabilities in self._tags(features, rows):
+            answer = {"words": sentence.words, "tags": tags, "probabilities": probabilities}
+            if self._of_entities:
+                found = entities(sentence, tags, probabilities)
+                answer["entities"] = [entity._asdict() for entity in found]
+            yield answer
 
 
-TASKS: dict[str, type[Task]] = {
-    "sequence_classification": SequenceClassification,
-}
+class QuestionAnswering(Task):
+    """Questions whose answer is a piece of their context, or that it has none (SQuAD 2)."""
+
+    model = "question_answering"
+    metric = "f1"
+    target = "start_positions"
+
+    def read(self, path: str | Path, labelled: bool, bad: BadRows) -> list:
+        from prelnroberta.data.squad import read_questions
+
+        return read_questions(path, labelled, bad)
+
+    def settled(self, examples: Sequence) -> TaskSettings:
+        null = any(not question.answers for question in examples)
+        return dataclasses.replace(self.settings, may_be_null=null)
+
+    def configure(self, config: RobertaPreLayerNormConfig) -> RobertaPreLayerNormConfig:
+        return config.replace(num_labels=2)
+
+    def features(
+        self, examples: Sequence, tokenizer: tokenizers.Tokenizer, bad: BadRows, training: bool
+    ) -> Features:
+        from prelnroberta.data.questions import question_features
+
+        s = self.settings
+        stride = s.max_length // 3 if s.stride is None else s.stride  # run_qa's 128 of 384
+        return question_features(examples, tokenizer, s.max_length, stride, bad)
+
+    def loss(
+        self,
+        config: RobertaPreLayerNormConfig,
+        logits: Array,
+        batch: dict[str, Array],
+        settings: LossSettings,
+    ) -> Scores:
+        starts, ends = heads.span_scores(
+            logits, batch["start_positions"], batch["end_positions"], settings
+        )
+        return starts + ends
+
+    def outputs(
+        self, config: RobertaPreLayerNormConfig, logits: Array, batch: dict[str, Array]
+    ) -> dict[str, Array]:
+        return {"logits": logits.astype(jnp.float32)}
+
+    def _predicted(self, features: Features, rows: Sequence[Row]) -> list:
+        from prelnroberta.data.questions import predict_answers
+
+        s = self.settings
+        return predict_answers(
+            features,
+            [row["logits"] for row in rows],
+            s.n_best,
+            s.max_answer_length,
+            s.may_be_null,
+            s.null_threshold,
+        )
+
+    def answers(self, features: Features, rows: Sequence[Row]) -> Iterator[Answer]:
+        predicted = self._predicted(features, rows)
+        for question, found in zip(features.examples, predicted, strict=True):
+            first = next((c for c in found.candidates if c.text == found.text), None)
+            yield {
+                "id": question.id,
+                "question": question.question,
+                "answer": found.text,
+                "start": first.start if first else None,
+                "end": first.end if first else None,
+                "probability": first.probability if first else None,
+                "null_difference": found.null_difference,
+                "candidates": [c._asdict() for c in found.candidates],
+            }
 
 
-# ---------------------------------------------------------------------------------------------
-# What finetune, evaluate and predict do with a task.
+class MultipleChoice(Task):
+    """Which of several continuations is right."""
+
+    model = "multiple_choice"
+
+    def read(self, path: str | Path, labelled: bool, bad: BadRows) -> list:
+        from prelnroberta.data.choices import read_choices
+
+        s = self.settings
+        context = "sent1" if s.text_column is None else s.text_column
+        prefix = "sent2" if s.pair_column is None else s.pair_column
+        label = s.label_columns[0] if s.label_columns else "label"
+        return read_choices(path, context, prefix, label=label if labelled else None, bad=bad)
+
+    def configure(self, config: RobertaPreLayerNormConfig) -> RobertaPreLayerNormConfig:
+        return config.replace(num_labels=1)
+
+    def features(
+        self, examples: Sequence, tokenizer: tokenizers.Tokenizer, bad: BadRows, training: bool
+    ) -> Features:
+        from prelnroberta.data.choices import choice_features
+
+        return choice_features(examples, tokenizer, self.settings.max_length)
+
+    def logits(
+        self, module: TableModule, params: Tree, batch: dict[str, Array], key: Array | None = None
+    ) -> Array:
+        from prelnroberta.data.choices import masked_logits
+
+        logits = super().logits(module, params, batch, key)
+        return masked_logits(logits.astype(jnp.float32), batch["choice_mask"])
+
+    def answers(self, features: Features, rows: Sequence[Row]) -> Iterator[Answer]:
+        for example, row in zip(features.examples, rows, strict=True):
+            probabilities = row["probabilities"][: len(example.choices)].tolist()
+            best = int(np.argmax(probabilities))
+            yield {
+                "context": example.context,
+                "choice": best,
+                "text": example.choices[best],
+                "probabilities": probabilities,
+            }
+
+    def measure(self, features: Features, rows: Sequence[Row]) -> Measured:
+        chosen = _stacked(rows, "probabilities").argmax(axis=-1)
+        return Measured({"accuracy": float((chosen == features.labels).mean())})
+
+    def trivial(self, train: Features, features: Features) -> float:
+        return float((features.labels == np.bincount(train.labels).argmax()).mean())
+
+
+class _LanguageModel(Task):
+    """Raw text: .txt, .md or .jsonl; what is measured is the loss of each row's tokens."""
+
+    metric = "negative_loss"
+
+    def read(self, path: str | Path, labelled: bool, bad: BadRows) -> list:
+        from prelnroberta.data.corpus import FileCorpus
+
+        column = "text" if self.settings.text_column is None else str(self.settings.text_column)
+        return [document.text for document in FileCorpus([str(path)], column).documents()]
+
+    def measure(self, features: Features, rows: Sequence[Row]) -> Measured:
+        weight = float(_stacked(rows, "weight").sum())
+        loss = float(_stacked(rows, "loss").sum()) / weight
+        accuracy = float(_stacked(rows, "correct").sum()) / weight
+        perplexity = math.exp(min(loss, 700.0))
+        return Measured(
+            {"perplexity": perplexity, "accuracy": accuracy, "tokens": weight, self.metric: -loss}
+        )
+
+    def answers(self, features: Features, rows: Sequence[Row]) -> Iterator[Answer]:
+        for number, row in enumerate(rows):
+            weight = max(float(row["weight"]), 1.0)
+            yield {"row": number, "loss": float(row["loss"]) / weight, "tokens": weight}
+
+    def outputs(
+        self, config: RobertaPreLayerNormConfig, logits: Array, batch: dict[str, Array]
+    ) -> dict[str, Array]:
+        def of_row(logits: Array, batch: dict[str, Array]) -> Scores:
+            one = jax.tree.map(lambda x: x[None], (logits, batch))
+            return self.loss(config, *one, heads.PLAIN)
+
+        return dataclasses.asdict(jax.vmap(of_row)(logits, batch))
+
+    def trivial(self, train: Features, features: Features) -> float:
+        """Word frequencies alone."""
+        size = int(max(train.stream.max(), features.stream.max())) + 1
+        counts = np.bincount(train.stream, minlength=size)
+        scores = UnigramBaseline(counts, ()).scores(*self._asked(features))
+        return -float(scores.loss / scores.weight)
+
+    def _asked(self, features: Features) -> tuple[np.ndarray, np.ndarray]:
+        """Labels and weights of all that is asked for."""
+        raise NotImplementedError
+
+
+class CausalLM(_LanguageModel):
+    """The next token of running text."""
+
+    model = "causal_lm"
+
+    def configure(self, config: RobertaPreLayerNormConfig) -> RobertaPreLayerNormConfig:
+        return config.replace(is_decoder=True)
+
+    def features(
+        self, examples: Sequence, tokenizer: tokenizers.Tokenizer, bad: BadRows, training: bool
+    ) -> Features:
+        # One token of context shared by neighbours: every token is predicted once.
+        return Blocks(token_stream(examples, tokenizer), self.settings.max_length, overlap=1)
+
+    def loss(
+        self,
+        config: RobertaPreLayerNormConfig,
+        logits: Array,
+        batch: dict[str, Array],
+        settings: LossSettings,
+    ) -> Scores:
+        return heads.causal_lm_scores(logits, batch["labels"], settings)
+
+    def _asked(self, features: Features) -> tuple[np.ndarray, np.ndarray]:
+        labels = features.stream[1:]
+        return labels, np.ones(len(labels))
 
 
 @dataclasses.dataclass(frozen=True)
-class Judge:
-    """A task's model, compiled for its few shapes: features -> what it says of each example.
+class MaskedBlocks:
+    """Blocks under the masks of epoch 0: the same at every evaluation."""
 
-    Args:
-        positions: tokens of a batch, whatever its shape; bounds memory.
-    """
+    blocks: Blocks
+    masking: Masking
 
-    task: Task
-    module: TableModule
-    settings: LossSettings = heads.PLAIN
-    positions: int = 8192
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.full(len(self.blocks), self.blocks.length)
 
-    def __post_init__(self) -> None:
-        def judge(params: Tree, batch: dict[str, Array], labelled: bool) -> Any:
-            logits = self.task.logits(self.module, params, batch)
-            config = self.module.config
-            scores = Scores.zero()
-            if labelled:
-                scores = self.task.loss(config, logits, batch, self.settings)
-            return self.task.outputs(config, logits, batch), scores
+    @property
+    def stream(self) -> np.ndarray:
+        return self.blocks.stream
 
-        object.__setattr__(self, "_judge", jax.jit(judge, static_argnums=2))
-
-    def __call__(
-        self, params: Tree, features: Features, buckets: Sequence[int]
-    ) -> tuple[list[Row], Scores]:
-        """Each example's outputs, in order, and the scores of all; zero without labels."""
-        rows: list[Row | None] = [None] * len(features.lengths)
-        total = jax.tree.map(np.float64, Scores.zero())
-        for indices, batch in evaluation_batches(features, buckets, self.positions):
-            outputs, scores = jax.device_get(self._judge(params, batch, "labels" in batch))
-            total += scores
-            for place, index in enumerate(indices):
-                if index != NOTHING:
-                    rows[index] = {name: values[place] for name, values in outputs.items()}
-        return rows, total
+    def batch(self, indices: np.ndarray, length: int) -> Batch:
+        rows = [self.masking.apply(self.blocks[max(i, 0)], 0, 0, max(i, 0)) for i in indices]
+        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        batch["masked_weights"][np.asarray(indices) == NOTHING] = 0.0
+        return batch
 
 
-def write_answers(path: Path, answers: Iterable[Answer]) -> None:
-    """JSON lines."""
-    from prelnroberta.files import written_whole
+class MaskedLM(_LanguageModel):
+    """The tokens behind masks."""
 
-    with written_whole(path) as partial, partial.open("w", encoding="utf-8") as file:
-        for answer in answers:
-            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+    model = "masked_lm"
+    target = "masked_labels"
+
+    def features(
+        self, examples: Sequence, tokenizer: tokenizers.Tokenizer, bad: BadRows, training: bool
+    ) -> Features:
+        s = self.settings
+        masking = Masking(tokenizer.get_vocab_size(), rate=s.mask_rate, sampling="bernoulli")
+        return MaskedBlocks(Blocks(token_stream(examples, tokenizer), s.max_length), masking)
+
+    def batches(
+        self, features: Features, batch_size: int, seed: int, buckets: Sequence[int]
+    ) -> TrainingBatches | Loader:
+        return Loader(features.blocks, features.masking, batch_size, seed)
+
+    def logits(
+        self, module: TableModule, params: Tree, batch: dict[str, Array], key: Array | None = None
+    ) -> Array:
+        logits, _ = module.apply(
+            {"params": params},
+            batch["input_ids"],
+            position_ids=batch["position_ids"],
+            segment_ids=batch["segment_ids"],
+            read_positions=batch["masked_positions"],
+            deterministic=key is None,
+            rngs=None if key is None else {"dropout": key},
+        )
+        return logits
+
+    def loss(
+        self,
+        config: RobertaPreLayerNormConfig,
+        logits: Array,
+        batch: dict[str, Array],
+        settings: LossSettings,
+    ) -> Scores:
+        return heads.cross_entropy(
+            logits, batch["masked_labels"], batch["masked_weights"], settings
+        )
+
+    def _asked(self, features: Features) -> tuple[np.ndarray, np.ndarray]:
+        batch = features.batch(np.arange(len(features.blocks)), features.blocks.length)
+        return batch["masked_labels"], batch["masked_weights"]
+
+
+TASKS: dict[str, type[Task]] = {
+    task.model: task
+    for task in (
+        SequenceClassification,
+        TokenClassification,
+        QuestionAnswering,
+        MultipleChoice,
+        CausalLM,
+        MaskedLM,
+    )
+}
