@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -19,10 +20,12 @@ from absl import app, flags, logging
 
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
+from prelnroberta.files import written_whole
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from experiments.tasks import TaskSettings
     from prelnroberta.data.corpus import DocstringCorpus, FileCorpus
     from prelnroberta.data.masking import Masking
     from prelnroberta.modeling import Execution
@@ -190,14 +193,26 @@ TASKS = (
 
 
 def _task() -> None:
-    flags.DEFINE_enum("task", None, TASKS, "What to learn or do. Default: what --model was made for.")
+    flags.DEFINE_enum(
+        "task", None, TASKS, "What to learn or do. Default: what --model was made for."
+    )
     flags.DEFINE_integer("max_length", None, "Tokens in a row, at most. Default: the model's most.")
     flags.DEFINE_bool("skip_bad_rows", False, "Go on without rows that cannot be used; count them.")
-    flags.DEFINE_integer("length_buckets", 6, "Lengths to pad to: so many shapes are compiled.")
+    flags.DEFINE_integer("length_buckets", 4, "Lengths to pad to: so many shapes are compiled.")
     flags.DEFINE_integer("eval_positions", 8192, "Tokens, with pads, in a batch of an evaluation.")
-    flags.DEFINE_string("text_column", "text", "Of the (first) text: a name, or a number from 0.")
-    flags.DEFINE_string("pair_column", None, "Of the second text of pairs.")
-    flags.DEFINE_list("label_column", ["label"], "Of the label; several, of 0 and 1, for several.")
+    flags.DEFINE_string(
+        "text_column",
+        None,
+        "Of the (first) text, a name, or a number from 0. Default: text; sent1 (choices); of words "
+        "the first, or tokens in JSON lines.",
+    )
+    flags.DEFINE_string("pair_column", None, "Of the second text of pairs, or before the choices.")
+    flags.DEFINE_list(
+        "label_column",
+        [],
+        "Of the label; several, of 0 and 1, for several labels. Default: label; of words the last, "
+        "or ner_tags in JSON lines.",
+    )
     flags.DEFINE_list("labels", [], "The classes' names, in order. Default: those in --train_file.")
     flags.DEFINE_enum(
         "problem_type",
@@ -205,6 +220,12 @@ def _task() -> None:
         ["single_label_classification", "multi_label_classification", "regression"],
         "What a text's label is.",
     )
+    flags.DEFINE_bool("all_pieces", False, "Label every piece of a word, not the first alone.")
+    flags.DEFINE_integer("stride", None, "Tokens that windows of long inputs share.")
+    flags.DEFINE_integer("n_best", 20, "Candidates for an answer.")
+    flags.DEFINE_integer("max_answer_length", 30, "Tokens of an answer, at most.")
+    flags.DEFINE_float("null_threshold", 0.0, "How much likelier no answer must be than the best.")
+    flags.DEFINE_float("mask_rate", 0.15, "Share of tokens to predict, in masked_lm.")
 
 
 def _finetuning() -> None:
@@ -216,15 +237,19 @@ def _finetuning() -> None:
     flags.DEFINE_integer("batch_size", 16, "B, examples in an optimizer step.")
     flags.DEFINE_float("epochs", 3.0, "Times through the examples, unless --steps is given.")
     flags.DEFINE_float("warmup_ratio", 0.06, "Share of the steps that warm up, or --warmup_steps.")
-    flags.DEFINE_integer("patience", 0, "Stop after so many evaluations without a better one; 0: no.")
+    flags.DEFINE_integer(
+        "patience", 0, "Stop after so many evaluations without a better one; 0: no."
+    )
     flags.DEFINE_float("label_smoothing", 0.0, "Share of each label spread over all classes.")
     flags.DEFINE_list(
         "class_weights", [], "By how much classes count, one number each in order; or 'balanced'."
     )
     flags.DEFINE_list("seeds", [], "Run once for each of these seeds, in folders of their own.")
     flags.DEFINE_multi_string(
-        "sweep", [], "A flag and its values, as learning_rate=1e-4,3e-4: run once for each; with "
-        "several sweeps, for each combination."
+        "sweep",
+        [],
+        "A flag and its values, as learning_rate=1e-4,3e-4: run once for each; with "
+        "several sweeps, for each combination.",
     )
     # Counted from the data, where they are not given.
     for name in ("steps", "warmup_steps", "eval_every", "save_every"):
@@ -384,6 +409,21 @@ def positive(*names: str) -> None:
             raise InputError(f"--{name}={FLAGS[name].value}, expected 1 or more")
 
 
+def check_room(run_dir: Path) -> None:
+    """Makes the folder of a new run; raises InputError where none can be."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        empty = not any(run_dir.iterdir())
+    except FileExistsError:
+        raise InputError(f"--run_dir={run_dir} is a file: give a new or empty folder") from None
+    except OSError as error:
+        raise InputError(f"--run_dir={run_dir} cannot be made: {error.strerror}") from None
+    if not empty:
+        raise InputError(f"--run_dir={run_dir} exists and holds no run: give a new or empty folder")
+    if not os.access(run_dir, os.W_OK):
+        raise InputError(f"--run_dir={run_dir} cannot be written to: give another folder")
+
+
 def check_new_folder(path: str) -> None:
     """Raises InputError for an --output that would be written over."""
     folder = Path(path)
@@ -446,7 +486,7 @@ def config(vocab_size: int) -> RobertaPreLayerNormConfig:
     asked = RobertaPreLayerNormConfig.preset(
         FLAGS.preset,
         vocab_size=vocab_size,
-        **_given(*_CONFIG_INTS, *_CONFIG_FLOATS, *_DROPOUTS),
+        **_given(*_CONFIG_INTS, *_CONFIG_FLOATS, *_DROPOUTS, "classifier_dropout"),
     )
     if not FLAGS.init_from:
         return asked
@@ -455,7 +495,9 @@ def config(vocab_size: int) -> RobertaPreLayerNormConfig:
         # A recipe brings these along; whoever continues from weights must know that they rest.
         names = ", ".join(f"--{name}" for name in idle)
         print(f"starting from {folder}: its architecture and values, whatever {names} say")
-    return RobertaPreLayerNormConfig.from_json(folder).replace(**_given(*_DROPOUTS))
+    return RobertaPreLayerNormConfig.from_json(folder).replace(
+        **_given(*_DROPOUTS, "classifier_dropout")
+    )
 
 
 def model_folder(path: str) -> Path:
@@ -472,6 +514,39 @@ def model_folder(path: str) -> Path:
 def _given(*names: str) -> dict[str, Any]:
     """name -> value of those of these flags that were set."""
     return {name: FLAGS[name].value for name in names if name in FLAGS and FLAGS[name].present}
+
+
+def task_settings(config: RobertaPreLayerNormConfig) -> TaskSettings:
+    """--task and how its data is read, for a model of this config.
+
+    What a fine-tuned --model keeps in task.json stands, but for flags that are given.
+    """
+    from experiments.tasks import TaskSettings
+
+    longest = config.max_length
+    values = {
+        **{
+            f.name: FLAGS[f.name].value for f in dataclasses.fields(TaskSettings) if f.name in FLAGS
+        },
+        "text_column": _column(FLAGS.text_column),
+        "pair_column": _column(FLAGS.pair_column),
+        "label_columns": tuple(map(_column, FLAGS.label_column)),
+        "labels": tuple(FLAGS.labels),
+        "max_length": longest if FLAGS.max_length is None else FLAGS.max_length,
+    }
+    if not 8 <= values["max_length"] <= longest:
+        raise InputError(f"--max_length={FLAGS.max_length}, expected 8 to {longest}, the model's")
+    return TaskSettings(**values)
+
+
+def _column(value: str | None) -> str | int | None:
+    return int(value) if value is not None and value.lstrip("-").isdecimal() else value
+
+
+def save_task_settings(settings: TaskSettings, folder: Path) -> None:
+    """`task.json`, which evaluate and predict read."""
+    with written_whole(folder / "task.json") as partial:
+        partial.write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
 
 
 def optimization(**counted: int) -> Optimization:

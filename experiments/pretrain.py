@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,23 +83,8 @@ def check_settings(run_dir: Path) -> RobertaPreLayerNormConfig:
     if (run_dir / "flags.txt").exists():
         flags.check_same_settings(run_dir / "flags.txt")
     else:
-        check_room(run_dir)
+        flags.check_room(run_dir)
     return config
-
-
-def check_room(run_dir: Path) -> None:
-    """Makes the folder of a new run; raises InputError where none can be."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        empty = not any(run_dir.iterdir())
-    except FileExistsError:
-        raise InputError(f"--run_dir={run_dir} is a file: give a new or empty folder") from None
-    except OSError as error:
-        raise InputError(f"--run_dir={run_dir} cannot be made: {error.strerror}") from None
-    if not empty:
-        raise InputError(f"--run_dir={run_dir} exists and holds no run: give a new or empty folder")
-    if not os.access(run_dir, os.W_OK):
-        raise InputError(f"--run_dir={run_dir} cannot be written to: give another folder")
 
 
 def given_params() -> Tree | None:

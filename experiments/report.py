@@ -40,9 +40,16 @@ class Report:
         steps: of the whole run.
         start: the step that this part of the run goes on from. Later records are dropped: their
             steps are about to be run again.
+        describe: puts a validation record in words.
     """
 
-    def __init__(self, run_dir: Path, steps: int, start: int):
+    def __init__(
+        self,
+        run_dir: Path,
+        steps: int,
+        start: int,
+        describe: Callable[[dict[str, Any]], str] = describe_validation,
+    ):
         from tqdm import tqdm
 
         self.run_dir = run_dir

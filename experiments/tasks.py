@@ -16,8 +16,9 @@ task goes from files to figures in the order of its methods:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,10 +34,23 @@ from prelnroberta.data.bucketing import NOTHING, Features, TrainingBatches
 from prelnroberta.data.classification import MULTI, REGRESSION, SINGLE
 from prelnroberta.data.loader import Batch, Loader
 from prelnroberta.data.masking import Masking
+from prelnroberta.entity_metrics import EntityCounts
 from prelnroberta.heads import IGNORE, LossSettings, Scores
 from prelnroberta.metrics import UnigramBaseline
 from prelnroberta.modeling import TableModule
 from prelnroberta.params import Tree
+from prelnroberta.squad_metrics import QuestionScores, question_scores
+from prelnroberta.task_metrics import (
+    ClassScores,
+    class_report,
+    confusion_counts,
+    confusion_matrix,
+    multi_label_counts,
+    multi_label_metrics,
+    perplexity,
+    regression_metrics,
+    single_label_metrics,
+)
 
 if TYPE_CHECKING:
     import tokenizers
@@ -80,17 +94,39 @@ class TaskSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Metrics; of classes also the confusion matrix [C, C], true by row, and a report to read."""
+    """What a model's answers to some examples are worth.
 
-    metrics: dict[str, float]
+    Attributes:
+        of: numbers of examples [k] -> metrics of those; an example may be counted several times.
+        count: of all examples.
+        confusion, names: of classes, [C, C] counts, true by row.
+        classes: precision, recall and F1 of each class.
+    """
+
+    of: Callable[[np.ndarray], dict[str, float]]
+    count: int
     confusion: np.ndarray | None = None
-    names: tuple[str, ...] = ()
-    report: str = ""
+    names: Sequence[str] = ()
+    classes: Sequence[ClassScores] = ()
+
+    @functools.cached_property
+    def metrics(self) -> dict[str, float]:
+        return self.of(np.arange(self.count))
+
+    def report(self) -> str:
+        """The classes as a table to read."""
+        width = max([12, *(len(c.name) for c in self.classes)])
+        lines = [f"{'':{width}}  precision  recall      f1  support"]
+        for name, precision, recall, f1, support in self.classes:
+            lines.append(
+                f"{name:{width}}  {precision:9.3f}  {recall:6.3f}  {f1:6.3f}  {support:7,}"
+            )
+        return "\n".join(lines) + "\n"
 
 
 class Task:
-    """What the tasks share. `metric` is what models are compared by, more is better; `target` is
-    in the batches of examples whose answers are known."""
+    """What the tasks share. `metric` is what models are compared by; `target` is in the batches of
+    examples whose answers are known."""
 
     model: ClassVar[str]
     metric: str = "accuracy"
@@ -166,6 +202,11 @@ class Task:
         """`metric` of whoever knows the labels of training, and reads no text."""
         raise NotImplementedError
 
+    def merit(self, metrics: Mapping[str, float]) -> float:
+        """More is better; what is undefined is worse than anything."""
+        value = metrics[self.metric]
+        return value if math.isfinite(value) else -1e9
+
     def label_counts(self, features: Features) -> np.ndarray:
         """[C]: how often each class is asked for."""
         labels = np.concatenate([np.atleast_1d(x) for x in features.labels])
@@ -176,6 +217,24 @@ def _stacked(rows: Sequence[Row], name: str) -> np.ndarray:
     return np.stack([row[name] for row in rows])
 
 
+def _of_classes(labels: np.ndarray, found: np.ndarray, names: Sequence[str]) -> Measured:
+    """One class of `names` for each of n examples: labels, found [n] int."""
+    C = len(names)
+    confusion = confusion_matrix(labels, found, C)
+    return Measured(
+        lambda i: single_label_metrics(confusion_matrix(labels[i], found[i], C)),
+        len(labels),
+        confusion,
+        names,
+        class_report(confusion_counts(confusion), names),
+    )
+
+
+def _most_frequent(train: Features, features: Features) -> float:
+    """Accuracy of always the most frequent label of training."""
+    return float((features.labels == np.bincount(train.labels).argmax()).mean())
+
+
 class SequenceClassification(Task):
     """Texts or pairs of texts: one label, several labels, or a number."""
 
@@ -183,7 +242,9 @@ class SequenceClassification(Task):
 
     @property
     def metric(self) -> str:
-        return {REGRESSION: "pearson", MULTI: "f1"}.get(self.settings.problem_type, "accuracy")
+        return {REGRESSION: "pearson", MULTI: "f1_micro"}.get(
+            self.settings.problem_type, "accuracy"
+        )
 
     def read(self, path: str | Path, labelled: bool, bad: BadRows) -> list:
         from prelnroberta.data.classification import read_examples
@@ -256,6 +317,28 @@ class SequenceClassification(Task):
                 answer["label"] = max(probabilities, key=probabilities.get)
             yield answer | {"probabilities": probabilities}
 
+    def measure(self, features: Features, rows: Sequence[Row]) -> Measured:
+        labels, names = features.labels, self.settings.labels
+        if self.settings.problem_type == REGRESSION:
+            values = _stacked(rows, "value")
+            return Measured(lambda i: regression_metrics(labels[i], values[i]), len(rows))
+        if self.settings.problem_type == MULTI:
+            sides = _stacked(rows, "probabilities") > 0.5
+            return Measured(
+                lambda i: multi_label_metrics(labels[i], sides[i]),
+                len(rows),
+                classes=class_report(multi_label_counts(labels, sides), names),
+            )
+        return _of_classes(labels, _stacked(rows, "probabilities").argmax(axis=-1), names)
+
+    def trivial(self, train: Features, features: Features) -> float:
+        if self.settings.problem_type == REGRESSION:
+            return 0.0  # the correlation with a constant
+        if self.settings.problem_type == MULTI:
+            sides = np.broadcast_to(train.labels.mean(axis=0) > 0.5, features.labels.shape)
+            return multi_label_metrics(features.labels, sides)[self.metric]
+        return _most_frequent(train, features)
+
 
 class TokenClassification(Task):
     """Words of sentences: entities (IOB2 tags), or any other label a word."""
@@ -313,6 +396,40 @@ class TokenClassification(Task):
                 found = entities(sentence, tags, probabilities)
                 answer["entities"] = [entity._asdict() for entity in found]
             yield answer
+
+    def measure(self, features: Features, rows: Sequence[Row]) -> Measured:
+        names = self.settings.labels
+        ids = {name: i for i, name in enumerate(names)}
+        found = [tags for _, tags, _ in self._tags(features, rows)]
+        true = [sentence.tags for sentence in features.examples]
+        confusions = [
+            confusion_matrix([ids[t] for t in a], [ids[t] for t in b], len(names))
+            for a, b in zip(true, found, strict=True)
+        ]
+        confusion = sum(confusions)
+        if self._of_entities:
+            counts = EntityCounts(true, found, scheme=None)  # conlleval's, seqeval's default
+            strict = EntityCounts(true, found)
+            return Measured(
+                lambda i: {**counts.metrics(i), "f1_strict": strict.metrics(i)["f1"]},
+                len(found),
+                confusion,
+                names,
+                class_report(counts.counts(), counts.types),
+            )
+        return Measured(
+            lambda i: single_label_metrics(sum(confusions[k] for k in i)),
+            len(found),
+            confusion,
+            names,
+            class_report(confusion_counts(confusion), names),
+        )
+
+    def trivial(self, train: Features, features: Features) -> float:
+        if self._of_entities:
+            return 0.0  # no entity is ever named
+        counts = self.label_counts(features)
+        return float(counts[self.label_counts(train).argmax()] / counts.sum())
 
 
 class QuestionAnswering(Task):
@@ -388,6 +505,20 @@ class QuestionAnswering(Task):
                 "candidates": [c._asdict() for c in found.candidates],
             }
 
+    def _scores(self, features: Features, texts: Sequence[str]) -> QuestionScores:
+        answers = {q.id: [answer.text for answer in q.answers] for q in features.examples}
+        found = dict(zip(answers, texts, strict=True))
+        return question_scores(found, answers, self.settings.may_be_null)
+
+    def measure(self, features: Features, rows: Sequence[Row]) -> Measured:
+        scores = self._scores(features, [p.text for p in self._predicted(features, rows)])
+        return Measured(scores.metrics, len(features.examples))
+
+    def trivial(self, train: Features, features: Features) -> float:
+        texts = [q.answers[0].text if q.answers else "" for q in train.examples]
+        most = max(set(texts), key=lambda text: (texts.count(text), text))
+        return self._scores(features, [most] * len(features.examples)).metrics()[self.metric]
+
 
 class MultipleChoice(Task):
     """Which of several continuations is right."""
@@ -433,17 +564,20 @@ class MultipleChoice(Task):
             }
 
     def measure(self, features: Features, rows: Sequence[Row]) -> Measured:
-        chosen = _stacked(rows, "probabilities").argmax(axis=-1)
-        return Measured({"accuracy": float((chosen == features.labels).mean())})
+        right = _stacked(rows, "probabilities").argmax(axis=-1) == features.labels
+        return Measured(lambda i: {"accuracy": float(right[i].mean())}, len(right))
 
     def trivial(self, train: Features, features: Features) -> float:
-        return float((features.labels == np.bincount(train.labels).argmax()).mean())
+        return _most_frequent(train, features)
 
 
 class _LanguageModel(Task):
     """Raw text: .txt, .md or .jsonl; what is measured is the loss of each row's tokens."""
 
-    metric = "negative_loss"
+    metric = "perplexity"
+
+    def merit(self, metrics: Mapping[str, float]) -> float:
+        return -metrics[self.metric]
 
     def read(self, path: str | Path, labelled: bool, bad: BadRows) -> list:
         from prelnroberta.data.corpus import FileCorpus
@@ -452,13 +586,16 @@ class _LanguageModel(Task):
         return [document.text for document in FileCorpus([str(path)], column).documents()]
 
     def measure(self, features: Features, rows: Sequence[Row]) -> Measured:
-        weight = float(_stacked(rows, "weight").sum())
-        loss = float(_stacked(rows, "loss").sum()) / weight
-        accuracy = float(_stacked(rows, "correct").sum()) / weight
-        perplexity = math.exp(min(loss, 700.0))
-        return Measured(
-            {"perplexity": perplexity, "accuracy": accuracy, "tokens": weight, self.metric: -loss}
-        )
+        loss, correct, weight = (_stacked(rows, name) for name in ("loss", "correct", "weight"))
+
+        def of(i: np.ndarray) -> dict[str, float]:
+            total = float(weight[i].sum())
+            return {
+                "perplexity": perplexity(float(loss[i].sum()), total),
+                "accuracy": float(correct[i].sum()) / total,
+            }
+
+        return Measured(of, len(rows))
 
     def answers(self, features: Features, rows: Sequence[Row]) -> Iterator[Answer]:
         for number, row in enumerate(rows):
@@ -479,7 +616,7 @@ class _LanguageModel(Task):
         size = int(max(train.stream.max(), features.stream.max())) + 1
         counts = np.bincount(train.stream, minlength=size)
         scores = UnigramBaseline(counts, ()).scores(*self._asked(features))
-        return -float(scores.loss / scores.weight)
+        return perplexity(float(scores.loss), float(scores.weight))
 
     def _asked(self, features: Features) -> tuple[np.ndarray, np.ndarray]:
         """Labels and weights of all that is asked for."""

@@ -363,11 +363,7 @@ def span_scores(
 
 
 def masked_lm_scores(
-    module: MaskedLM,
-    params: dict,
-    batch: dict[str, Array],
-    dropout_key: Array | None = None,
-    settings: LossSettings = PLAIN,
+    module: MaskedLM, params: dict, batch: dict[str, Array], dropout_key: Array | None = None
 ) -> Scores:
     """Scores of one batch of masked rows: logits are computed at masked positions alone.
 
@@ -385,4 +381,4 @@ def masked_lm_scores(
         deterministic=dropout_key is None,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
-    return cross_entropy(logits, batch["masked_labels"], batch["masked_weights"], settings)
+    return cross_entropy(logits, batch["masked_labels"], batch["masked_weights"])

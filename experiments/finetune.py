@@ -1,0 +1,377 @@
+"""Fine-tunes a model for one of six tasks, on the user's own files.
+
+    python -m experiments.finetune --task=sequence_classification --init_from=runs/demo \
+        --train_file=train.csv --eval_file=dev.csv --run_dir=runs/reviews
+
+The same command again goes on where the run stopped, bit for bit. A run directory holds:
+
+    flags.txt        the run's flags, a flagfile      predictions.jsonl  of the best model on
+    data.json        what the files were                                 --eval_file, a line each
+    metrics.jsonl    every report; events/, loss.png  classes.txt, confusion.png
+    checkpoints/     the latest and the best          model/             the best, a Hugging Face
+    results.json     the best model's metrics                            folder, and task.json
+
+With --seeds or --sweep there is such a folder for each combination, and `table.txt`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments import flags, grid
+from experiments.flags import FLAGS
+from prelnroberta.config import RobertaPreLayerNormConfig
+from prelnroberta.errors import InputError
+from prelnroberta.files import written_whole
+
+if TYPE_CHECKING:
+    import tokenizers
+
+    from experiments.tasks import Task
+    from prelnroberta.data.bucketing import Features
+    from prelnroberta.heads import LossSettings
+    from prelnroberta.params import Tree
+    from prelnroberta.train import TrainState
+
+flags.declare("run", "task", "model", "optimization", "compute", "finetuning")
+
+
+def main() -> int:
+    run_dir = Path(FLAGS.run_dir)
+    points = grid.points(FLAGS.seeds, FLAGS.sweep)
+    if not points:
+        return finetune(run_dir)
+    for point in points:
+        with grid.flags_of(point, run_dir):
+            print(f"{grid.name(point)}, in {FLAGS.run_dir}", flush=True)
+            if code := finetune(Path(FLAGS.run_dir)):
+                return code
+    print(grid.write_table(run_dir, points))
+    return 0
+
+
+def finetune(run_dir: Path) -> int:
+    """One run: flags -> data -> model -> steps -> the best model and its report."""
+    check_settings(run_dir)
+    if (run_dir / "results.json").exists():  # the last file that a run writes
+        print(f"{run_dir} is complete\n{described(run_dir)}")
+        return 0
+    tokenizer = load_tokenizer()
+    data = read_data(tokenizer)
+    config, params = initial_model(data.task, tokenizer)
+    claim(run_dir, data)
+    return run(run_dir, tokenizer, config, params, data)
+
+
+def check_settings(run_dir: Path) -> None:
+    """Refuses whatever flags alone can get wrong, before any work."""
+    if FLAGS.task is None:
+        raise InputError("--task is missing, expected one of " + ", ".join(flags.TASKS))
+    flags.positive("log_every", "keep_checkpoints", "batch_size", "accumulate", "length_buckets")
+    flags.positive("eval_positions")
+    flags.positive(*(n for n in ("eval_every", "save_every") if FLAGS[n].value is not None))
+    if FLAGS.batch_size % FLAGS.accumulate:
+        raise InputError(
+            f"--accumulate={FLAGS.accumulate} does not divide --batch_size={FLAGS.batch_size}"
+        )
+    if not 0 <= FLAGS.seed < 2**63:
+        raise InputError(f"--seed={FLAGS.seed}, expected 0 or more, below 2^63")
+    if FLAGS.epochs <= 0:
+        raise InputError(f"--epochs={FLAGS.epochs}, expected more than 0")
+    for name in ("label_smoothing", "warmup_ratio"):
+        if not 0 <= FLAGS[name].value < 1:
+            raise InputError(f"--{name}={FLAGS[name].value}, expected a share in [0, 1)")
+    if FLAGS.patience < 0:
+        raise InputError(f"--patience={FLAGS.patience}, expected 0 (never stop early) or more")
+    if FLAGS.init_from is None and (FLAGS.tokenizer is None or FLAGS.scratch):
+        raise InputError(
+            "give --init_from, a model folder or a run; or, to begin from scratch, --tokenizer "
+            "and --preset"
+        )
+    flags.optimization(steps=1, warmup_steps=0)
+    for name in ("train_file", "eval_file"):
+        if not Path(FLAGS[name].value).expanduser().is_file():
+            raise InputError(f"--{name}={FLAGS[name].value}: no such file")
+    if (run_dir / "flags.txt").exists():
+        flags.check_same_settings(run_dir / "flags.txt")
+    else:
+        flags.check_room(run_dir)
+
+
+def load_tokenizer() -> tokenizers.Tokenizer:
+    from prelnroberta.data import tokenizer
+
+    if FLAGS.tokenizer is None:
+        return tokenizer.load_tokenizer(flags.model_folder(FLAGS.init_from))
+    source = Path(FLAGS.tokenizer)
+    return tokenizer.load_tokenizer(
+        source / "tokenizer" if (source / "flags.txt").exists() else source
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Both files as features; `sha256` of their bytes."""
+
+    task: Task
+    train: Features
+    dev: Features
+    buckets: tuple[int, ...]
+    sha256: dict[str, str]
+
+
+def read_data(tokenizer: tokenizers.Tokenizer) -> Data:
+    import numpy as np
+
+    from experiments.tasks import TASKS
+    from prelnroberta.data.bad_rows import BadRows
+    from prelnroberta.data.bucketing import bucket_lengths
+
+    config = flags.config(tokenizer.get_vocab_size())
+    settings = flags.task_settings(config)
+    task = TASKS[settings.task](settings)
+    bad = [BadRows(FLAGS.skip_bad_rows), BadRows(FLAGS.skip_bad_rows)]
+    paths = [Path(FLAGS.train_file).expanduser(), Path(FLAGS.eval_file).expanduser()]
+    examples = [task.read(path, True, b) for path, b in zip(paths, bad, strict=True)]
+    task = TASKS[settings.task](task.settled(examples[0]))
+    train, dev = (
+        task.features(e, tokenizer, b, training)
+        for e, b, training in zip(examples, bad, (True, False), strict=True)
+    )
+    for b in bad:
+        b.settle()
+        if b.bad:
+            print(f"left out: {b.summary}")
+    for flag, features in (("train_file", train), ("eval_file", dev)):
+        if cut := getattr(features, "truncated", 0):
+            print(f"--{flag}: {cut:,} of {len(features.lengths):,} cut to {settings.max_length}")
+    lengths = np.concatenate([train.lengths, dev.lengths])
+    digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
+    return Data(task, train, dev, bucket_lengths(lengths, FLAGS.length_buckets), digests)
+
+
+def initial_model(
+    task: Task, tokenizer: tokenizers.Tokenizer
+) -> tuple[RobertaPreLayerNormConfig, Tree]:
+    """The config and the values to begin with: given ones, and new ones for what is not given."""
+    import jax
+
+    from prelnroberta import huggingface
+    from prelnroberta import params as parameters
+
+    size = tokenizer.get_vocab_size()
+    given = flags.config(size)
+    if given.vocab_size != size:
+        raise InputError(
+            f"the tokenizer has {size} tokens, the weights of {FLAGS.init_from} are for "
+            f"{given.vocab_size}: give the --tokenizer that they were trained with"
+        )
+    config = task.configure(given)
+    new = lambda: parameters.init(config, jax.random.key(FLAGS.seed), task.model)  # noqa: E731
+    if FLAGS.init_from is None or FLAGS.scratch:
+        return config, new()
+    tensors, source = huggingface.read_weights(flags.model_folder(FLAGS.init_from))
+    params, swapped = huggingface.read_tensors(
+        tensors, config, task.model, source, new, ignore_mismatched_sizes=True
+    )
+    if str(swapped):
+        print(f"{source}: {swapped}")
+    return config, jax.device_put(params)
+
+
+def claim(run_dir: Path, data: Data) -> None:
+    """Writes what makes a folder a run. From then on its files are those it began with."""
+    record = run_dir / "data.json"
+    if record.exists():
+        if json.loads(record.read_text(encoding="utf-8")) != data.sha256:
+            raise InputError(
+                f"--train_file or --eval_file has changed since {run_dir} began ({record}): give "
+                "the same files to resume it, or another --run_dir"
+            )
+        return
+    with written_whole(run_dir / "flags.txt") as partial:
+        partial.write_text(flags.settings_text(), encoding="utf-8")
+    with written_whole(record) as partial:
+        partial.write_text(json.dumps(data.sha256, indent=2) + "\n", encoding="utf-8")
+
+
+def loss_settings(data: Data) -> LossSettings:
+    """--label_smoothing, --class_weights"""
+    from prelnroberta.heads import LossSettings
+
+    names, given = data.task.settings.labels, FLAGS.class_weights
+    weights = None
+    if given and not (names and data.task.metric != "f1_micro"):
+        raise InputError("--class_weights: this task has no classes, one of which is right")
+    if given == ["balanced"]:
+        counts = data.task.label_counts(data.train)
+        weights = tuple((counts.sum() / (len(counts) * counts.clip(1))).tolist())
+    elif given:
+        try:
+            weights = tuple(map(float, given))
+        except ValueError:
+            weights = ()
+        if len(weights) != len(names) or min(weights) < 0:
+            raise InputError(
+                f"--class_weights={','.join(given)}, expected 'balanced' or {len(names)} numbers, "
+                f"for {', '.join(names)}"
+            )
+    return LossSettings(class_weights=weights, label_smoothing=FLAGS.label_smoothing)
+
+
+def run(
+    run_dir: Path,
+    tokenizer: tokenizers.Tokenizer,
+    config: RobertaPreLayerNormConfig,
+    params: Tree,
+    data: Data,
+) -> int:
+    """State -> steps -> the best state -> model and report."""
+    import jax
+
+    from experiments.judge import Judge, write_results
+    from experiments.pictures import draw_curves
+    from experiments.report import Report, duration, read_records
+    from experiments.training import Cadence, train
+    from prelnroberta import params as parameters
+    from prelnroberta.checkpoint import Checkpoints
+    from prelnroberta.data.tokenizer import save_tokenizer
+    from prelnroberta.heads import MODULES, Scores
+    from prelnroberta.huggingface import save_pretrained
+    from prelnroberta.optimizer import adamw, learning_rate
+    from prelnroberta.train import TrainState, as_jit, train_step
+
+    begin = time.monotonic()
+    task, losses = data.task, loss_settings(data)
+    module = MODULES[task.model](config, flags.execution())
+    epoch = math.ceil(len(data.train.lengths) / FLAGS.batch_size)
+    steps = FLAGS.steps or math.ceil(FLAGS.epochs * epoch)
+    warmup = FLAGS.warmup_steps
+    if warmup is None:
+        warmup = math.ceil(FLAGS.warmup_ratio * steps)
+    settings = flags.optimization(steps=steps, warmup_steps=warmup)
+    optimizer = adamw(settings, config, task.model)
+    loader = task.batches(data.train, FLAGS.batch_size, FLAGS.seed, data.buckets)
+    judge = Judge(task, module, FLAGS.eval_positions, losses)
+
+    def score(params: Tree, batch: dict, key: jax.Array | None) -> Scores:
+        return task.loss(config, task.logits(module, params, batch, key), batch, losses)
+
+    checkpoints = Checkpoints(run_dir / "checkpoints", FLAGS.keep_checkpoints)
+    state = TrainState.create(params, optimizer)
+    if checkpoints.latest() is not None:
+        state, _ = checkpoints.restore(state)
+        print(f"resuming {run_dir} at step {int(state.step):,} of {steps:,}, bit for bit")
+    start = int(state.step)
+    print(
+        f"{parameters.parameter_count(config, task.model):,} parameters, "
+        f"{len(data.train.lengths):,} rows to train on, {len(data.dev.lengths):,} to evaluate, "
+        f"padded to {', '.join(map(str, data.buckets))} tokens; {steps:,} steps, "
+        f"{epoch:,} an epoch",
+        flush=True,
+    )
+
+    trivial = task.trivial(data.train, data.dev)
+    report = Report(run_dir, steps, start, description(task, trivial))
+    merits = {
+        record["step"]: task.merit(record)
+        for record in read_records(run_dir / "metrics.jsonl")
+        if record["kind"] == "validation"
+    }
+
+    def validate(state: TrainState) -> dict[str, float]:
+        rows, scores = judge(state.params, data.dev, data.buckets)
+        metrics = task.measure(data.dev, rows).metrics
+        merits[int(state.step)] = task.merit(metrics)
+        return {"loss": float(scores.mean), **metrics}
+
+    def enough() -> bool:
+        """Whether the last --patience evaluations brought nothing better."""
+        values = list(merits.values())
+        best = values.index(max(values)) if values else 0
+        return 0 < FLAGS.patience < len(values) - best
+
+    stopped = None
+    tokens = float(data.train.lengths.mean()) * FLAGS.batch_size
+    try:
+        if not enough():
+            with loader.prefetch(start) as batches:
+                state, stopped = train(
+                    state,
+                    as_jit(train_step(score, optimizer, FLAGS.seed, FLAGS.accumulate)),
+                    batches,
+                    cadence=Cadence(
+                        steps=steps,
+                        log_every=FLAGS.log_every,
+                        eval_every=FLAGS.eval_every or epoch,
+                        save_every=FLAGS.save_every or FLAGS.eval_every or epoch,
+                    ),
+                    report=report,
+                    checkpoints=checkpoints,
+                    validate=validate,
+                    learning_rate=learning_rate(settings),
+                    tokens_per_step=tokens,
+                    objective=lambda metrics: -task.merit(metrics),
+                    enough=enough,
+                )
+        if stopped is None:
+            best = max((s for s in checkpoints.kept() if s in merits), key=merits.get)
+            state, _ = checkpoints.restore(state, best)
+    finally:
+        report.close()
+        checkpoints.close()
+    if stopped is not None:
+        print(
+            f"{stopped.name}: saved step {int(state.step):,} of {steps:,} in {run_dir}; the same "
+            "command goes on from there"
+        )
+        return 128 + stopped
+
+    save_tokenizer(tokenizer, run_dir / "model", config.max_length)
+    flags.save_task_settings(task.settings, run_dir / "model")
+    save_pretrained(run_dir / "model", state.params, config, task.model)
+    draw_curves(run_dir, task.metric, trivial)
+    rows, _ = judge(state.params, data.dev, data.buckets)
+    measured = task.measure(data.dev, rows)
+    more = {"metric": task.metric, "trivial": trivial, "best_step": best, "steps": steps}
+    write_results(run_dir, task, data.dev, rows, measured, **more)
+    print(f"finished in {duration(time.monotonic() - begin)}\n{described(run_dir)}")
+    return 0
+
+
+def description(task: Task, trivial: float) -> Callable[[dict[str, Any]], str]:
+    def describe(record: dict[str, Any]) -> str:
+        others = (
+            f"  {name} {value:.4g}"
+            for name, value in record.items()
+            if name not in ("kind", "step", "loss", task.metric)
+        )
+        return (
+            f"step {record['step']:,}  validation loss {record['loss']:.3f}  {task.metric} "
+            f"{record[task.metric]:.4g} (trivial: {trivial:.4g}){''.join(others)}"
+        )
+
+    return describe
+
+
+def described(run_dir: Path) -> str:
+    """A finished run in words, and what to do with it."""
+    results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+    metric = results["metric"]
+    return (
+        f"best: step {results['best_step']:,} of {results['steps']:,}, {metric} "
+        f"{results['metrics'][metric]:.4g} (trivial: {results['trivial']:.4g})\n"
+        f"model: {run_dir / 'model'}\n"
+        f"  python -m experiments.predict --model={run_dir} --file=..."
+    )
+
+
+if __name__ == "__main__":
+    flags.launch(main)
