@@ -94,6 +94,22 @@ class Report:
             self._events.close()
 
 
+class NoReport:
+    """What the other hosts of a job tell: nothing."""
+
+    def advance(self) -> None:
+        pass
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def describe_validation(record: dict[str, Any]) -> str:
     gain = record["unigram_loss"] - record["loss"]
     return (
