@@ -38,13 +38,17 @@ if TYPE_CHECKING:
     from prelnroberta.data.bucketing import Features
     from prelnroberta.heads import LossSettings
     from prelnroberta.params import Tree
+    from prelnroberta.sharding import Layout
     from prelnroberta.train import TrainState
 
-flags.declare("run", "task", "model", "optimization", "compute", "finetuning")
+flags.declare("run", "task", "model", "optimization", "compute", "scale", "finetuning")
 
 
 def main() -> int:
+    from prelnroberta import hosts
+
     run_dir = Path(FLAGS.run_dir)
+    flags.start_hosts()
     points = grid.points(FLAGS.seeds, FLAGS.sweep)
     if not points:
         return finetune(run_dir)
@@ -53,21 +57,27 @@ def main() -> int:
             print(f"{grid.name(point)}, in {FLAGS.run_dir}", flush=True)
             if code := finetune(Path(FLAGS.run_dir)):
                 return code
-    print(grid.write_table(run_dir, points))
+    if hosts.is_first():
+        print(grid.write_table(run_dir, points))
     return 0
 
 
 def finetune(run_dir: Path) -> int:
     """One run: flags -> data -> model -> steps -> the best model and its report."""
-    check_settings(run_dir)
-    if (run_dir / "results.json").exists():  # the last file that a run writes
-        print(f"{run_dir} is complete\n{described(run_dir)}")
-        return 0
-    tokenizer = load_tokenizer()
-    data = read_data(tokenizer)
-    config, params = initial_model(data.task, tokenizer)
-    claim(run_dir, data)
-    return run(run_dir, tokenizer, config, params, data)
+    from prelnroberta import hosts
+
+    with hosts.first_before_others(f"claim {run_dir}"):
+        check_settings(run_dir)
+        if (run_dir / "results.json").exists():  # the last file that a run writes
+            print(f"{run_dir} is complete\n{described(run_dir)}")
+            return 0
+        tokenizer = load_tokenizer()
+        data = read_data(tokenizer)
+        config, params = initial_model(data.task, tokenizer)
+        layout = flags.layout(config, data.task.model, FLAGS.batch_size, FLAGS.accumulate)
+        claim(run_dir, data)
+    with layout.active():
+        return run(run_dir, tokenizer, config, layout, params, data)
 
 
 def check_settings(run_dir: Path) -> None:
@@ -162,6 +172,7 @@ def initial_model(
 ) -> tuple[RobertaPreLayerNormConfig, Tree]:
     """The config and the values to begin with: given ones, and new ones for what is not given."""
     import jax
+    import numpy as np
 
     from prelnroberta import huggingface
     from prelnroberta import params as parameters
@@ -174,7 +185,12 @@ def initial_model(
             f"{given.vocab_size}: give the --tokenizer that they were trained with"
         )
     config = task.configure(given)
-    new = lambda: parameters.init(config, jax.random.key(FLAGS.seed), task.model)  # noqa: E731
+
+    def new() -> Tree:
+        return jax.tree.map(
+            np.asarray, parameters.init(config, jax.random.key(FLAGS.seed), task.model)
+        )
+
     if FLAGS.init_from is None or FLAGS.scratch:
         return config, new()
     tensors, source = huggingface.read_weights(flags.model_folder(FLAGS.init_from))
@@ -183,7 +199,7 @@ def initial_model(
     )
     if str(swapped):
         print(f"{source}: {swapped}")
-    return config, jax.device_put(params)
+    return config, params
 
 
 def claim(run_dir: Path, data: Data) -> None:
@@ -230,6 +246,7 @@ def run(
     run_dir: Path,
     tokenizer: tokenizers.Tokenizer,
     config: RobertaPreLayerNormConfig,
+    layout: Layout,
     params: Tree,
     data: Data,
 ) -> int:
@@ -238,15 +255,16 @@ def run(
 
     from experiments.judge import Judge, write_results
     from experiments.pictures import draw_curves
-    from experiments.report import Report, duration, read_records
+    from experiments.report import NoReport, Report, duration, read_records
     from experiments.training import Cadence, train
+    from prelnroberta import hosts
     from prelnroberta import params as parameters
     from prelnroberta.checkpoint import Checkpoints
     from prelnroberta.data.tokenizer import save_tokenizer
     from prelnroberta.heads import MODULES, Scores
     from prelnroberta.huggingface import save_pretrained
     from prelnroberta.optimizer import adamw, learning_rate
-    from prelnroberta.train import TrainState, as_jit, train_step
+    from prelnroberta.train import TrainState, parallel, train_step
 
     begin = time.monotonic()
     task, losses = data.task, loss_settings(data)
@@ -259,13 +277,14 @@ def run(
     settings = flags.optimization(steps=steps, warmup_steps=warmup)
     optimizer = adamw(settings, config, task.model)
     loader = task.batches(data.train, FLAGS.batch_size, FLAGS.seed, data.buckets)
-    judge = Judge(task, module, FLAGS.eval_positions, losses)
+    judge = Judge(task, module, layout, FLAGS.eval_positions, losses)
 
-    def score(params: Tree, batch: dict, key: jax.Array | None) -> Scores:
-        return task.loss(config, task.logits(module, params, batch, key), batch, losses)
+    def score(params: Tree, batch: dict, dropout_keys: jax.Array | None) -> Scores:
+        return task.loss(config, task.logits(module, params, batch, dropout_keys), batch, losses)
 
     checkpoints = Checkpoints(run_dir / "checkpoints", FLAGS.keep_checkpoints)
-    state = TrainState.create(params, optimizer)
+    given = layout.put(params)
+    state = layout.born(lambda given: TrainState.create(given, optimizer), given)
     if checkpoints.latest() is not None:
         state, _ = checkpoints.restore(state)
         print(f"resuming {run_dir} at step {int(state.step):,} of {steps:,}, bit for bit")
@@ -279,12 +298,14 @@ def run(
     )
 
     trivial = task.trivial(data.train, data.dev)
-    report = Report(run_dir, steps, start, description(task, trivial))
     merits = {
         record["step"]: task.merit(record)
         for record in read_records(run_dir / "metrics.jsonl")
-        if record["kind"] == "validation"
+        if record["kind"] == "validation" and record["step"] <= start
     }
+    report = NoReport()
+    if hosts.is_first():
+        report = Report(run_dir, steps, start, description(task, trivial))
 
     def validate(state: TrainState) -> dict[str, float]:
         rows, scores = judge(state.params, data.dev, data.buckets)
@@ -302,11 +323,11 @@ def run(
     tokens = float(data.train.lengths.mean()) * FLAGS.batch_size
     try:
         if not enough():
-            with loader.prefetch(start) as batches:
+            with loader.prefetch(start, rows=layout.rows(FLAGS.batch_size)) as batches:
                 state, stopped = train(
                     state,
-                    as_jit(train_step(score, optimizer, FLAGS.seed, FLAGS.accumulate)),
-                    batches,
+                    parallel(train_step(score, optimizer, FLAGS.seed, FLAGS.accumulate), layout),
+                    map(layout.place, batches),
                     cadence=Cadence(
                         steps=steps,
                         log_every=FLAGS.log_every,
@@ -334,15 +355,17 @@ def run(
         )
         return 128 + stopped
 
-    save_tokenizer(tokenizer, run_dir / "model", config.max_length)
-    flags.save_task_settings(task.settings, run_dir / "model")
-    save_pretrained(run_dir / "model", state.params, config, task.model)
-    draw_curves(run_dir, task.metric, trivial)
     rows, _ = judge(state.params, data.dev, data.buckets)
-    measured = task.measure(data.dev, rows)
-    more = {"metric": task.metric, "trivial": trivial, "best_step": best, "steps": steps}
-    write_results(run_dir, task, data.dev, rows, measured, **more)
-    print(f"finished in {duration(time.monotonic() - begin)}\n{described(run_dir)}")
+    params = layout.gathered(state.params)
+    if hosts.is_first():
+        save_tokenizer(tokenizer, run_dir / "model", config.max_length)
+        flags.save_task_settings(task.settings, run_dir / "model")
+        save_pretrained(run_dir / "model", params, config, task.model)
+        draw_curves(run_dir, task.metric, trivial)
+        more = {"metric": task.metric, "trivial": trivial, "best_step": best, "steps": steps}
+        write_results(run_dir, task, data.dev, rows, **more)
+        print(f"finished in {duration(time.monotonic() - begin)}\n{described(run_dir)}")
+    hosts.barrier(f"end {run_dir}")
     return 0
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from prelnroberta.data.masking import Masking
     from prelnroberta.modeling import Execution
     from prelnroberta.optimizer import Optimization
+    from prelnroberta.sharding import Layout, Parallelism
 
 FLAGS = flags.FLAGS
 
@@ -166,6 +167,30 @@ def _compute() -> None:
         "remat", "none", ["none", "dots", "full"], "What the backward pass computes again."
     )
     flags.DEFINE_bool("scan_layers", None, "Loop over one compiled layer. Default: not on CPU.")
+
+
+def _scale() -> None:
+    flags.DEFINE_enum(
+        "parallelism",
+        "jit",
+        ["jit", "pmap"],
+        "jit: arrays are cut over the mesh below. pmap: every device holds the whole model.",
+    )
+    flags.DEFINE_integer("mesh_data", -1, "Devices that share rows alone; -1: what is left.")
+    flags.DEFINE_integer("mesh_fsdp", 1, "Devices that share rows and the stored state.")
+    flags.DEFINE_integer("mesh_tensor", 1, "Devices that share heads, MLP and vocabulary.")
+    flags.DEFINE_enum(
+        "dcn_axis", "data", ["data", "fsdp"], "The mesh axis that spans TPU slices or GPU hosts."
+    )
+    flags.DEFINE_bool(
+        "multihost", False, "Join the hosts that a TPU pod, SLURM, Kubernetes or Open MPI tells of."
+    )
+    flags.DEFINE_string("coordinator", None, "address:port of host 0, for hosts started by hand.")
+    flags.DEFINE_integer("hosts", None, "How many there are, with --coordinator.")
+    flags.DEFINE_integer("host", None, "Which of them this is, from 0, with --coordinator.")
+    flags.DEFINE_integer(
+        "lost_after_seconds", 100, "A host silent for so long is lost, and ends the others."
+    )
 
 
 def _demo() -> None:
@@ -328,6 +353,7 @@ _GROUPS: dict[str, Callable[[], None]] = {
     "fast_start": _fast_start,
     "optimization": _optimization,
     "compute": _compute,
+    "scale": _scale,
     "predict": _predict,
     "demo": _demo,
     "task": _task,
@@ -337,8 +363,20 @@ _GROUPS: dict[str, Callable[[], None]] = {
     "parity": _parity,
     "export": _export,
 }
-# What may change between the parts of a resumed run without changing a single number of it.
-_FREE = {"run_dir", "cache_dir", "keep_checkpoints"}
+# How this start of the program is run; no part of the settings that a run is known by.
+_LAUNCH = {"multihost", "coordinator", "hosts", "host", "lost_after_seconds"}
+# What may change between the parts of a resumed run: it changes no number of it, or, as the mesh,
+# their rounding alone.
+_FREE = {
+    "run_dir",
+    "cache_dir",
+    "keep_checkpoints",
+    "parallelism",
+    "mesh_data",
+    "mesh_fsdp",
+    "mesh_tensor",
+    "dcn_axis",
+}
 
 
 def declare(*groups: str) -> None:
@@ -566,9 +604,52 @@ def execution() -> Execution:
     return Execution(dtype=jnp.dtype(FLAGS.dtype), remat=FLAGS.remat, scan_layers=FLAGS.scan_layers)
 
 
+def start_hosts() -> None:
+    """--multihost, --coordinator, --hosts, --host: joins the job, if there is one to join. Of
+    several hosts the first alone prints."""
+    by_hand = [FLAGS.coordinator, FLAGS.hosts, FLAGS.host]
+    if any(x is not None for x in by_hand) and None in by_hand:
+        raise InputError("--coordinator, --hosts and --host belong together: give all three")
+    if not FLAGS.multihost and not FLAGS.coordinator:
+        return
+    positive("lost_after_seconds")
+    from prelnroberta import hosts
+
+    hosts.start(*by_hand, FLAGS.lost_after_seconds)
+    if not hosts.is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # to the end of the process
+
+
+def layout(
+    config: RobertaPreLayerNormConfig, model: str, batch_size: int, accumulate: int
+) -> Layout:
+    """--parallelism and the mesh, on the devices there are, checked against the model and batch.
+    Prints what it is."""
+    from prelnroberta.sharding import Layout
+
+    made = Layout(parallelism(), config, model)
+    made.check_batch(batch_size, accumulate)
+    print("\n".join([made.describe(), *made.notes]), flush=True)
+    return made
+
+
+def parallelism() -> Parallelism:
+    """--parallelism, --mesh_*, --dcn_axis"""
+    from prelnroberta.sharding import Parallelism
+
+    return Parallelism(
+        strategy=FLAGS.parallelism,
+        data=FLAGS.mesh_data,
+        fsdp=FLAGS.mesh_fsdp,
+        tensor=FLAGS.mesh_tensor,
+        dcn_axis=FLAGS.dcn_axis,
+    )
+
+
 def settings_text() -> str:
     """The flags of this program as a flagfile that reruns it."""
-    lines = (line for flag in _own() for line in flag.serialize().splitlines())
+    kept = [flag for flag in _own() if flag.name not in _LAUNCH]
+    lines = (line for flag in kept for line in flag.serialize().splitlines())
     return "".join(f"{line}\n" for line in lines if line)
 
 

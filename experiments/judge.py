@@ -3,8 +3,8 @@
 `finetune` and `evaluate` write what comes of it by the same functions:
 
     predictions.jsonl   an answer a line, in the file's order
-    metrics.json        metrics, and their confidence intervals where asked for
     classes.txt         precision, recall and F1 by class; confusion.png
+    results.json        metrics, and their confidence intervals where asked for
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.pictures import draw_confusion
-from experiments.tasks import Answer, Measured, Row, Task
+from experiments.tasks import Answer, Row, Task
 from prelnroberta import heads
 from prelnroberta.data.bucketing import NOTHING, Features, evaluation_batches
 from prelnroberta.files import written_whole
 from prelnroberta.heads import LossSettings, Scores
 from prelnroberta.modeling import TableModule
 from prelnroberta.params import Tree
+from prelnroberta.sharding import Layout
+from prelnroberta.task_metrics import bootstrap
+from prelnroberta.train import predict
 
 
 class Judge:
@@ -39,18 +43,19 @@ class Judge:
         self,
         task: Task,
         module: TableModule,
+        layout: Layout,
         positions: int,
         settings: LossSettings = heads.PLAIN,
     ):
-        self._task, self._positions = task, positions
-
         def judge(params: Tree, batch: dict[str, jax.Array]) -> tuple[dict, Scores]:
             logits = task.logits(module, params, batch)
             known = task.target in batch
             scores = task.loss(module.config, logits, batch, settings) if known else Scores.zero()
-            return task.outputs(module.config, logits, batch), scores
+            # One row for the sums of a device.
+            return task.outputs(module.config, logits, batch), jax.tree.map(jnp.atleast_1d, scores)
 
-        self._judge = jax.jit(judge)
+        self._layout, self._positions = layout, positions
+        self._judge = predict(judge, layout)
 
     def __call__(
         self, params: Tree, features: Features, buckets: Sequence[int]
@@ -59,8 +64,13 @@ class Judge:
         rows: list[Row] = [{}] * len(features.lengths)
         total = jax.tree.map(np.float64, Scores.zero())
         for indices, batch in evaluation_batches(features, buckets, self._positions):
-            outputs, scores = jax.device_get(self._judge(params, batch))
-            total = jax.tree.map(np.add, total, scores)
+            if missing := -len(indices) % self._layout.row_ways:
+                indices = np.concatenate([indices, np.full(missing, NOTHING)])
+                batch = features.batch(indices, batch["input_ids"].shape[-1])
+            here = self._layout.rows(len(indices))
+            placed = self._layout.place({name: values[here] for name, values in batch.items()})
+            outputs, scores = jax.device_get(self._judge(params, placed))
+            total = jax.tree.map(lambda sum_, part: sum_ + part.sum(), total, scores)
             for place in np.flatnonzero(indices != NOTHING):
                 rows[indices[place]] = {name: values[place] for name, values in outputs.items()}
         return rows, total
@@ -74,22 +84,28 @@ def write_answers(path: Path, answers: Iterable[Answer]) -> None:
 
 
 def write_results(
-    folder: Path, task: Task, features: Features, rows: list[Row], measured: Measured, **more: Any
-) -> None:
-    """Everything that is told of an evaluation, into `folder`; metrics.json comes last."""
+    folder: Path, task: Task, features: Features, rows: list[Row], resamples: int = 0, **more: Any
+) -> dict[str, Any]:
+    """Everything that is told of an evaluation, into `folder`; results.json, returned, is the last.
+
+    Args:
+        resamples: for 95 % confidence intervals by bootstrap; 0: none.
+        more: what else results.json says.
+    """
+    measured = task.measure(features, rows)
     write_answers(folder / "predictions.jsonl", task.answers(features, rows))
     if measured.classes:
         with written_whole(folder / "classes.txt") as partial:
             partial.write_text(measured.report(), encoding="utf-8")
     if measured.confusion is not None:
         draw_confusion(folder / "confusion.png", measured.confusion, measured.names)
-    write_json(folder / "results.json", {"task": task.model, **more, "metrics": measured.metrics})
+    results = {"task": task.model, "examples": measured.count, **more, "metrics": measured.metrics}
+    if resamples:
+        results["intervals"] = bootstrap(measured.of, measured.count, resamples)
+    write_json(folder / "results.json", results)
+    return results
 
 
 def write_json(path: Path, value: Any) -> None:
     with written_whole(path) as partial:
         partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def in_words(metrics: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())

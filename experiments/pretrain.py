@@ -34,22 +34,32 @@ if TYPE_CHECKING:
     from prelnroberta.data.token_files import TokenFiles
     from prelnroberta.metrics import UnigramBaseline
     from prelnroberta.params import Tree
+    from prelnroberta.sharding import Layout
     from prelnroberta.train import ScoreFn, TrainState
 
-flags.declare("run", "corpus", "rows", "masking", "model", "fast_start", "optimization", "compute")
+flags.declare(
+    "run", "corpus", "rows", "masking", "model", "fast_start", "optimization", "compute", "scale"
+)
 
 
 def main() -> int:
+    from prelnroberta import hosts
+
     run_dir = Path(FLAGS.run_dir)
-    config = check_settings(run_dir)
-    if (run_dir / "model" / "config.json").exists():  # the last file that a run writes
-        print(f"{run_dir} is complete: {FLAGS.steps:,} steps of {FLAGS.steps:,}\n{use(run_dir)}")
-        return 0
-    params = given_params()
-    tokenizer, config = settle_vocabulary(run_dir, config)
-    loader, validation_rows, files = load_rows(tokenizer, config)
-    claim(run_dir, tokenizer, config, files)
-    return run(run_dir, tokenizer, config, params, loader, validation_rows, files[0])
+    flags.start_hosts()
+    with hosts.first_before_others("claim"):
+        config = check_settings(run_dir)
+        if (run_dir / "model" / "config.json").exists():  # the last file that a run writes
+            print(f"{run_dir} is complete: {FLAGS.steps:,} of {FLAGS.steps:,} steps")
+            print(use(run_dir))
+            return 0
+        params = given_params()
+        tokenizer, config = settle_vocabulary(run_dir, config)
+        layout = flags.layout(config, "masked_lm", FLAGS.batch_size, FLAGS.accumulate)
+        loader, validation_rows, files = load_rows(tokenizer, config)
+        claim(run_dir, tokenizer, config, files)
+    with layout.active():
+        return run(run_dir, tokenizer, config, layout, params, loader, validation_rows, files[0])
 
 
 def check_settings(run_dir: Path) -> RobertaPreLayerNormConfig:
@@ -182,6 +192,7 @@ def run(
     run_dir: Path,
     tokenizer: tokenizers.Tokenizer,
     config: RobertaPreLayerNormConfig,
+    layout: Layout,
     params: Tree | None,
     loader: Loader,
     validation_rows: Rows,
@@ -190,33 +201,36 @@ def run(
     """State -> steps -> report -> model."""
     import jax
 
-    from experiments.report import Report, draw_losses, duration
+    from experiments.report import NoReport, Report, duration
     from experiments.training import Cadence, train
+    from prelnroberta import hosts
     from prelnroberta import params as parameters
     from prelnroberta.checkpoint import Checkpoints
-    from prelnroberta.data.tokenizer import save_tokenizer
     from prelnroberta.fast_start import fast_start
     from prelnroberta.heads import MaskedLM, masked_lm_scores
-    from prelnroberta.huggingface import save_pretrained
     from prelnroberta.optimizer import adamw, learning_rate
-    from prelnroberta.train import TrainState, as_jit, train_step
+    from prelnroberta.train import TrainState, parallel, train_step
 
     settings = flags.optimization()
     module = MaskedLM(config, flags.execution())
     optimizer = adamw(settings, config)
 
-    def score(params: parameters.Tree, batch: dict, key: jax.Array | None) -> Any:
-        return masked_lm_scores(module, params, batch, key)
+    def score(params: parameters.Tree, batch: dict, dropout_keys: jax.Array | None) -> Any:
+        return masked_lm_scores(module, params, batch, dropout_keys)
+
+    def new_state() -> TrainState:
+        new = parameters.init(config, jax.random.key(FLAGS.seed))
+        if FLAGS.fast_start:
+            new = fast_start(new, config, unigram_baseline(train_files).log_probabilities)
+        return TrainState.create(new, optimizer)
 
     # 1. this run's own checkpoint  2. --init_from  3. new values
     checkpoints = Checkpoints(run_dir / "checkpoints", FLAGS.keep_checkpoints)
     if params is None:
-        params = parameters.init(config, jax.random.key(FLAGS.seed))
+        state = layout.born(new_state)
     else:
-        params = jax.device_put(params)
-    if FLAGS.fast_start and not FLAGS.init_from:
-        params = fast_start(params, config, unigram_baseline(train_files).log_probabilities)
-    state = TrainState.create(params, optimizer)
+        given = layout.put(params)
+        state = layout.born(lambda given: TrainState.create(given, optimizer), given)
     if checkpoints.latest() is not None:
         state, _ = checkpoints.restore(state)
         print(
@@ -226,8 +240,9 @@ def run(
     start = int(state.step)
 
     begin = time.monotonic()
-    step = as_jit(train_step(score, optimizer, FLAGS.seed, FLAGS.accumulate))
-    step = step.lower(state, loader.batch(start)).compile()
+    rows = layout.rows(loader.batch_size)
+    step = parallel(train_step(score, optimizer, FLAGS.seed, FLAGS.accumulate), layout)
+    step = step.lower(state, layout.place(loader.batch(start, rows))).compile()
     print(
         f"{parameters.parameter_count(config):,} parameters, {len(loader.source):,} rows of "
         f"{FLAGS.sequence_length} tokens ({loader.source.fill:.0%} full), "
@@ -235,13 +250,13 @@ def run(
         f"compiled in {time.monotonic() - begin:.1f} s",
         flush=True,
     )
-    report = Report(run_dir, settings.steps, start)
+    report = Report(run_dir, settings.steps, start) if hosts.is_first() else NoReport()
     try:
-        with loader.prefetch(start) as batches:
+        with loader.prefetch(start, rows=rows) as batches:
             state, stopped = train(
                 state,
                 step,
-                batches,
+                map(layout.place, batches),
                 cadence=Cadence(
                     steps=settings.steps,
                     log_every=FLAGS.log_every,
@@ -250,7 +265,7 @@ def run(
                 ),
                 report=report,
                 checkpoints=checkpoints,
-                validate=validation(score, loader, validation_rows, train_files),
+                validate=validation(score, layout, loader, validation_rows, train_files),
                 learning_rate=learning_rate(settings),
                 tokens_per_step=loader.batch_size * FLAGS.sequence_length * loader.source.fill,
             )
@@ -264,6 +279,26 @@ def run(
         )
         return 128 + stopped
 
+    params = layout.gathered(state.params)
+    if hosts.is_first():
+        deliver(run_dir, tokenizer, config, params)
+        print(f"finished {settings.steps:,} steps in {duration(time.monotonic() - begin)}")
+        print(use(run_dir))
+    hosts.barrier("end")
+    return 0
+
+
+def deliver(
+    run_dir: Path,
+    tokenizer: tokenizers.Tokenizer,
+    config: RobertaPreLayerNormConfig,
+    params: Tree,
+) -> None:
+    """Draws the loss picture and writes the model folder: what a finished run leaves."""
+    from experiments.report import draw_losses
+    from prelnroberta.data.tokenizer import save_tokenizer
+    from prelnroberta.huggingface import save_pretrained
+
     picture = (
         draw_losses(
             run_dir,
@@ -273,12 +308,8 @@ def run(
         or "not drawn: install prelnroberta[viz]"
     )
     save_tokenizer(tokenizer, run_dir / "model", config.max_length)
-    save_pretrained(run_dir / "model", state.params, config)
-    print(
-        f"finished {settings.steps:,} steps in {duration(time.monotonic() - begin)}\n"
-        f"loss picture: {picture}\n{use(run_dir)}"
-    )
-    return 0
+    save_pretrained(run_dir / "model", params, config)
+    print(f"loss picture: {picture}")
 
 
 def use(run_dir: Path) -> str:
@@ -299,11 +330,12 @@ def unigram_baseline(train_files: TokenFiles) -> UnigramBaseline:
 
 
 def validation(
-    score: ScoreFn, loader: Loader, rows: Rows, train_files: TokenFiles
+    score: ScoreFn, layout: Layout, loader: Loader, rows: Rows, train_files: TokenFiles
 ) -> Callable[[TrainState], dict[str, float]]:
     """state -> loss, perplexity and accuracy on held-out rows, beside the unigram baseline's."""
     import jax
 
+    from prelnroberta import hosts
     from prelnroberta.data.loader import evaluation_batches
     from prelnroberta.data.packing import spread
     from prelnroberta.train import evaluate
@@ -311,12 +343,13 @@ def validation(
     masking = flags.evaluation_masking(loader.masking)
     rows = spread(rows, FLAGS.eval_rows)
     baseline = unigram_baseline(train_files)
-    evaluate_batch = evaluate(score)
+    evaluate_batch = evaluate(score, layout)
+    here = layout.rows(loader.batch_size)
 
     def validate(state: TrainState) -> dict[str, float]:
         ours, unigram = [], []
-        for batch in evaluation_batches(rows, masking, loader.batch_size, FLAGS.seed):
-            ours.append(evaluate_batch(state.params, batch))
+        for batch in evaluation_batches(rows, masking, loader.batch_size, FLAGS.seed, here):
+            ours.append(evaluate_batch(state.params, layout.place(batch)))
             unigram.append(baseline.scores(batch["masked_labels"], batch["masked_weights"]))
         weight, loss, correct = (
             math.fsum(float(getattr(scores, name)) for scores in jax.device_get(ours))
@@ -327,12 +360,15 @@ def validation(
                 f"evaluation masks no token of {len(rows)} rows: raise --eval_mask_rate or "
                 "--eval_rows"
             )
+        unigram_loss, most_frequent = hosts.total(
+            [math.fsum(float(s.loss) for s in unigram), sum(int(s.correct) for s in unigram)]
+        )
         return {
             "loss": loss / weight,
             "perplexity": math.exp(min(loss / weight, 700.0)),
             "accuracy": correct / weight,
-            "unigram_loss": math.fsum(float(s.loss) for s in unigram) / weight,
-            "most_frequent_accuracy": sum(int(s.correct) for s in unigram) / weight,
+            "unigram_loss": unigram_loss / weight,
+            "most_frequent_accuracy": most_frequent / weight,
             "masked_tokens": weight,
         }
 

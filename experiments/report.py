@@ -113,6 +113,22 @@ class Report:
             self._events.close()
 
 
+class NoReport:
+    """What the other hosts of a job tell: nothing."""
+
+    def advance(self) -> None:
+        pass
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -163,14 +163,14 @@ class Task:
     # The model: pure.
 
     def logits(
-        self, module: TableModule, params: Tree, batch: dict[str, Array], key: Array | None = None
+        self, module: TableModule, params: Tree, batch: dict[str, Array], keys: Array | None = None
     ) -> Array:
+        """Of rows [B]; `keys` [B] are their dropout keys, None evaluates."""
         logits, _ = module.apply(
             {"params": params},
             batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            deterministic=key is None,
-            rngs=None if key is None else {"dropout": key},
+            dropout_keys=keys,
         )
         return logits
 
@@ -545,11 +545,11 @@ class MultipleChoice(Task):
         return choice_features(examples, tokenizer, self.settings.max_length)
 
     def logits(
-        self, module: TableModule, params: Tree, batch: dict[str, Array], key: Array | None = None
+        self, module: TableModule, params: Tree, batch: dict[str, Array], keys: Array | None = None
     ) -> Array:
         from prelnroberta.data.choices import masked_logits
 
-        logits = super().logits(module, params, batch, key)
+        logits = super().logits(module, params, batch, keys)
         return masked_logits(logits.astype(jnp.float32), batch["choice_mask"])
 
     def answers(self, features: Features, rows: Sequence[Row]) -> Iterator[Answer]:
@@ -692,7 +692,7 @@ class MaskedLM(_LanguageModel):
         return Loader(features.blocks, features.masking, batch_size, seed)
 
     def logits(
-        self, module: TableModule, params: Tree, batch: dict[str, Array], key: Array | None = None
+        self, module: TableModule, params: Tree, batch: dict[str, Array], keys: Array | None = None
     ) -> Array:
         logits, _ = module.apply(
             {"params": params},
@@ -700,8 +700,7 @@ class MaskedLM(_LanguageModel):
             position_ids=batch["position_ids"],
             segment_ids=batch["segment_ids"],
             read_positions=batch["masked_positions"],
-            deterministic=key is None,
-            rngs=None if key is None else {"dropout": key},
+            dropout_keys=keys,
         )
         return logits
 

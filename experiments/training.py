@@ -13,7 +13,8 @@ from typing import Any
 
 import jax
 
-from experiments.report import Report
+from experiments.report import NoReport, Report
+from prelnroberta import hosts
 from prelnroberta.checkpoint import Checkpoints
 from prelnroberta.errors import InputError
 from prelnroberta.train import Batch, TrainState, TrainStep
@@ -57,7 +58,7 @@ def train(
     batches: Iterator[Batch],
     *,
     cadence: Cadence,
-    report: Report,
+    report: Report | NoReport,
     checkpoints: Checkpoints,
     validate: Callable[[TrainState], dict[str, float]],
     learning_rate: Callable[[int], Any],
@@ -77,7 +78,8 @@ def train(
         InputError: the loss is no longer finite, or a checkpoint could not be written.
     """
     clock = _Clock()
-    running = None
+    vote = hosts.Vote()
+    running = stopped = None
     with Interruption() as interruption:
         for number in range(int(state.step) + 1, cadence.steps + 1):
             batch = clock.waiting(lambda: next(batches))
@@ -85,7 +87,9 @@ def train(
             jax.block_until_ready(running)
             running = scores
             report.advance()
-            stop = interruption.signal is not None
+            # A signal to any host stops all, after the same step.
+            asked = vote(interruption.signal or 0)
+            stopped = signal.Signals(asked) if asked else None
             validation = None
             if cadence.due(cadence.log_every, number):
                 state = _report_window(
@@ -95,20 +99,20 @@ def train(
             if cadence.due(cadence.eval_every, number):
                 validation = clock.paused(lambda state=state: validate(state))
                 report.record("validation", number, **validation)
-            if stop or validation or cadence.due(cadence.save_every, number):
+            if stopped or validation or cadence.due(cadence.save_every, number):
                 _check_finite(state, number)
                 loss = objective(validation) if validation else None
                 clock.paused(lambda state=state, loss=loss: checkpoints.save(state, {}, loss))
-            if stop or (validation and enough()):
+            if stopped or (validation and enough()):
                 break
         checkpoints.wait()
-    return state, interruption.signal
+    return state, stopped
 
 
 def _report_window(
     state: TrainState,
     number: int,
-    report: Report,
+    report: Report | NoReport,
     clock: _Clock,
     learning_rate: Any,
     tokens_per_step: float,

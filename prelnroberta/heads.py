@@ -17,8 +17,9 @@ import jax.numpy as jnp
 
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
-from prelnroberta.layers import ACTIVATIONS, dropout, layer_norm, project
+from prelnroberta.layers import ACTIVATIONS, dropout, layer_norm, project, split_keys
 from prelnroberta.modeling import Encoder, EncoderOutput, TableModule
+from prelnroberta.sharding import constrain
 
 Array = jax.Array
 
@@ -109,7 +110,7 @@ def lm_logits(p: dict, config: RobertaPreLayerNormConfig, hidden: Array) -> Arra
     logits = jnp.einsum(
         "bmd,vd->bmv", x, decoder.astype(x.dtype), preferred_element_type=jnp.float32
     )
-    return logits + head["bias"]
+    return constrain(logits, "BMV") + head["bias"]
 
 
 def pool(p: dict, hidden: Array) -> Array:
@@ -131,7 +132,8 @@ class Base(TableModule):
     ) -> tuple[Array, EncoderOutput]:
         """Arguments as `Encoder`'s. Returns pooled [B, D] and the encoder's output."""
         p = self.tree("base")
-        output = self.encode(p, *inputs, deterministic=deterministic, **named)
+        [key] = self.keys(1, deterministic, named)
+        output = self.encode(p, *inputs, key=key, **named)
         return pool(p, output.last_hidden_state), output
 
 
@@ -148,7 +150,8 @@ class MaskedLM(TableModule):
             logits [B, L, V] float32, or [B, M, V] at `read_positions`, and the encoder's output.
         """
         p = self.tree("masked_lm")
-        output = self.encode(p, *inputs, deterministic=deterministic, **named)
+        [key] = self.keys(1, deterministic, named)
+        output = self.encode(p, *inputs, key=key, **named)
         return lm_logits(p, self.config, output.last_hidden_state), output
 
 
@@ -167,7 +170,8 @@ class CausalLM(TableModule):
         if not self.config.is_decoder:
             raise InputError("config: is_decoder=False, expected True for a causal language model")
         p = self.tree("causal_lm")
-        output = self.encode(p, *inputs, deterministic=deterministic, **named)
+        [key] = self.keys(1, deterministic, named)
+        output = self.encode(p, *inputs, key=key, **named)
         return lm_logits(p, self.config, output.last_hidden_state), output
 
 
@@ -192,11 +196,12 @@ class SequenceClassification(TableModule):
             which is exact, unless residuals or attentions are kept.
         """
         p = self.tree("sequence_classification")
-        output = self.encode(p, *inputs, deterministic=deterministic, **_narrowed(named))
+        key, k_dense, k_output = self.keys(3, deterministic, named)
+        output = self.encode(p, *inputs, key=key, **_narrowed(named))
         x = output.last_hidden_state[:, 0]
-        x = classifier_dropout(x, self.config, self.dropout_key(deterministic))
+        x = classifier_dropout(x, self.config, k_dense)
         x = jnp.tanh(project(p["classifier"]["dense"], "bd,de->be", x))
-        x = classifier_dropout(x, self.config, self.dropout_key(deterministic))
+        x = classifier_dropout(x, self.config, k_output)
         return project(p["classifier"]["output"], "be,ec->bc", x), output
 
 
@@ -216,10 +221,13 @@ class MultipleChoice(TableModule):
         rows = {name: named.pop(name) for name in _BY_CHOICE & named.keys()}
         shapes = [x.shape[:2] for x in (*inputs, *rows.values()) if x is not None]
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (inputs, rows))
-        named = _narrowed({**named, **flat[1]})
-        output = self.encode(p, *flat[0], deterministic=deterministic, **named)
+        if named.get("dropout_keys") is not None:
+            by_choice = split_keys(named["dropout_keys"], shapes[0][1])
+            named["dropout_keys"] = by_choice.T.reshape(-1)
+        key, k_output = self.keys(2, deterministic, named)
+        output = self.encode(p, *flat[0], key=key, **_narrowed({**named, **flat[1]}))
         x = pool(p, output.last_hidden_state)
-        x = dropout(x, self.config.hidden_dropout_prob, self.dropout_key(deterministic))
+        x = dropout(x, self.config.hidden_dropout_prob, k_output)
         return project(p["classifier"], "bd,dc->bc", x).reshape(shapes[0]), output
 
 
@@ -242,9 +250,10 @@ class TokenClassification(TableModule):
     ) -> tuple[Array, EncoderOutput]:
         """Arguments as `Encoder`'s. Returns logits [B, L, C] and the encoder's output."""
         p = self.tree("token_classification")
-        output = self.encode(p, *inputs, deterministic=deterministic, **named)
+        key, k_output = self.keys(2, deterministic, named)
+        output = self.encode(p, *inputs, key=key, **named)
         x = output.last_hidden_state
-        x = classifier_dropout(x, self.config, self.dropout_key(deterministic))
+        x = classifier_dropout(x, self.config, k_output)
         return project(p["classifier"], "bld,dc->blc", x), output
 
 
@@ -257,7 +266,8 @@ class QuestionAnswering(TableModule):
     ) -> tuple[Array, EncoderOutput]:
         """Arguments as `Encoder`'s. Returns logits [B, L, 2], start and end, and the output."""
         p = self.tree("question_answering")
-        output = self.encode(p, *inputs, deterministic=deterministic, **named)
+        [key] = self.keys(1, deterministic, named)
+        output = self.encode(p, *inputs, key=key, **named)
         return project(p["span"], "bld,dc->blc", output.last_hidden_state), output
 
 
@@ -363,14 +373,14 @@ def span_scores(
 
 
 def masked_lm_scores(
-    module: MaskedLM, params: dict, batch: dict[str, Array], dropout_key: Array | None = None
+    module: MaskedLM, params: dict, batch: dict[str, Array], dropout_keys: Array | None = None
 ) -> Scores:
     """Scores of one batch of masked rows: logits are computed at masked positions alone.
 
     Args:
         batch: input_ids, segment_ids, position_ids [B, L] int; masked_positions, masked_labels
             [B, M] int; masked_weights [B, M] float32 (`data/loader.py` makes it).
-        dropout_key: None evaluates without dropout.
+        dropout_keys: [B], each row's own; None evaluates without dropout.
     """
     logits, _ = module.apply(
         {"params": params},
@@ -378,7 +388,6 @@ def masked_lm_scores(
         position_ids=batch["position_ids"],
         segment_ids=batch["segment_ids"],
         read_positions=batch["masked_positions"],
-        deterministic=dropout_key is None,
-        rngs=None if dropout_key is None else {"dropout": dropout_key},
+        dropout_keys=dropout_keys,
     )
     return cross_entropy(logits, batch["masked_labels"], batch["masked_weights"])

@@ -42,12 +42,30 @@ def project(p: dict, equation: str, x: Array) -> Array:
     return jnp.einsum(equation, x, p["kernel"].astype(x.dtype)) + p["bias"].astype(x.dtype)
 
 
-def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Inverted dropout; the identity without a key. Every element draws its own bit."""
-    if key is None or rate == 0.0:
+def dropout(x: Array, rate: float, keys: Array | None) -> Array:
+    """Inverted dropout of x [B, ...]; the identity without keys. Every element draws its own bit.
+
+    Args:
+        keys: [B], a row's own, so that its bits are the same on whatever device, in whatever part
+            of the batch it is computed. Or one for all rows.
+    """
+    if keys is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    draw = partial(jax.random.bernoulli, p=1.0 - rate, shape=x.shape[1:])
+    keep = jax.vmap(draw)(row_keys(keys, len(x)))
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def row_keys(keys: Array, rows: int) -> Array:
+    """[B] keys: the given ones, or as many from a single one."""
+    return keys if keys.ndim else jax.random.split(keys, rows)
+
+
+def split_keys(keys: Array, count: int) -> Array:
+    """[B] keys -> [count, B], of each row by itself; one key -> [count]."""
+    if keys.ndim:
+        return jax.vmap(partial(jax.random.split, num=count), out_axes=1)(keys)
+    return jax.random.split(keys, count)
 
 
 def take_positions(x: Array, positions: Array) -> Array:

@@ -35,9 +35,12 @@ from prelnroberta.layers import (
     dropout,
     layer_norm,
     project,
+    row_keys,
+    split_keys,
     take_positions,
     visibility,
 )
+from prelnroberta.sharding import constrain
 
 Array = jax.Array
 
@@ -102,7 +105,7 @@ class Layer:
 
     Attributes:
         params: its sub-tree of `encoder/layers`.
-        key: for dropout; None turns it off.
+        key: [B], for dropout; None turns it off.
         head_mask: [H] float, multiplied to each head's probabilities.
         cache: `keys`, `values` [B, T, H, K], when decoding; `cross_keys`, `cross_values`
             [B, S, H, K], where there are encoder states.
@@ -165,15 +168,17 @@ def embeddings(
     key: Array | None,
 ) -> Array:
     """Word + type + position, normed, dropped out: words [B, L, D] -> [B, L, D]."""
-    x = words + (p["token_type"][0] if token_type_ids is None else p["token_type"][token_type_ids])
-    x = x + p["position"][position_ids]
+    types = constrain(p["token_type"], "TD")
+    x = constrain(words, "BLD") + (types[0] if token_type_ids is None else types[token_type_ids])
+    x = x + constrain(p["position"], "PD")[position_ids]
     x = layer_norm(p["norm"], x, config.layer_norm_eps).astype(dtype)
     return dropout(x, config.hidden_dropout_prob, key)
 
 
 def keys_and_values(p: dict, x: Array) -> tuple[Array, Array]:
     """[B, L, D] -> two of [B, L, H, K]."""
-    return project(p["key"], "bld,dhk->blhk", x), project(p["value"], "bld,dhk->blhk", x)
+    keys, values = (project(p[name], "bld,dhk->blhk", x) for name in ("key", "value"))
+    return constrain(keys, "BLHK"), constrain(values, "BLHK")
 
 
 def attention(
@@ -195,7 +200,7 @@ def attention(
     Returns:
         [B, M, D], and the probabilities used [B, H, M, T]; None from a fused kernel.
     """
-    q = project(p["query"], "bmd,dhk->bmhk", queries) * config.head_dim**-0.5
+    q = constrain(project(p["query"], "bmd,dhk->bmhk", queries), "BMHK") * config.head_dim**-0.5
     probabilities = None
     if execution.attention == "cudnn":
         mixed = fused_attention.cudnn(q, keys, values, context.visible)
@@ -215,7 +220,8 @@ def attention(
 
 def mlp(p: dict, config: RobertaPreLayerNormConfig, x: Array) -> Array:
     """[B, L, D] -> [B, L, F] -> [B, L, D]; no dropout in between."""
-    wide = ACTIVATIONS[config.hidden_act](project(p["wi"], "bld,df->blf", x))
+    wide = constrain(project(p["wi"], "bld,df->blf", x), "BLF")
+    wide = ACTIVATIONS[config.hidden_act](wide)
     return project(p["wo"], "blf,fd->bld", wide)
 
 
@@ -234,7 +240,7 @@ def block(
             because after its keys and values a block works on each position by itself.
     """
     p, key, cache = layer.params, layer.key, layer.cache
-    k_scores, k_attention, k_mlp = (None,) * 3 if key is None else jax.random.split(key, 3)
+    k_scores, k_attention, k_mlp = (None,) * 3 if key is None else split_keys(key, 3)
     eps, rate = config.layer_norm_eps, config.hidden_dropout_prob
     new = None
 
@@ -250,14 +256,14 @@ def block(
     mixed, probabilities = attention(
         p["attention"], config, execution, queries, keys, values, context, k_scores, layer.head_mask
     )
-    x = x + dropout(mixed, rate, k_attention)
+    x = constrain(x + dropout(mixed, rate, k_attention), "BMD")
 
     cross = None
     if "cross_keys" in cache:
         x, cross = cross_attention(layer, config, x, context)
 
     normed = layer_norm(p["mlp_norm"], x, eps)
-    x = x + dropout(mlp(p["mlp"], config, normed), rate, k_mlp)
+    x = constrain(x + dropout(mlp(p["mlp"], config, normed), rate, k_mlp), "BMD")
     if not context.keep_attentions:
         probabilities = cross = None
     return x, Kept(probabilities, cross, new)
@@ -273,8 +279,8 @@ def cross_attention(
     p, cache = layer.params["cross_attention"], layer.cache
     k_scores, k_output = None, None
     if layer.key is not None:
-        # The block has split this key in three: a fourth.
-        k_scores, k_output = jax.random.split(jax.random.fold_in(layer.key, 3))
+        # The block has split these keys in three: a fourth.
+        k_scores, k_output = split_keys(jax.vmap(lambda k: jax.random.fold_in(k, 3))(layer.key), 2)
     queries = layer_norm(layer.params["cross_attention_norm"], x, config.layer_norm_eps)
     keys, values = cache["cross_keys"], cache["cross_values"]
     seen = Context(visible=context.encoder_visible)
@@ -382,7 +388,7 @@ def encode(
         # Vectors tell no pads: every column counts.
         words, counted = inputs_embeds, jnp.full((B, L), config.pad_token_id + 1)
     else:
-        words, counted = p["embeddings"]["word"][input_ids], input_ids
+        words, counted = constrain(p["embeddings"]["word"], "VD")[input_ids], input_ids
     if position_ids is None:
         before = 0 if cache is None else cache["count"][:, None]
         position_ids = default_position_ids(counted, config.pad_token_id, before)
@@ -410,7 +416,7 @@ def encode(
     if execution.attention == "splash":
         segments = fused_attention.segments_of(attention_mask, segment_ids, (B, L))
 
-    k_embeddings, k_layers = (None, None) if key is None else jax.random.split(key)
+    k_embeddings, k_layers = (None, None) if key is None else split_keys(row_keys(key, B), 2)
     x = embeddings(
         p["embeddings"], config, execution.dtype, words, token_type_ids, position_ids, k_embeddings
     )
@@ -419,7 +425,7 @@ def encode(
         head_mask = jnp.broadcast_to(head_mask, (N, config.num_attention_heads))
     layers = Layer(
         params=p["encoder"]["layers"],
-        key=None if key is None else jax.random.split(k_layers, N),
+        key=None if key is None else split_keys(k_layers, N),
         head_mask=head_mask,
         cache={name: memory[name] for name in caches.OF_LAYERS if name in memory},
     )
@@ -463,13 +469,17 @@ class TableModule(nn.Module):
 
         return {part: self.param(part, initial(part)) for part in sorted(parts)}
 
-    def encode(self, p: dict, *inputs: Any, deterministic: bool, **named: Any) -> EncoderOutput:
-        """`encode` with this module's config, execution and dropout key."""
-        key = self.dropout_key(deterministic)
-        return encode(p, self.config, self.execution, *inputs, key=key, **named)
+    def encode(self, p: dict, *inputs: Any, **named: Any) -> EncoderOutput:
+        """`encode` with this module's config and execution."""
+        return encode(p, self.config, self.execution, *inputs, **named)
 
-    def dropout_key(self, deterministic: bool) -> Array | None:
-        return None if deterministic else self.make_rng("dropout")
+    def keys(self, count: int, deterministic: bool, named: dict[str, Any]) -> Array | list[None]:
+        """Dropout keys for `count` places: [count, B] of `dropout_keys`, which leaves `named`, or
+        [count] of Linen's stream; Nones without dropout."""
+        given = named.pop("dropout_keys", None)
+        if given is not None:
+            return split_keys(given, count)
+        return [None] * count if deterministic else split_keys(self.make_rng("dropout"), count)
 
 
 class Encoder(TableModule):
@@ -494,6 +504,8 @@ class Encoder(TableModule):
             cache: from `cache.init_cache`; the L columns are appended and see what came before.
                 attention_mask is then [B, L], the validity of the new columns.
             deterministic: no dropout. Otherwise `apply` needs `rngs={"dropout": key}`.
+            dropout_keys: [B], each row's own, in place of the two: dropout is on, and a row's bits
+                depend on its key alone, not on its place in the batch.
             keep_residuals: return the residual stream around every block, too.
             keep_attentions: return the attention probabilities, too.
 
@@ -502,4 +514,5 @@ class Encoder(TableModule):
         Raises:
             InputError: inputs that exclude each other, or an attention kernel that cannot serve.
         """
-        return self.encode(self.tree("encoder"), *inputs, deterministic=deterministic, **named)
+        [key] = self.keys(1, deterministic, named)
+        return self.encode(self.tree("encoder"), *inputs, key=key, **named)

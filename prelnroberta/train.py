@@ -1,14 +1,16 @@
-"""Training state and the one pure step; `as_jit` compiles it.
+"""Training state and the one pure step; `parallel` compiles it for one device or many.
 
 The step knows no model, no data and no device: it is given a function from (params, batch,
-dropout key) to `Scores`, whose sums over rows make its gradient exact under any accumulation or
-sharding.
+dropout keys) to `Scores`, whose sums over rows make its gradient exact under any accumulation or
+sharding. Dropout keys are the rows' own: what is drawn follows from (seed, step, row of the batch),
+on however many devices and hosts, and in however many parts, the batch is computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import flax.struct
 import jax
@@ -17,8 +19,10 @@ import optax
 
 from prelnroberta.heads import Scores
 from prelnroberta.params import Tree
+from prelnroberta.sharding import Layout
 
 Batch = dict[str, jax.Array]
+# (params, batch, dropout keys [B] or None) -> sums over the batch's rows
 ScoreFn = Callable[[Tree, Batch, jax.Array | None], Scores]
 
 
@@ -52,46 +56,73 @@ class TrainState:
         )
 
     def new_window(self) -> TrainState:
-        return self.replace(window=Scores.zero())
+        return self.replace(window=jax.tree.map(jnp.zeros_like, self.window))
 
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Scores]]
+Sums = tuple[Scores, Tree]
+
+
+def _one_device(sums: Sums) -> Sums:
+    return sums
+
+
+class TrainStep(Protocol):
+    """(state, batch) -> (next state, scores of this batch). The rest is for those who compile it
+    for many devices, each with some of the rows: `parallel` does."""
+
+    def __call__(
+        self,
+        state: TrainState,
+        batch: Batch,
+        first_row: jax.Array | int = 0,
+        total: Callable[[Sums], Sums] = _one_device,
+    ) -> tuple[TrainState, Scores]: ...
 
 
 def train_step(
     score: ScoreFn, optimizer: optax.GradientTransformation, seed: int, accumulate: int = 1
 ) -> TrainStep:
-    """The pure training step (state, batch) -> (next state, scores of this batch).
+    """The pure training step.
 
     Args:
         score: batch -> summed scores; its loss sum is differentiated.
-        seed: dropout keys are a function of (seed, step, slice of the batch), nothing else.
-        accumulate: slices that the batch's rows [B, ...] are cut into, one after the other;
-            gradients of sums add up, and are divided by the total weight once.
+        seed: a row's dropout key is a function of (seed, step, its place in the batch), no more.
+        accumulate: slices that the batch's rows [B, ...] are dealt out to, computed one after the
+            other; gradients of sums add up, and are divided by the total weight once.
     """
 
-    def gradient(params: Tree, batch: Batch, key: jax.Array) -> tuple[Scores, Tree]:
+    def gradient(params: Tree, batch: Batch, keys: jax.Array) -> Sums:
         def loss(params: Tree) -> tuple[jax.Array, Scores]:
-            scores = score(params, batch, key)
+            scores = score(params, batch, keys)
             return scores.loss, scores
 
         (_, scores), gradients = jax.value_and_grad(loss, has_aux=True)(params)
         return scores, gradients
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scores]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        if accumulate == 1:
-            scores, gradients = gradient(state.params, batch, key)
-        else:
-            slices = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+    def deal(x: jax.Array) -> jax.Array:
+        """[B, ...] -> [accumulate, B / accumulate, ...], row r to slice r % accumulate: where the
+        rows are cut over devices, each has its share of every slice, and none moves."""
+        return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
 
-            def add(total: tuple[Scores, Tree], part: tuple[Batch, jax.Array]):
-                rows, key = part
-                return jax.tree.map(jnp.add, total, gradient(state.params, rows, key)), None
+    def step(
+        state: TrainState,
+        batch: Batch,
+        first_row: jax.Array | int = 0,
+        total: Callable[[Sums], Sums] = _one_device,
+    ) -> tuple[TrainState, Scores]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        rows = first_row + jnp.arange(len(jax.tree.leaves(batch)[0]))
+        keys = jax.vmap(partial(jax.random.fold_in, key))(rows)
+        if accumulate == 1:
+            sums = gradient(state.params, batch, keys)
+        else:
+
+            def add(sums: Sums, part: tuple[Batch, jax.Array]) -> tuple[Sums, None]:
+                return jax.tree.map(jnp.add, sums, gradient(state.params, *part)), None
 
             start = (Scores.zero(), jax.tree.map(jnp.zeros_like, state.params))
-            keys = jax.random.split(key, accumulate)
-            (scores, gradients), _ = jax.lax.scan(add, start, (slices, keys))
+            sums, _ = jax.lax.scan(add, start, jax.tree.map(deal, (batch, keys)))
+        scores, gradients = total(sums)
         mean = 1.0 / jnp.maximum(scores.weight, 1.0)
         gradients = jax.tree.map(lambda g: g * mean, gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -107,11 +138,71 @@ def train_step(
     return step
 
 
-def as_jit(step: TrainStep) -> TrainStep:
-    """Compiles the step; the old state's memory becomes the new one's."""
-    return jax.jit(step, donate_argnums=0)
+def parallel(step: TrainStep, layout: Layout) -> Callable:
+    """Compiles (state, batch) -> (state, scores) for the devices of a layout.
+
+    The old state's memory becomes the new one's. The state comes from `layout.born`, the batch from
+    `layout.place`; call it, or `.lower(state, batch).compile()`, while `layout.active()`.
+    """
+    return as_pmap(step, layout) if layout.is_pmap else as_jit(step, layout)
 
 
-def evaluate(score: ScoreFn) -> Callable[[Tree, Batch], Scores]:
-    """Compiles (params, batch) -> scores without dropout."""
-    return jax.jit(lambda params, batch: score(params, batch, None))
+def as_jit(step: TrainStep, layout: Layout) -> Callable:
+    """One program over the mesh: XLA's partitioner puts in the sums over devices."""
+
+    def whole_batch(state: TrainState, batch: Batch) -> tuple[TrainState, Scores]:
+        after, scores = step(state, batch)
+        after = jax.lax.with_sharding_constraint(after, layout.shardings(after))
+        return after, jax.lax.with_sharding_constraint(scores, layout.whole)
+
+    return jax.jit(whole_batch, donate_argnums=0)
+
+
+_DEVICES = "devices"
+
+
+def as_pmap(step: TrainStep, layout: Layout) -> Callable:
+    """The whole step on every device, on its part of the rows; gradients and weights are summed
+    over devices before they are divided."""
+
+    def part(state: TrainState, batch: Batch) -> tuple[TrainState, Scores]:
+        rows = len(jax.tree.leaves(batch)[0])
+        first_row = jax.lax.axis_index(_DEVICES) * rows
+        return step(state, batch, first_row, partial(jax.lax.psum, axis_name=_DEVICES))
+
+    return _pmap(part, layout, donate_argnums=0)
+
+
+def _pmap(function: Callable, layout: Layout, **options: Any) -> Callable:
+    """f(same on all, [devices, ...]) -> same on all."""
+    devices = list(layout.mesh.devices.flat)
+    return jax.pmap(
+        function, _DEVICES, in_axes=(None, 0), out_axes=None, devices=devices, **options
+    )
+
+
+def evaluate(score: ScoreFn, layout: Layout) -> Callable[[Tree, Batch], Scores]:
+    """Compiles (params, batch) -> scores of all rows, without dropout, as `parallel` does."""
+
+    def part(params: Tree, batch: Batch) -> Scores:
+        return jax.lax.psum(score(params, batch, None), _DEVICES)
+
+    if layout.is_pmap:
+        return _pmap(part, layout)
+    return jax.jit(lambda params, batch: score(params, batch, None), out_shardings=layout.whole)
+
+
+def predict(function: Callable[[Tree, Batch], Any], layout: Layout) -> Callable[[Tree, Batch], Any]:
+    """Compiles (params, placed batch) -> what `function` makes of its rows: a pytree of arrays
+    [rows, ...], those of all devices in order, to be had on every host.
+
+    A sum over the rows of a device has one row, and is summed up by the caller.
+    """
+
+    def part(params: Tree, batch: Batch) -> Any:
+        gather = partial(jax.lax.all_gather, axis_name=_DEVICES, tiled=True)
+        return jax.tree.map(gather, function(params, batch))
+
+    if layout.is_pmap:
+        return _pmap(part, layout)
+    return jax.jit(function, out_shardings=layout.whole)

@@ -24,7 +24,7 @@ from prelnroberta.data.corpus import DocstringCorpus
 from prelnroberta.data.tokenizer import train_tokenizer
 from prelnroberta.huggingface import ARCHITECTURES, save_pretrained
 from prelnroberta.optimizer import Optimization, adamw, learning_rate
-from prelnroberta.train import TrainState, as_jit, train_step
+from prelnroberta.train import TrainState, train_step
 
 STEPS, B, L = 200, 8, 48
 SETTINGS = Optimization(
@@ -97,7 +97,7 @@ def our_losses(task, features, config, params, batches):
         return task.loss(config, task.logits(module, params, batch, None), batch, heads.PLAIN)
 
     optimizer = adamw(SETTINGS, config, task.model)
-    step = as_jit(train_step(score, optimizer, seed=0))
+    step = jax.jit(train_step(score, optimizer, seed=0), donate_argnums=0)
     state, losses = TrainState.create(jax.tree.map(np.array, params), optimizer), []
     for batch in batches:
         state, scores = step(state, batch)

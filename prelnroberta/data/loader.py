@@ -45,18 +45,20 @@ class Loader:
         self.batch_size = batch_size
         self.seed = seed
 
-    def batch(self, step: int, rows: slice = _ALL) -> Batch:
+    def batch(self, step: int, rows: slice | np.ndarray = _ALL) -> Batch:
         """Batch `step`, or the part of it that `rows` selects (a host's share)."""
         n = len(self.source)
-        examples = range(step * self.batch_size, (step + 1) * self.batch_size)[rows]
-        epochs, places = np.divmod(np.array(examples, np.int64), n)
+        examples = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[rows]
+        epochs, places = np.divmod(examples, n)
         for epoch in np.unique(epochs):
             inside = epochs == epoch
             places[inside] = permute(places[inside], n, self.seed, int(epoch))
         pairs = zip(epochs.tolist(), places.tolist(), strict=True)
         return _assemble(self.source, self.masking, self.seed, pairs)
 
-    def prefetch(self, start_step: int, depth: int = 2, rows: slice = _ALL) -> "Prefetch":
+    def prefetch(
+        self, start_step: int, depth: int = 2, rows: slice | np.ndarray = _ALL
+    ) -> "Prefetch":
         """Batches from `start_step` on, made ahead by a thread; close it when done."""
         return Prefetch(lambda step: self.batch(step, rows), start_step, depth)
 
@@ -116,7 +118,11 @@ class Prefetch:
 
 
 def evaluation_batches(
-    source: Rows, masking: Masking, batch_size: int, seed: int, rows: slice = _ALL
+    source: Rows,
+    masking: Masking,
+    batch_size: int,
+    seed: int,
+    rows: slice | np.ndarray = _ALL,
 ) -> Iterator[Batch]:
     """Every row once, in order, under the masks of epoch 0, so that evaluations compare.
 
