@@ -138,12 +138,17 @@ def _split_csv(path: Path, bad: BadRows) -> Iterator[tuple[str, list[str]]]:
         except StopIteration:
             return
         except csv.Error as error:
-            bad.seen()
-            bad.add(
-                f"{path}:{start}",
-                f"a quotation mark opens or closes in the wrong place, up to line "
-                f"{reader.line_num} ({error}); inside quotes a quote is written twice",
+            problem = (
+                "a quotation mark stands in the wrong place: inside quotes it is written twice"
             )
+            if reader.line_num > start:
+                # Never to be skipped: good rows may be among the lines between.
+                raise InputError(
+                    f"{path}:{start}: {problem}; it opens a cell that goes on to line "
+                    f"{reader.line_num} ({error})"
+                ) from error
+            bad.seen()
+            bad.add(f"{path}:{start}", f"{problem} ({error})")
             continue
         finally:
             csv.field_size_limit(limit)
