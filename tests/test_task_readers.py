@@ -139,7 +139,10 @@ def test_a_quote_that_never_closes_is_found_and_reading_goes_on(write):
     for tail in ("", '"x" y,2\n'):
         open_ = write("b.csv", 'text,label\ngood,1\n"never closed,0\nswallowed,1\n' + tail)
         message = refused(read_table, open_, ["text"], bad=BadRows(skip=True))
-        assert f"{open_}:3: a quotation mark" in message and "goes on to line 5" in message
+        assert (
+            f"{open_}:3: a quotation mark out of place" in message
+            and "goes on to line 5" in message
+        )
 
 
 def test_a_table_without_rows_or_columns_is_refused(write):
