@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 
 import pytest
@@ -9,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prelnroberta.data.bad_rows import BadRows
-from prelnroberta.data.choices import MOST_CHOICES, read_choices
-from prelnroberta.data.classification import read_examples
-from prelnroberta.data.conll import read_sentences, tag_names
+from prelnroberta.data.choices import MOST_CHOICES, read_choices, stream_choices
+from prelnroberta.data.classification import read_examples, stream_examples
+from prelnroberta.data.conll import read_sentences, stream_sentences, tag_names
 from prelnroberta.data.labels import LabelIds, discover_labels, label_name
-from prelnroberta.data.squad import Answer, read_questions
-from prelnroberta.data.tables import read_table
+from prelnroberta.data.squad import Answer, read_questions, stream_questions
+from prelnroberta.data.tables import read_table, stream_table
 from prelnroberta.errors import InputError
 
 
@@ -475,3 +476,58 @@ def test_one_collector_over_several_files_tells_all_at_once(write):
     message = refused(bad.settle)
     assert "2 of 3 rows are bad" in message and str(first) in message and str(second) in message
     assert BadRows().summary == "0 of 0 rows are bad"
+
+
+# ---------------------------------------------------------------------------------------------
+# Streams.
+
+
+class Slow(io.RawIOBase):
+    """Standard input: bytes that are read once, and how many were."""
+
+    def __init__(self, data):
+        self.data, self.given = io.BytesIO(data), 0
+
+    def readable(self):
+        return True
+
+    def read(self, size=-1):
+        chunk = self.data.read(size)
+        self.given += len(chunk)
+        return chunk
+
+
+def test_rows_come_as_they_are_read_from_any_stream():
+    data = "".join(f"line {i}\n" for i in range(500_000)).encode()
+    source = Slow(data)
+    bad = BadRows()
+    examples = stream_examples("stdin.txt", "text", bad, file=source)
+    assert next(examples) == ("stdin.txt:1", "line 0", None, None)
+    assert source.given < len(data) / 4, "not read to the end"
+    assert sum(1 for _ in examples) == 499_999 == bad.total - 1
+    assert not source.closed, "the caller's to close"
+
+    rows = json_lines({"text": "a", "tokens": ["a"]}, {"text": 3, "tokens": []}).encode()
+    bad = BadRows(skip=True)
+    named = list(stream_examples("in.jsonl.gz", "text", bad, file=Slow(gzip.compress(rows))))
+    assert [e.text for e in named] == ["a"] and list(bad.bad) == ["in.jsonl.gz:2"]
+    bad = BadRows(skip=True)
+    words = list(stream_sentences("in.jsonl", bad, tagged=False, file=Slow(rows)))
+    assert [s.words for s in words] == [["a"]] and words[0].tags is None
+    columns = list(stream_sentences("-", bad, file=Slow(b"EU I-ORG\nsaid O\n")))
+    assert columns[0].tags == ["I-ORG", "O"], "as they stand: one sentence tells no scheme"
+    asked = json_lines({"question": "Who?", "context": "x"}).encode()
+    (question,) = stream_questions("in.jsonl", bad, answered=False, file=Slow(asked))
+    assert question.answers is None and question.id == "1"
+    choice = json_lines({"sent1": "a", "endings": ["b", "c"]}).encode()
+    (example,) = stream_choices("in.jsonl", bad, label=None, file=Slow(choice))
+    assert example.choices == ["b", "c"] and example.place == "in.jsonl:1"
+    (csv_row,) = stream_table("in.csv", ["a"], bad, file=Slow(b"\xef\xbb\xbfa,b\n1,2\n"))
+    assert csv_row.values == {"a": "1"}
+
+
+def test_text_files_are_a_text_a_line(write):
+    path = write("a.txt", 'one\ttab, "quote\n\n two \n')
+    assert [e.text for e in read_examples(path, text="text")] == ['one\ttab, "quote', " two "]
+    assert len(read_examples(path, text=0)) == 2
+    assert "no column 'label'" in refused(read_examples, path, text="text", label="label")
