@@ -179,8 +179,7 @@ def text_features(
         InputError: no examples (left), or bad ones where `bad` is None.
     """
     bad, own = settled(bad)
-    if own:
-        bad.seen(len(examples))
+    bad.at_least(len(examples))
     labelled = bool(examples) and examples[0].label is not None
     kept, values = [], []
     to_value = _label_reader(problem_type, labels) if labelled else lambda label: 0

@@ -96,8 +96,7 @@ def question_features(
         InputError: no questions (left), or bad ones where `bad` is None.
     """
     bad, own = settled(bad)
-    if own:
-        bad.seen(len(questions))
+    bad.at_least(len(questions))
     plain = copied(tokenizer)
     asked = [
         np.array(encoding.ids, np.int32)
