@@ -136,6 +136,18 @@ def test_pools_save_padding_and_still_shuffle():
     assert first.min() < 50 and first.max() > 1950
 
 
+def test_every_pool_and_epoch_turns_its_batches_differently():
+    features = Rows(np.arange(1, 161))
+    loader = TrainingBatches(features, 2, 0, (160,), pool=40)
+
+    def turns(pool):  # the pool's batches, as places in the order of their lengths
+        steps = range(40 * pool, 40 * pool + 40)
+        return np.argsort([features.lengths[loader.indices(step)].sum() for step in steps]).tolist()
+
+    orders = [turns(pool) for pool in range(4)]  # two epochs of two pools
+    assert len({tuple(order) for order in orders}) == 4
+
+
 @settings(max_examples=100, deadline=None)
 @given(LENGTHS, st.integers(1, 5), st.integers(1, 300))
 def test_evaluation_gives_every_result_back_in_order(lengths, count, tokens):
