@@ -46,11 +46,11 @@ class EntityCounts:
                 for span in spans_:
                     self._counts[i, row, number[span.type]] += 1
 
-    def counts(self, sentences: np.ndarray | slice = slice(None)) -> Counts:  # noqa: B008
+    def counts(self, sentences: np.ndarray | slice = slice(None)) -> Counts:
         """Counts by type, over all sentences or those of the given numbers, which may repeat."""
         return Counts(*self._counts[sentences].sum(axis=0))
 
-    def metrics(self, sentences: np.ndarray | slice = slice(None)) -> dict[str, float]:  # noqa: B008
+    def metrics(self, sentences: np.ndarray | slice = slice(None)) -> dict[str, float]:
         """precision, recall, f1 (micro, as CoNLL reports it), f1_macro, f1_weighted, and accuracy,
         the share of words whose tag is right."""
         counts = self.counts(sentences)

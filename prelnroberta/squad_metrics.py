@@ -44,7 +44,7 @@ class QuestionScores(NamedTuple):
     f1: np.ndarray
     answerable: np.ndarray
 
-    def metrics(self, questions: np.ndarray | slice = slice(None)) -> dict[str, float]:  # noqa: B008
+    def metrics(self, questions: np.ndarray | slice = slice(None)) -> dict[str, float]:
         """exact_match and f1 in percent; and, where some questions have no answer, the same of
         those that have one (has_answer_) and of the others (no_answer_)."""
         exact, f1, answerable = (x[questions] for x in self)

@@ -33,8 +33,12 @@ class BadRows:
         self.bad: dict[str, str] = {}  # place -> what is wrong there first
 
     def seen(self, rows: int = 1) -> None:
-        """Counts rows, good or bad. Readers call it; later stages meet the same rows again."""
+        """Counts rows, good or bad, that a reader meets."""
         self.total += rows
+
+    def at_least(self, rows: int) -> None:
+        """Of a later stage: the same rows again, unless what read them did not count here."""
+        self.total = max(self.total, rows)
 
     def add(self, place: str, problem: str) -> None:
         self.bad.setdefault(place, problem)

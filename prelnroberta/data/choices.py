@@ -12,9 +12,9 @@ the loss and before the argmax.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from prelnroberta.data.bad_rows import BadRows, settled
 from prelnroberta.data.bucketing import NOTHING
 from prelnroberta.data.encoding import copied, encodings, ids_of
 from prelnroberta.data.loader import Batch
-from prelnroberta.data.tables import read_table, text_problem
+from prelnroberta.data.tables import stream_table, text_problem
 from prelnroberta.data.tokenizer import PAD_ID
 from prelnroberta.errors import InputError
 from prelnroberta.heads import IGNORE
@@ -53,24 +53,43 @@ def read_choices(
     label: str | None = "label",
     bad: BadRows | None = None,
 ) -> list[ChoiceExample]:
-    """Examples from SWAG's columns or from JSON lines, with 2 to `MOST_CHOICES` choices each.
+    """Every example of a file; arguments as of `stream_choices`.
+
+    Raises:
+        InputError: the file's, and bad rows where `bad` is None.
+    """
+    bad, own = settled(bad)
+    found = list(stream_choices(path, bad, context, prefix, choices, label))
+    if own:
+        bad.settle()
+    return found
+
+
+def stream_choices(
+    path: str | Path,
+    bad: BadRows,
+    context: str = "sent1",
+    prefix: str | None = "sent2",
+    choices: str = "endings",
+    label: str | None = "label",
+    file: BinaryIO | None = None,
+) -> Iterator[ChoiceExample]:
+    """Examples from SWAG's columns or from JSON lines as they are read.
 
     Args:
-        path: CSV or TSV with a header, or JSON lines (`tables.read_table`).
+        path: CSV or TSV with a header, or JSON lines (`tables.stream_table`).
+        bad: takes the table's bad rows, and those without 2 to `MOST_CHOICES` choices or whose
+            label is none of them.
         context, prefix: columns of the first text and of what stands before every choice; without
             such a prefix (None, or none in the file) the choices stand alone.
         choices: key of a list of choices. Where there is none, the choices are in the columns
             ending0, ending1, ..; empty ones at the end are no choices.
         label: column of the right choice's number, from 0; None: not known.
-
-    Raises:
-        InputError: the file's, or bad rows, unless `bad` takes them.
+        file: read in the path's place, which is then only a name (standard input, say).
     """
-    bad, own = settled(bad)
     optional = [*([prefix] if prefix else []), choices, *_ENDINGS]
     needed = [context, *([label] if label else [])]
-    examples = []
-    for place, values in read_table(path, needed, optional, header=True, bad=bad):
+    for place, values in stream_table(path, needed, bad, optional, True, file):
         found, problem = _choices(values, choices)
         number = None
         before = values.get(prefix, "") if prefix else ""
@@ -81,10 +100,7 @@ def read_choices(
         if problem:
             bad.add(place, problem)
         else:
-            examples.append(ChoiceExample(place, values[context], before, found, number))
-    if own:
-        bad.settle()
-    return examples
+            yield ChoiceExample(place, values[context], before, found, number)
 
 
 def _choices(values: dict[Any, Any], key: str) -> tuple[list[str], str | None]:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from prelnroberta.data.bucketing import NOTHING, padded
 from prelnroberta.data.encoding import copied, encodings, ids_of
 from prelnroberta.data.labels import LabelIds
 from prelnroberta.data.loader import Batch
-from prelnroberta.data.tables import Column, read_table, text_problem
+from prelnroberta.data.tables import Column, stream_table, text_problem
 from prelnroberta.data.tokenizer import PAD_ID
 from prelnroberta.errors import InputError
 from prelnroberta.heads import IGNORE
@@ -58,22 +58,40 @@ def read_examples(
     header: bool | None = None,
     bad: BadRows | None = None,
 ) -> list[TextExample]:
-    """Examples from a CSV, TSV or JSON-lines file (`tables.read_table` has the formats).
+    """Every example of a file; arguments as of `stream_examples`.
+
+    Raises:
+        InputError: the file's, and bad rows where `bad` is None.
+    """
+    bad, own = settled(bad)
+    found = list(stream_examples(path, text, bad, pair, label, header))
+    if own:
+        bad.settle()
+    return found
+
+
+def stream_examples(
+    path: str | Path,
+    text: Column,
+    bad: BadRows,
+    pair: Column | None = None,
+    label: Column | Sequence[Column] | None = None,
+    header: bool | None = None,
+    file: BinaryIO | None = None,
+) -> Iterator[TextExample]:
+    """Examples of a CSV, TSV, JSON-lines or text file as they are read (`tables.stream_table`).
 
     Args:
         text, pair: columns of the first text, and of the second if there are pairs.
+        bad: takes the table's bad rows, texts that are none, and rows without a label.
         label: column of the label. Several columns are several labels, each cell 0 or 1, and the
             columns' names are those of the labels. None: there are none to read.
-
-    Raises:
-        InputError: the file's, and texts that are none, unless `bad` takes them.
     """
-    bad, own = settled(bad)
     several = label is not None and not isinstance(label, str | int)
     wanted = [text] + ([] if pair is None else [pair])
     label_columns = list(label) if several else [] if label is None else [label]
-    examples = []
-    for place, values in read_table(path, [*wanted, *label_columns], header=header, bad=bad):
+    records = stream_table(path, [*wanted, *label_columns], bad, header=header, file=file)
+    for place, values in records:
         problem = next(filter(None, (text_problem(name, values[name]) for name in wanted)), None)
         value = None if label is None else values[label_columns[0]]
         if several:
@@ -88,13 +106,9 @@ def read_examples(
             problem = problem or f"no label under {label!r}"
         if problem:
             bad.add(place, problem)
-            continue
-        examples.append(
-            TextExample(place, values[text], None if pair is None else values[pair], value)
-        )
-    if own:
-        bad.settle()
-    return examples
+        else:
+            second = None if pair is None else values[pair]
+            yield TextExample(place, values[text], second, value)
 
 
 _SIDES = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
@@ -165,8 +179,7 @@ def text_features(
         InputError: no examples (left), or bad ones where `bad` is None.
     """
     bad, own = settled(bad)
-    if own:
-        bad.seen(len(examples))
+    bad.at_least(len(examples))
     labelled = bool(examples) and examples[0].label is not None
     kept, values = [], []
     to_value = _label_reader(problem_type, labels) if labelled else lambda label: 0

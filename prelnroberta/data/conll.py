@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from prelnroberta.data.bad_rows import BadRows, settled
 from prelnroberta.data.corpus import lines, text_chunks
 from prelnroberta.data.labels import label_name
-from prelnroberta.data.tables import read_table
+from prelnroberta.data.tables import stream_table
 from prelnroberta.data.tags import is_tag, scheme_of, spans, tags_of
 from prelnroberta.errors import InputError
 
@@ -53,38 +53,56 @@ def read_sentences(
 ) -> Sentences:
     """The sentences of a file, entity tags turned to IOB2 whatever their scheme.
 
-    Args:
-        path: `.conllu`; `.jsonl`, `.ndjson` or `.json` (JSON lines); CoNLL by any other name.
-        word, tag: columns counted from 0, negative from the last; keys in JSON lines. By default
-            CoNLL's first and last, CoNLL-U's FORM and UPOS, and 'tokens' and 'ner_tags'.
-        tagged: False for words whose tags are unknown.
-        bad: takes sentences with a line that lacks columns, a word or a tag; a sentence is a row.
+    Arguments as of `stream_sentences`, which leaves tags as they are: only the whole file tells
+    IOB1 from IOB2.
 
     Raises:
-        InputError: the file cannot be read or has no sentences, or bad ones.
+        InputError: the file cannot be read or has no sentences; or, where `bad` is None, bad ones.
     """
-    path = Path(path).expanduser()
     bad, own = settled(bad)
-    before = bad.total
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    if suffix in (".jsonl", ".ndjson", ".json"):
-        names = ("tokens" if word is None else word, "ner_tags" if tag is None else tag)
-        found = _from_json(path, *names, tagged, bad)
-    elif suffix == ".conllu":
-        columns = (1 if word is None else word, 3 if tag is None else tag)
-        found = _from_columns(path, *columns, tagged, bad, universal=True)
-    else:
-        columns = (0 if word is None else word, -1 if tag is None else tag)
-        found = _from_columns(path, *columns, tagged, bad, universal=False)
-    sentences = list(found)
-    if bad.total == before:
-        raise InputError(f"{path}: no sentences: expected a word a line and blank lines between")
+    sentences = list(stream_sentences(path, bad, word, tag, tagged))
     if own:
         bad.settle()
     scheme = scheme_of(sentence.tags for sentence in sentences) if tagged else None
     if scheme is None:
         return Sentences(sentences, None, 0)
     return _in_iob2(sentences, scheme)
+
+
+def stream_sentences(
+    path: str | Path,
+    bad: BadRows,
+    word: int | str | None = None,
+    tag: int | str | None = None,
+    tagged: bool = True,
+    file: BinaryIO | None = None,
+) -> Iterator[Sentence]:
+    """Sentences as they are read, with the tags of the file.
+
+    Args:
+        path: `.conllu`; `.jsonl`, `.ndjson` or `.json` (JSON lines); CoNLL by any other name.
+        bad: takes sentences with a line that lacks columns, a word or a tag; a sentence is a row.
+        word, tag: columns counted from 0, negative from the last; keys in JSON lines. By default
+            CoNLL's first and last, CoNLL-U's FORM and UPOS, and 'tokens' and 'ner_tags'.
+        tagged: False for words whose tags are unknown.
+        file: read in the path's place, which is then only a name (standard input, say).
+
+    Raises:
+        InputError: the file cannot be read or has no sentences.
+    """
+    path = Path(path).expanduser()
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    before = bad.total
+    if suffix in (".jsonl", ".ndjson", ".json"):
+        names = ("tokens" if word is None else word, "ner_tags" if tag is None else tag)
+        yield from _from_json(path, *names, tagged, bad, file)
+        return
+    universal = suffix == ".conllu"
+    default = (1, 3) if universal else (0, -1)
+    columns = (default[0] if word is None else word, default[1] if tag is None else tag)
+    yield from _from_columns(path, *columns, tagged, bad, universal, file)
+    if bad.total == before:
+        raise InputError(f"{path}: no sentences: expected a word a line and blank lines between")
 
 
 def _in_iob2(sentences: list[Sentence], scheme: str) -> Sentences:
@@ -100,10 +118,10 @@ def _in_iob2(sentences: list[Sentence], scheme: str) -> Sentences:
     return Sentences(examples, scheme, repaired)
 
 
-def _blocks(path: Path) -> Iterator[list[tuple[int, str]]]:
+def _blocks(path: Path, file: BinaryIO | None) -> Iterator[list[tuple[int, str]]]:
     """Lines between blank lines, with their numbers."""
     block: list[tuple[int, str]] = []
-    for number, line in enumerate(lines(text_chunks(path)), 1):
+    for number, line in enumerate(lines(text_chunks(path, file)), 1):
         if line.strip():
             block.append((number, line))
         elif block:
@@ -114,12 +132,18 @@ def _blocks(path: Path) -> Iterator[list[tuple[int, str]]]:
 
 
 def _from_columns(
-    path: Path, word: int | str, tag: int | str, tagged: bool, bad: BadRows, universal: bool
+    path: Path,
+    word: int | str,
+    tag: int | str,
+    tagged: bool,
+    bad: BadRows,
+    universal: bool,
+    file: BinaryIO | None,
 ) -> Iterator[Sentence]:
     if not (isinstance(word, int) and isinstance(tag, int)):
         raise InputError(f"{path}: columns {word!r}, {tag!r}: expected numbers, from 0")
     document = 0
-    for block in _blocks(path):
+    for block in _blocks(path, file):
         rows = []
         problem = None
         for number, line in block:
@@ -171,9 +195,15 @@ def _line_problem(
 
 
 def _from_json(
-    path: Path, word: int | str, tag: int | str, tagged: bool, bad: BadRows
+    path: Path,
+    word: int | str,
+    tag: int | str,
+    tagged: bool,
+    bad: BadRows,
+    file: BinaryIO | None,
 ) -> Iterator[Sentence]:
-    for place, values in read_table(path, [word, tag] if tagged else [word], bad=bad):
+    keys = [word, tag] if tagged else [word]
+    for place, values in stream_table(path, keys, bad, file=file):
         words = values[word]
         tags = values[tag] if tagged else None
         if not isinstance(words, list) or not words:

@@ -96,8 +96,7 @@ def question_features(
         InputError: no questions (left), or bad ones where `bad` is None.
     """
     bad, own = settled(bad)
-    if own:
-        bad.seen(len(questions))
+    bad.at_least(len(questions))
     plain = copied(tokenizer)
     asked = [
         np.array(encoding.ids, np.int32)
@@ -154,7 +153,11 @@ def question_features(
 
 
 def _positions(question: Question, offsets: np.ndarray, context_start: int) -> tuple[int, int]:
-    """First and last token of the first answer in a row; (0, 0) unless it lies in it whole."""
+    """First and last token of the first answer in a row; (0, 0) unless it lies in it whole.
+
+    As run_qa.py, but for an answer that begins in the last token of the context in a row: there its
+    walk goes on over `</s>` and pads, and takes the last of them for the start.
+    """
     if not question.answers or not len(offsets):
         return 0, 0
     text, start = question.answers[0]

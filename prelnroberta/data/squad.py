@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from prelnroberta.data.bad_rows import BadRows, settled
 from prelnroberta.data.corpus import text_chunks
-from prelnroberta.data.tables import read_table, text_problem
+from prelnroberta.data.tables import stream_table, text_problem
 from prelnroberta.errors import InputError
 
 
@@ -37,27 +37,42 @@ class Question(NamedTuple):
 def read_questions(
     path: str | Path, answered: bool = True, bad: BadRows | None = None
 ) -> list[Question]:
-    """Every question of a `.json` (SQuAD) or `.jsonl` file, plain or .gz, in the file's order.
-
-    Args:
-        answered: whether answers are needed; without, they are not read.
-        bad: takes questions without text, context or id, ids that came before, and answers that do
-            not stand where they are said to.
+    """Every question of a file; arguments as of `stream_questions`.
 
     Raises:
-        InputError: the file cannot be read, is no such JSON or has no questions, or bad ones.
+        InputError: the file's, and bad questions where `bad` is None.
+    """
+    bad, own = settled(bad)
+    found = list(stream_questions(path, bad, answered))
+    if own:
+        bad.settle()
+    return found
+
+
+def stream_questions(
+    path: str | Path, bad: BadRows, answered: bool = True, file: BinaryIO | None = None
+) -> Iterator[Question]:
+    """Questions in the file's order, as they are read where the file is JSON lines.
+
+    Args:
+        path: `.json` in SQuAD's format, or `.jsonl`, plain or .gz.
+        bad: takes questions without text, context or id, ids that came before, and answers that do
+            not stand where they are said to.
+        answered: whether answers are needed; without, they are not read.
+        file: read in the path's place, which is then only a name (standard input, say).
+
+    Raises:
+        InputError: the file cannot be read, is no such JSON or has no questions.
     """
     path = Path(path).expanduser()
-    bad, own = settled(bad)
     before = bad.total
     suffix = Path(path.name.removesuffix(".gz")).suffix
     if suffix in (".jsonl", ".ndjson"):
-        records = _from_lines(path, answered, bad)
+        records = _from_lines(path, answered, bad, file)
     elif suffix == ".json":
-        records = _from_squad(path, bad)
+        records = _from_squad(path, bad, file)
     else:
         raise InputError(f"{path}: expected .json in SQuAD's format, or .jsonl")
-    found: list[Question] = []
     seen: set[str] = set()
     for place, record in records:
         question, problem = _question(place, record, answered)
@@ -67,17 +82,14 @@ def read_questions(
             bad.add(place, problem)
         else:
             seen.add(question.id)
-            found.append(question)
+            yield question
     if bad.total == before:
         raise InputError(f"{path}: no questions")
-    if own:
-        bad.settle()
-    return found
 
 
-def _from_squad(path: Path, bad: BadRows) -> Iterator[tuple[str, dict]]:
+def _from_squad(path: Path, bad: BadRows, file: BinaryIO | None) -> Iterator[tuple[str, dict]]:
     try:
-        content = json.loads("".join(text_chunks(path)))
+        content = json.loads("".join(text_chunks(path, file)))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
@@ -100,9 +112,11 @@ def _items(holder: Any, name: str, place: str, bad: BadRows) -> list:
     return []
 
 
-def _from_lines(path: Path, answered: bool, bad: BadRows) -> Iterator[tuple[str, dict]]:
+def _from_lines(
+    path: Path, answered: bool, bad: BadRows, file: BinaryIO | None
+) -> Iterator[tuple[str, dict]]:
     needed = ["question", "context", *(["answers"] if answered else [])]
-    for place, values in read_table(path, needed, ["id", "is_impossible"], bad=bad):
+    for place, values in stream_table(path, needed, bad, ["id", "is_impossible"], file=file):
         line = place.rsplit(":", 1)[1]
         answers = values.get("answers")
         if isinstance(answers, dict):

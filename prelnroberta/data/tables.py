@@ -2,22 +2,33 @@
 
 CSV is RFC 4180: quotes may enclose commas, quotes and line ends. TSV has no quotes at all, as GLUE
 writes it: a quotation mark is a character like any other, and a tab always parts two columns.
-JSON lines hold an object each. Files are UTF-8 with or without a byte order mark, `.gz` or plain.
+JSON lines hold an object each, and in .txt every line is the only column, 'text' or 0. Files are
+UTF-8 with or without a byte order mark, `.gz` or plain.
+
+`stream_` functions, here and for the tasks, give rows as they are read, for inputs larger than
+memory; `read_` functions give all of them, and have refused bad ones.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from prelnroberta.data.bad_rows import BadRows, settled
 from prelnroberta.data.corpus import lines, text_chunks
 from prelnroberta.errors import InputError
 
-FORMATS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
+FORMATS = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".txt": "txt",
+}
 
 Column = str | int  # a name of the header or a key, or a place counted from 0
 
@@ -36,40 +47,63 @@ def read_table(
     header: bool | None = None,
     bad: BadRows | None = None,
 ) -> list[Record]:
-    """The given columns of every row, in the file's order.
-
-    Values are str in CSV and TSV, and whatever JSON holds in JSON lines. Blank lines are no rows.
-
-    Args:
-        path: `.csv`, `.tsv`, `.jsonl`, `.ndjson` or `.json` (JSON lines), also with `.gz`.
-        columns: needed in every row. By number in files without a header.
-        optional: read where there are such columns, else left out.
-        header: whether a CSV or TSV begins with names; None: where any column is given by name.
-        bad: takes rows of another number of columns, with quotes that do not close, or that are no
-            JSON object with the keys; None refuses them (`bad_rows.py`).
+    """The given columns of every row, in the file's order; arguments as of `stream_table`.
 
     Raises:
-        InputError: the file cannot be read, has no rows or no such columns, or bad rows.
+        InputError: the file cannot be read, has no rows or no such columns; or, where `bad` is
+            None, bad rows.
+    """
+    bad, own = settled(bad)
+    found = list(stream_table(path, columns, bad, optional, header))
+    if own:
+        bad.settle()
+    return found
+
+
+def stream_table(
+    path: str | Path,
+    columns: Sequence[Column],
+    bad: BadRows,
+    optional: Sequence[Column] = (),
+    header: bool | None = None,
+    file: BinaryIO | None = None,
+) -> Iterator[Record]:
+    """The given columns of each row as it is read.
+
+    Values are str, except that JSON lines have whatever JSON holds. Blank lines are no rows.
+
+    Args:
+        path: named by its format (`FORMATS`), also with `.gz`.
+        columns: needed in every row. By number in files without a header.
+        bad: takes rows of another number of columns, with quotes out of place, or that are no JSON
+            object with the keys.
+        optional: read where there are such columns, else left out.
+        header: whether a CSV or TSV begins with names; None: where any column is given by name.
+        file: read in the path's place, which is then only a name (standard input, say).
+
+    Raises:
+        InputError: the file cannot be read, has no rows or no such columns, or a quote swallows
+            rows.
     """
     path = Path(path).expanduser()
     suffix = Path(path.name.removesuffix(".gz")).suffix
     if suffix not in FORMATS:
         raise InputError(f"{path}: expected a file named {', '.join(FORMATS)}, plain or .gz")
-    bad, own = settled(bad)
-    if FORMATS[suffix] == "jsonl":
-        records = _json_records(path, columns, optional, bad)
+    kind = FORMATS[suffix]
+    chunks = text_chunks(path, file)
+    before = bad.total
+    if kind == "jsonl":
+        yield from _json_records(path, chunks, columns, optional, bad)
     else:
         if header is None:
             header = any(isinstance(column, str) for column in [*columns, *optional])
-        split = _split_csv if FORMATS[suffix] == "csv" else _split_tsv
-        records = _table_records(path, split(path, bad), columns, optional, header, bad)
-    before = bad.total
-    found = list(records)
+        if kind == "txt":
+            rows, header = _split_text(path, chunks), True
+        else:
+            rows = (_split_csv if kind == "csv" else _split_tsv)(path, chunks, bad)
+        yield from _table_records(path, rows, columns, optional, header, bad)
     if bad.total == before:
         raise InputError(f"{path}: no rows; expected columns {_names(columns)}")
-    if own:
-        bad.settle()
-    return found
 
 
 def _table_records(
@@ -121,14 +155,21 @@ def _places(
     return where
 
 
-def _split_tsv(path: Path, bad: BadRows) -> Iterator[tuple[str, list[str]]]:
-    for number, line in enumerate(lines(text_chunks(path)), 1):
+def _split_text(path: Path, chunks: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    yield str(path), ["text"]
+    for number, line in enumerate(lines(chunks), 1):
+        if line.strip():
+            yield f"{path}:{number}", [line]
+
+
+def _split_tsv(path: Path, chunks: Iterable[str], bad: BadRows) -> Iterator[tuple[str, list[str]]]:
+    for number, line in enumerate(lines(chunks), 1):
         if line.strip():
             yield f"{path}:{number}", line.split("\t")
 
 
-def _split_csv(path: Path, bad: BadRows) -> Iterator[tuple[str, list[str]]]:
-    reader = csv.reader((line + "\n" for line in lines(text_chunks(path))), strict=True)
+def _split_csv(path: Path, chunks: Iterable[str], bad: BadRows) -> Iterator[tuple[str, list[str]]]:
+    reader = csv.reader((line + "\n" for line in lines(chunks)), strict=True)
     while True:
         start = reader.line_num + 1
         # The limit (131,072 characters) is the process's, so it is ours only while a row is read.
@@ -138,12 +179,15 @@ def _split_csv(path: Path, bad: BadRows) -> Iterator[tuple[str, list[str]]]:
         except StopIteration:
             return
         except csv.Error as error:
+            problem = "a quotation mark out of place: inside quotes it is written twice"
+            if reader.line_num > start:
+                # Never to be skipped: good rows may be among the lines between.
+                raise InputError(
+                    f"{path}:{start}: {problem}; it opens a cell that goes on to line "
+                    f"{reader.line_num} ({error})"
+                ) from error
             bad.seen()
-            bad.add(
-                f"{path}:{start}",
-                f"a quotation mark opens or closes in the wrong place, up to line "
-                f"{reader.line_num} ({error}); inside quotes a quote is written twice",
-            )
+            bad.add(f"{path}:{start}", f"{problem} ({error})")
             continue
         finally:
             csv.field_size_limit(limit)
@@ -152,12 +196,16 @@ def _split_csv(path: Path, bad: BadRows) -> Iterator[tuple[str, list[str]]]:
 
 
 def _json_records(
-    path: Path, columns: Sequence[Column], optional: Sequence[Column], bad: BadRows
+    path: Path,
+    chunks: Iterable[str],
+    columns: Sequence[Column],
+    optional: Sequence[Column],
+    bad: BadRows,
 ) -> Iterator[Record]:
     numbers = [column for column in [*columns, *optional] if isinstance(column, int)]
     if numbers:
         raise InputError(f"{path}: column {_names(numbers)}: JSON lines have keys, not numbers")
-    for number, line in enumerate(lines(text_chunks(path)), 1):
+    for number, line in enumerate(lines(chunks), 1):
         if not line.strip():
             continue
         place = f"{path}:{number}"

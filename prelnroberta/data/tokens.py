@@ -108,8 +108,7 @@ def token_features(
     if not 0 <= stride < room:
         raise InputError(f"stride={stride}: expected 0 to {room - 1}, for rows of {max_length}")
     bad, own = settled(bad)
-    if own:
-        bad.seen(len(sentences))
+    bad.at_least(len(sentences))
     tagged = bool(sentences) and sentences[0].tags is not None
     ids = LabelIds(labels) if tagged else None
     kept, word_labels = [], []
