@@ -260,6 +260,7 @@ def run(
     from prelnroberta import hosts
     from prelnroberta import params as parameters
     from prelnroberta.checkpoint import Checkpoints
+    from prelnroberta.data.bucketing import evaluation_batches
     from prelnroberta.data.tokenizer import save_tokenizer
     from prelnroberta.heads import MODULES, Scores
     from prelnroberta.huggingface import save_pretrained
@@ -277,7 +278,7 @@ def run(
     settings = flags.optimization(steps=steps, warmup_steps=warmup)
     optimizer = adamw(settings, config, task.model)
     loader = task.batches(data.train, FLAGS.batch_size, FLAGS.seed, data.buckets)
-    judge = Judge(task, module, layout, FLAGS.eval_positions, losses)
+    judge = Judge(task, module, layout, losses)
 
     def score(params: Tree, batch: dict, dropout_keys: jax.Array | None) -> Scores:
         return task.loss(config, task.logits(module, params, batch, dropout_keys), batch, losses)
@@ -307,8 +308,12 @@ def run(
     if hosts.is_first():
         report = Report(run_dir, steps, start, description(task, trivial))
 
+    def judged(state: TrainState) -> tuple[list, Scores]:
+        batches = evaluation_batches(data.dev, data.buckets, FLAGS.eval_positions)
+        return judge(state.params, data.dev, batches)
+
     def validate(state: TrainState) -> dict[str, float]:
-        rows, scores = judge(state.params, data.dev, data.buckets)
+        rows, scores = judged(state)
         metrics = task.measure(data.dev, rows).metrics
         merits[int(state.step)] = task.merit(metrics)
         return {"loss": float(scores.mean), **metrics}
@@ -355,7 +360,7 @@ def run(
         )
         return 128 + stopped
 
-    rows, _ = judge(state.params, data.dev, data.buckets)
+    rows, _ = judged(state)
     params = layout.gathered(state.params)
     if hosts.is_first():
         save_tokenizer(tokenizer, run_dir / "model", config.max_length)

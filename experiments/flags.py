@@ -197,14 +197,41 @@ def _demo() -> None:
     flags.DEFINE_string("run_dir", "runs/demo", "Where the run lives.")
 
 
+def _evaluate() -> None:
+    flags.DEFINE_string("model", None, "A Hugging Face folder or a finished run.", required=True)
+    flags.DEFINE_string("file", None, "Examples with their answers.", required=True)
+    flags.DEFINE_string("output", None, "Where to write predictions and metrics: a new folder.")
+    flags.DEFINE_integer(
+        "bootstrap", 0, "Resamplings for 95 % confidence intervals; 1000 are usual. 0: none."
+    )
+
+
 def _predict() -> None:
-    flags.DEFINE_enum("task", None, ["fill_mask"], "What to predict.", required=True)
     flags.DEFINE_string("model", None, "A Hugging Face folder or a finished run.", required=True)
     flags.DEFINE_multi_string("text", [], "A text; may be given several times.")
-    flags.DEFINE_string("file", None, "Texts, one a line. Standard input if neither is given.")
-    flags.DEFINE_enum("format", "text", ["text", "json"], "For eyes, or as JSON lines.")
-    flags.DEFINE_integer("top_k", 5, "Guesses shown for each mask.")
+    flags.DEFINE_string("pair", None, "With --text: its second text, or a question's context.")
+    flags.DEFINE_multi_string("choice", [], "With --text: its continuations; several times.")
+    flags.DEFINE_string("file", None, "Texts or examples. Standard input if neither is given.")
+    flags.DEFINE_string(
+        "stdin_format",
+        None,
+        "Of standard input: txt, jsonl, csv, tsv or conll. Default: texts, "
+        "one a line, where a text is all there is to an example; else jsonl.",
+    )
+    flags.DEFINE_string("output", None, "A file for the answers, in place of standard output.")
+    flags.DEFINE_enum(
+        "format", "text", ["text", "json"], "Of filled masks: for eyes, or JSON lines."
+    )
+    flags.DEFINE_integer("top_k", 5, "Guesses for each mask, or tokens to draw among.")
     flags.DEFINE_integer("batch_size", 32, "Texts computed at once.")
+    flags.DEFINE_enum("pooling", "mean", ["mean", "first"], "Of tokens to a vector, in embed.")
+    flags.DEFINE_list("layers", ["-1"], "Whose outputs embed takes: 0 (embeddings) to N, or -1.")
+    flags.DEFINE_integer("max_new_tokens", 20, "By how much generate continues, at most.")
+    flags.DEFINE_integer("num_beams", 1, "Beams of generate; 1: none.")
+    flags.DEFINE_bool("do_sample", False, "Draw what generate writes; else take the likeliest.")
+    flags.DEFINE_float("temperature", 1.0, "Of the drawing.")
+    flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest of this share.")
+    flags.DEFINE_integer("seed", 0, "Of the drawing.")
 
 
 TASKS = (
@@ -217,9 +244,12 @@ TASKS = (
 )
 
 
-def _task() -> None:
+USES = ("fill_mask", "generate", "embed", "attention")  # of any model, beside the tasks
+
+
+def _task(more: tuple[str, ...] = ()) -> None:
     flags.DEFINE_enum(
-        "task", None, TASKS, "What to learn or do. Default: what --model was made for."
+        "task", None, [*TASKS, *more], "What to learn or do. Default: what --model was made for."
     )
     flags.DEFINE_integer("max_length", None, "Tokens in a row, at most. Default: the model's most.")
     flags.DEFINE_bool("skip_bad_rows", False, "Go on without rows that cannot be used; count them.")
@@ -357,6 +387,8 @@ _GROUPS: dict[str, Callable[[], None]] = {
     "predict": _predict,
     "demo": _demo,
     "task": _task,
+    "task_or_use": lambda: _task(USES),
+    "evaluate": _evaluate,
     "finetuning": _finetuning,
     "example_data": _example_data,
     "convert": _convert,
@@ -490,6 +522,14 @@ def masking(vocab_size: int, word_starts: np.ndarray) -> Masking:
     """--mask_*; the split is what is left to `<mask>`."""
     from prelnroberta.data.masking import Masking
 
+    if not 0 < FLAGS.mask_rate < 1:
+        raise InputError(f"--mask_rate={FLAGS.mask_rate}, expected a share inside (0, 1)")
+    shares = FLAGS.mask_random, FLAGS.mask_same
+    if not (min(shares) >= 0 and sum(shares) <= 1):
+        raise InputError(
+            f"--mask_random={shares[0]} and --mask_same={shares[1]}, expected shares of at least 0 "
+            "that leave the rest of 1 to <mask>"
+        )
     return Masking(
         vocab_size=vocab_size,
         rate=FLAGS.mask_rate,
@@ -554,27 +594,39 @@ def _given(*names: str) -> dict[str, Any]:
     return {name: FLAGS[name].value for name in names if name in FLAGS and FLAGS[name].present}
 
 
-def task_settings(config: RobertaPreLayerNormConfig) -> TaskSettings:
+def task_settings(config: RobertaPreLayerNormConfig, folder: Path | None = None) -> TaskSettings:
     """--task and how its data is read, for a model of this config.
 
-    What a fine-tuned --model keeps in task.json stands, but for flags that are given.
+    What the fine-tuned model in `folder` keeps in task.json stands, but for flags that are given.
     """
     from experiments.tasks import TaskSettings
 
+    kept = folder / "task.json" if folder else None
+    values: dict[str, Any] = {}
+    if kept and kept.exists():
+        values = json.loads(kept.read_text(encoding="utf-8"))
+        if FLAGS.task not in (None, values["task"]):
+            raise InputError(f"--task={FLAGS.task}: {folder} was made for {values['task']}")
+    elif FLAGS.task is None:
+        raise InputError(f"--task is missing, expected one of {', '.join(TASKS)}")
+    elif folder:
+        labels = tuple(config.id2label.values())
+        values = {"labels": labels, "problem_type": config.problem_type or _SINGLE}
+    fields = [f.name for f in dataclasses.fields(TaskSettings) if f.name in FLAGS]
+    values |= {name: FLAGS[name].value for name in fields if FLAGS[name].present}
+    values |= {n: _column(v) for n, v in _given("text_column", "pair_column").items()}
+    if FLAGS["label_column"].present:
+        values["label_columns"] = map(_column, FLAGS.label_column)
     longest = config.max_length
-    values = {
-        **{
-            f.name: FLAGS[f.name].value for f in dataclasses.fields(TaskSettings) if f.name in FLAGS
-        },
-        "text_column": _column(FLAGS.text_column),
-        "pair_column": _column(FLAGS.pair_column),
-        "label_columns": tuple(map(_column, FLAGS.label_column)),
-        "labels": tuple(FLAGS.labels),
-        "max_length": longest if FLAGS.max_length is None else FLAGS.max_length,
-    }
+    values = {"max_length": longest, **values}
     if not 8 <= values["max_length"] <= longest:
         raise InputError(f"--max_length={FLAGS.max_length}, expected 8 to {longest}, the model's")
+    for name in ("labels", "label_columns"):
+        values[name] = tuple(values.get(name, ()))
     return TaskSettings(**values)
+
+
+_SINGLE = "single_label_classification"
 
 
 def _column(value: str | None) -> str | int | None:

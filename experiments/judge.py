@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ import numpy as np
 from experiments.pictures import draw_confusion
 from experiments.tasks import Answer, Row, Task
 from prelnroberta import heads
-from prelnroberta.data.bucketing import NOTHING, Features, evaluation_batches
+from prelnroberta.data.bucketing import NOTHING, Features, bucket_of
+from prelnroberta.data.loader import Batch
 from prelnroberta.files import written_whole
 from prelnroberta.heads import LossSettings, Scores
 from prelnroberta.modeling import TableModule
@@ -35,7 +36,6 @@ class Judge:
     """Runs a model over features, without dropout.
 
     Args:
-        positions: tokens, with pads, in a batch of any shape: what bounds memory.
         settings: of the loss that is summed where answers are known.
     """
 
@@ -44,7 +44,6 @@ class Judge:
         task: Task,
         module: TableModule,
         layout: Layout,
-        positions: int,
         settings: LossSettings = heads.PLAIN,
     ):
         def judge(params: Tree, batch: dict[str, jax.Array]) -> tuple[dict, Scores]:
@@ -54,16 +53,22 @@ class Judge:
             # One row for the sums of a device.
             return task.outputs(module.config, logits, batch), jax.tree.map(jnp.atleast_1d, scores)
 
-        self._layout, self._positions = layout, positions
+        self._layout = layout
         self._judge = predict(judge, layout)
 
     def __call__(
-        self, params: Tree, features: Features, buckets: Sequence[int]
+        self,
+        params: Tree,
+        features: Features,
+        batches: Iterable[tuple[np.ndarray, Batch]],
     ) -> tuple[list[Row], Scores]:
-        """What the model says of each row of the features, in order, and the summed scores."""
+        """What the model says of each row of the features, in order, and the summed scores.
+
+        `batches` has each row once: (indices [B], -1 where filled up; the batch).
+        """
         rows: list[Row] = [{}] * len(features.lengths)
         total = jax.tree.map(np.float64, Scores.zero())
-        for indices, batch in evaluation_batches(features, buckets, self._positions):
+        for indices, batch in batches:
             if missing := -len(indices) % self._layout.row_ways:
                 indices = np.concatenate([indices, np.full(missing, NOTHING)])
                 batch = features.batch(indices, batch["input_ids"].shape[-1])
@@ -76,6 +81,26 @@ class Judge:
         return rows, total
 
 
+def by_length(
+    features: Features, longest: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Batches of one shape a length: rows are padded to the next power of two, or `longest`.
+
+    How a row is padded follows from itself alone, and it is never alone in its batch, for which
+    XLA has other kernels. So on a CPU its numbers are the same to the last bit, whatever stands
+    beside it and whatever the batch size is.
+    """
+    doubled = [16 << i for i in range(32) if 16 << i < longest]
+    lengths = np.array([bucket_of(length, [*doubled, longest]) for length in features.lengths])
+    for length in np.unique(lengths):
+        chosen = np.flatnonzero(lengths == length)
+        rows = max(2, batch_size)
+        for start in range(0, len(chosen), rows):
+            indices = chosen[start : start + rows]
+            indices = np.concatenate([indices, np.full(rows - len(indices), NOTHING)])
+            yield indices, features.batch(indices, int(length))
+
+
 def write_answers(path: Path, answers: Iterable[Answer]) -> None:
     """JSON lines."""
     with written_whole(path) as partial, partial.open("w", encoding="utf-8") as file:
@@ -84,24 +109,33 @@ def write_answers(path: Path, answers: Iterable[Answer]) -> None:
 
 
 def write_results(
-    folder: Path, task: Task, features: Features, rows: list[Row], resamples: int = 0, **more: Any
+    folder: Path | None,
+    task: Task,
+    features: Features,
+    rows: list[Row],
+    resamples: int = 0,
+    **more: Any,
 ) -> dict[str, Any]:
     """Everything that is told of an evaluation, into `folder`; results.json, returned, is the last.
 
     Args:
+        folder: None writes nothing.
         resamples: for 95 % confidence intervals by bootstrap; 0: none.
         more: what else results.json says.
     """
     measured = task.measure(features, rows)
+    results = {"task": task.model, "examples": measured.count, **more, "metrics": measured.metrics}
+    if resamples:
+        results["intervals"] = bootstrap(measured.of, measured.count, resamples)
+    if folder is None:
+        return results
+    folder.mkdir(parents=True, exist_ok=True)
     write_answers(folder / "predictions.jsonl", task.answers(features, rows))
     if measured.classes:
         with written_whole(folder / "classes.txt") as partial:
             partial.write_text(measured.report(), encoding="utf-8")
     if measured.confusion is not None:
         draw_confusion(folder / "confusion.png", measured.confusion, measured.names)
-    results = {"task": task.model, "examples": measured.count, **more, "metrics": measured.metrics}
-    if resamples:
-        results["intervals"] = bootstrap(measured.of, measured.count, resamples)
     write_json(folder / "results.json", results)
     return results
 

@@ -20,7 +20,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from prelnroberta.data.classification import MULTI, REGRESSION, SINGLE
 from prelnroberta.data.loader import Batch, Loader
 from prelnroberta.data.masking import Masking
 from prelnroberta.entity_metrics import EntityCounts
+from prelnroberta.errors import InputError
 from prelnroberta.heads import IGNORE, LossSettings, Scores
 from prelnroberta.metrics import UnigramBaseline
 from prelnroberta.modeling import TableModule
@@ -138,6 +139,14 @@ class Task:
     # Data.
 
     def read(self, path: str | Path, labelled: bool, bad: BadRows) -> list:
+        raise NotImplementedError
+
+    def stream(self, path: str, bad: BadRows, file: BinaryIO | None) -> Iterator:
+        """Examples without labels as they are read; from `file`, if given, under `path`'s name."""
+        raise NotImplementedError
+
+    def typed(self, texts: Sequence[str], pair: str | None, choices: Sequence[str]) -> list:
+        """Examples of what was typed on the command line."""
         raise NotImplementedError
 
     def settled(self, examples: Sequence) -> TaskSettings:
@@ -254,6 +263,18 @@ class SequenceClassification(Task):
         text = "text" if s.text_column is None else s.text_column
         return read_examples(path, text, s.pair_column, label if labelled else None, bad=bad)
 
+    def stream(self, path: str, bad: BadRows, file: BinaryIO | None) -> Iterator:
+        from prelnroberta.data.classification import stream_examples
+
+        s = self.settings
+        text = "text" if s.text_column is None else s.text_column
+        return stream_examples(path, text, bad, s.pair_column, file=file)
+
+    def typed(self, texts: Sequence[str], pair: str | None, choices: Sequence[str]) -> list:
+        from prelnroberta.data.classification import TextExample
+
+        return [TextExample(f"--text {i}", text, pair) for i, text in enumerate(texts, 1)]
+
     def settled(self, examples: Sequence) -> TaskSettings:
         from prelnroberta.data.classification import label_names
         from prelnroberta.data.labels import discover_labels
@@ -362,6 +383,16 @@ class TokenClassification(Task):
         tag = s.label_columns[0] if s.label_columns else None
         return read_sentences(path, s.text_column, tag, labelled, bad).examples
 
+    def stream(self, path: str, bad: BadRows, file: BinaryIO | None) -> Iterator:
+        from prelnroberta.data.conll import stream_sentences
+
+        return stream_sentences(path, bad, self.settings.text_column, tagged=False, file=file)
+
+    def typed(self, texts: Sequence[str], pair: str | None, choices: Sequence[str]) -> list:
+        from prelnroberta.data.conll import Sentence
+
+        return [Sentence(f"--text {i}", text.split(), None) for i, text in enumerate(texts, 1)]
+
     def settled(self, examples: Sequence) -> TaskSettings:
         from prelnroberta.data.conll import tag_names
 
@@ -443,6 +474,20 @@ class QuestionAnswering(Task):
         from prelnroberta.data.squad import read_questions
 
         return read_questions(path, labelled, bad)
+
+    def stream(self, path: str, bad: BadRows, file: BinaryIO | None) -> Iterator:
+        from prelnroberta.data.squad import stream_questions
+
+        return stream_questions(path, bad, answered=False, file=file)
+
+    def typed(self, texts: Sequence[str], pair: str | None, choices: Sequence[str]) -> list:
+        from prelnroberta.data.squad import Question
+
+        if pair is None:
+            raise InputError("--text is a question: give its context as --pair")
+        return [
+            Question(f"--text {i}", str(i), text, pair, None) for i, text in enumerate(texts, 1)
+        ]
 
     def settled(self, examples: Sequence) -> TaskSettings:
         null = any(not question.answers for question in examples)
@@ -528,11 +573,33 @@ class MultipleChoice(Task):
     def read(self, path: str | Path, labelled: bool, bad: BadRows) -> list:
         from prelnroberta.data.choices import read_choices
 
-        s = self.settings
-        context = "sent1" if s.text_column is None else s.text_column
-        prefix = "sent2" if s.pair_column is None else s.pair_column
-        label = s.label_columns[0] if s.label_columns else "label"
+        context, prefix, label = self._columns
         return read_choices(path, context, prefix, label=label if labelled else None, bad=bad)
+
+    @property
+    def _columns(self) -> tuple[str, str, str]:
+        s = self.settings
+        return (
+            "sent1" if s.text_column is None else s.text_column,
+            "sent2" if s.pair_column is None else s.pair_column,
+            s.label_columns[0] if s.label_columns else "label",
+        )
+
+    def stream(self, path: str, bad: BadRows, file: BinaryIO | None) -> Iterator:
+        from prelnroberta.data.choices import stream_choices
+
+        context, prefix, _ = self._columns
+        return stream_choices(path, bad, context, prefix, label=None, file=file)
+
+    def typed(self, texts: Sequence[str], pair: str | None, choices: Sequence[str]) -> list:
+        from prelnroberta.data.choices import ChoiceExample
+
+        if len(choices) < 2:
+            raise InputError("--text is a context: give its continuations as --choice, 2 or more")
+        return [
+            ChoiceExample(f"--text {i}", text, pair or "", list(choices), None)
+            for i, text in enumerate(texts, 1)
+        ]
 
     def configure(self, config: RobertaPreLayerNormConfig) -> RobertaPreLayerNormConfig:
         return config.replace(num_labels=1)

@@ -76,12 +76,21 @@ class FillMask:
         while chunk := list(itertools.islice(numbered, batch_size)):
             yield from self._fill([self._encode(*item) for item in chunk], top_k)
 
-    def _encode(self, number: int, text: str) -> list[int]:
+    def problem(self, text: str) -> str | None:
+        """Why a text cannot be filled, in words; None if it can."""
         ids = self._tokenizer.encode(text).ids
         if self._mask_id not in ids:
-            raise InputError(f"text {number} has no <mask> to fill: {text[:60]!r}")
-        self._config.check_length(len(ids), f"text {number} ({text[:40]!r}...)")
-        return ids
+            return f"has no {MASK_TOKEN} to fill: {text[:60]!r}"
+        try:
+            self._config.check_length(len(ids), f"{text[:40]!r}...")
+        except InputError as error:
+            return str(error)
+        return None
+
+    def _encode(self, number: int, text: str) -> list[int]:
+        if problem := self.problem(text):
+            raise InputError(f"text {number}: {problem}")
+        return self._tokenizer.encode(text).ids
 
     def _fill(self, rows: list[list[int]], top_k: int) -> list[list[list[Guess]]]:
         # Shapes grow by doubling, so that any stream of texts compiles only a handful.
