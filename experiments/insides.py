@@ -73,7 +73,7 @@ def embedded(folder: Path, layers: list[int]) -> Iterator[tuple[str, np.ndarray]
     import jax
 
     from experiments.judge import by_length
-    from experiments.predict import reads_keyboard, texts
+    from experiments.texts import reads_keyboard, texts
     from prelnroberta.data.bad_rows import BadRows
     from prelnroberta.data.bucketing import NOTHING
     from prelnroberta.data.classification import TextExample, text_features

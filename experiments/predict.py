@@ -20,10 +20,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from experiments import flags
 from experiments.flags import FLAGS
+from experiments.texts import opened, reads_keyboard, texts
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 from prelnroberta.files import written_whole
@@ -61,57 +62,6 @@ def made_for(folder: Path) -> str:
             " does not say what it was made for"
         )
     return json.loads(kept.read_text(encoding="utf-8"))["task"]
-
-
-# ---------------------------------------------------------------------------------------------
-# Input.
-
-
-class Line(NamedTuple):
-    """A text and where it came from."""
-
-    place: str
-    text: str
-
-
-def reads_keyboard() -> bool:
-    return not FLAGS.text and FLAGS.file is None and sys.stdin.isatty()
-
-
-def opened() -> tuple[BinaryIO, str]:
-    """--file or standard input, and its name."""
-    if FLAGS.file is None:
-        if reads_keyboard():
-            print("reading from the keyboard, a text a line; end with Ctrl-D", file=sys.stderr)
-        return sys.stdin.buffer, "standard input"
-    try:
-        return open(FLAGS.file, "rb"), FLAGS.file
-    except OSError as error:
-        raise InputError(f"--file={FLAGS.file}: {error.strerror}") from None
-
-
-def texts() -> Iterator[Line]:
-    """--text, --file, or standard input; one text a line, empty lines left out."""
-    if FLAGS.text:
-        yield from (Line(f"--text {i}", text) for i, text in enumerate(FLAGS.text, 1))
-        return
-    lines, name = opened()
-    offset, empty = 0, True
-    with lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                text = line.decode("utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{name}: not UTF-8 at byte {offset + error.start} (line {number}); convert it "
-                    "to UTF-8"
-                ) from None
-            offset += len(line)
-            if text:
-                empty = False
-                yield Line(f"{name}, line {number}", text)
-    if empty:
-        raise InputError(f"{name} holds no text, expected a text a line")
 
 
 class Problems:
