@@ -20,13 +20,17 @@ def refused(*arguments, code=2, program="pretrain", **options):
 
 # Each names the flag or field, the value, and what was expected.
 FLAGS = [
-    ({"mask_rate": "0"}, "mask rate=0.0", "(0, 1)"),
-    ({"mask_rate": "1"}, "mask rate=1.0", "(0, 1)"),
-    ({"mask_rate": "1.5"}, "mask rate=1.5", "(0, 1)"),
-    ({"mask_rate": "-1"}, "mask rate=-1.0", "(0, 1)"),
-    ({"mask_rate": "nan"}, "mask rate=nan", "(0, 1)"),
+    ({"mask_rate": "0"}, "--mask_rate=0.0", "(0, 1)"),
+    ({"mask_rate": "1"}, "--mask_rate=1.0", "(0, 1)"),
+    ({"mask_rate": "1.5"}, "--mask_rate=1.5", "(0, 1)"),
+    ({"mask_rate": "-1"}, "--mask_rate=-1.0", "(0, 1)"),
+    ({"mask_rate": "nan"}, "--mask_rate=nan", "(0, 1)"),
     ({"eval_mask_rate": "2"}, "--eval_mask_rate", "2.0"),
-    ({"mask_random": "0.7", "mask_same": "0.7"}, "random=0.7", "sum to 1"),
+    (
+        {"mask_random": "0.7", "mask_same": "0.7"},
+        "--mask_random=0.7 and --mask_same=0.7",
+        "the rest of 1",
+    ),
     ({"sequence_length": "65"}, "--sequence_length=65", "64", "max_position_embeddings=66"),
     ({"sequence_length": "2"}, "--sequence_length=2", "3 or more"),
     ({"steps": "0"}, "steps=0", "1 or more"),

@@ -5,23 +5,20 @@ what `experiments.example_data` makes, from three packages' documentation.
 """
 
 import dataclasses
-from functools import cache
 
 import jax
 import numpy as np
 import pytest
 import torch
 import transformers
+from task_support import corpus, example_file
 
-from experiments import example_data
 from experiments.tasks import TASKS, TaskSettings
 from prelnroberta import heads
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.data.bad_rows import BadRows
 from prelnroberta.data.bucketing import bucket_lengths
-from prelnroberta.data.corpus import DocstringCorpus
-from prelnroberta.data.tokenizer import train_tokenizer
 from prelnroberta.huggingface import ARCHITECTURES, save_pretrained
 from prelnroberta.optimizer import Optimization, adamw, learning_rate
 from prelnroberta.train import TrainState, train_step
@@ -32,40 +29,11 @@ SETTINGS = Optimization(
 )
 
 
-@cache
-def corpus():
-    """Documents and raw strings of parts of three packages, and a tokenizer of their text."""
-    found = DocstringCorpus(["flax", "rich", "scipy"])
-    parts = {"flax": "", "rich": "", "scipy": "linalg"}
-    found.roots = {name: [found.roots[name][0] / part] for name, part in parts.items()}
-    documents, strings = list(found.documents()), list(found.strings())
-    return documents, strings, train_tokenizer((d.text for d in documents), 600)
-
-
-@cache
-def example_file(task, folder):
-    documents, strings, _ = corpus()
-    makers = {
-        "sequence_classification": (".csv", example_data.packages, documents),
-        "token_classification": (".conll", example_data.markup, strings),
-        "question_answering": (".json", example_data.parameters, strings),
-        "multiple_choice": (".csv", example_data.next_sentences, documents),
-        "causal_lm": (".txt", example_data.paragraphs, documents),
-        "masked_lm": (".txt", example_data.paragraphs, documents),
-    }
-    suffix, make, source = makers[task]
-    text, count = make(source, 300)
-    assert count > 100
-    path = folder / f"{task}{suffix}"
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def prepared(name, folder):
+def prepared(name):
     """The task with what its file decides, its features, a config and initial values."""
     _, _, tokenizer = corpus()
     task, bad = TASKS[name](TaskSettings(task=name, max_length=L)), BadRows()
-    examples = task.read(example_file(name, folder), True, bad)
+    examples = task.read(example_file(name), True, bad)
     task = TASKS[name](task.settled(examples))
     features = task.features(examples, tokenizer, bad, training=True)
     bad.settle()
@@ -154,7 +122,7 @@ def torch_losses(task, config, params, batches, folder):
 @pytest.mark.parametrize("name", TASKS)
 def test_loss_curve_is_torchs(name, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp()
-    task, features, config, params = prepared(name, folder)
+    task, features, config, params = prepared(name)
     loader = task.batches(features, B, 5, bucket_lengths(features.lengths, 2))
     batches = [loader.batch(step) for step in range(STEPS)]
     theirs = torch_losses(task, config, params, batches, folder)

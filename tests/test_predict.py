@@ -135,15 +135,22 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
     process.stderr.close()
 
 
+def test_texts_without_an_answer_are_told_and_the_others_answered(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text(f"A <mask>.\n\nnothing here\n{'long ' * 200}<mask>\nThe <mask> of it.\n")
+    done = call("predict", *flags(format="json", file=path))
+    assert [line["text"] for line in lines(done.stdout)] == ["A <mask>.", "The <mask> of it."]
+    missing, long, error = done.stderr.splitlines()
+    assert missing == f"{path}, line 3: has no <mask> to fill: 'nothing here'"
+    assert long.startswith(f"{path}, line 4: ") and "longer than the 64" in long
+    assert error == f"error: 2 of 4 got no answer: {path}, line 3; {path}, line 4"
+    assert done.returncode == 2
+
+
 def test_bad_texts_and_files(tmp_path):
     def line(*arguments, **changes):
         return refused(*flags(**changes), *arguments, program="predict")
 
-    assert "text 2 has no <mask> to fill: 'nothing here'" in line(
-        "--text=A <mask>", "--text=nothing here"
-    )
-    said = line(f"--text={'long ' * 200}<mask>")
-    assert "text 1" in said and "longer than the 64" in said
     path = tmp_path / "texts.txt"
     assert f"--file={path}: No such file" in line(file=path)
     assert "Is a directory" in line(file=tmp_path)
