@@ -63,7 +63,7 @@ def main() -> int:
             task, _, suffix = name.partition(".")
             (partial / task).mkdir(parents=True)
             for split, inside in divided(source).items():
-                text, count = make(inside, FLAGS.examples if split == "train" else 10**9)
+                text, count = make(inside, FLAGS.examples)
                 (partial / task / f"{split}.{suffix}").write_text(text, encoding="utf-8")
                 print(f"{task}/{split}.{suffix}: {count:,} examples")
     print(f"written: {FLAGS.output}")

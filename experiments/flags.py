@@ -314,7 +314,7 @@ def _finetuning() -> None:
 
 def _example_data() -> None:
     flags.DEFINE_string("output", None, "The folder to make: new, or empty.", required=True)
-    flags.DEFINE_integer("examples", 2000, "Training examples of each task, at most.")
+    flags.DEFINE_integer("examples", 500, "Of each task in each file, at most.")
 
 
 def _convert() -> None:
