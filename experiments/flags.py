@@ -226,6 +226,13 @@ def _export() -> None:
     )
 
 
+def _benchmark() -> None:
+    flags.DEFINE_multi_string("case", [], "Only cases whose name holds this; several times: any.")
+    flags.DEFINE_integer("rounds", 7, "How often each contender is timed, in turn.")
+    flags.DEFINE_bool("compiled", True, "Also compile the step in several ways: memory and time.")
+    flags.DEFINE_string("output", "runs/benchmark", "Where results, table and picture go.")
+
+
 _GROUPS: dict[str, Callable[[], None]] = {
     "run": _run,
     "corpus": _corpus,
@@ -239,6 +246,7 @@ _GROUPS: dict[str, Callable[[], None]] = {
     "convert": _convert,
     "parity": _parity,
     "export": _export,
+    "benchmark": _benchmark,
 }
 # What may change between the parts of a resumed run without changing a single number of it.
 _FREE = {"run_dir", "cache_dir", "keep_checkpoints"}
