@@ -21,9 +21,8 @@ Batch = dict[str, np.ndarray]
 
 def prepare(weights: Path, case: Case) -> None:
     """Writes flax_model.msgpack, so that no contender imports torch to read its weights."""
-    if not (weights / "flax_model.msgpack").exists():
-        _class(case).from_pretrained(weights, from_pt=True).save_pretrained(weights / "flax")
-        (weights / "flax" / "flax_model.msgpack").rename(weights / "flax_model.msgpack")
+    _class(case).from_pretrained(weights, from_pt=True).save_pretrained(weights / "flax")
+    (weights / "flax" / "flax_model.msgpack").rename(weights / "flax_model.msgpack")
 
 
 def _class(case: Case) -> Any:

@@ -18,11 +18,8 @@ def prepare(weights: Path, case: Case) -> None:
     """Writes tf_model.h5, so that no contender imports torch to read its weights."""
     import transformers
 
-    if not (weights / "tf_model.h5").exists():
-        model = getattr(transformers, "TF" + case.architecture).from_pretrained(
-            weights, from_pt=True
-        )
-        model.save_weights(str(weights / "tf_model.h5"))
+    model = getattr(transformers, "TF" + case.architecture).from_pretrained(weights, from_pt=True)
+    model.save_weights(str(weights / "tf_model.h5"))
 
 
 def build(weights: Path, case: Case, batch: Batch, modes: list[str]) -> dict[str, Work]:
