@@ -16,10 +16,11 @@ else
 TORCH := torch==2.13.0
 endif
 
-.PHONY: help install bridges demo test test-fast lint clean
+.PHONY: help install bridges demo benchmark test test-fast lint clean
 
 help:
 	@echo "make demo       pretrain a small model on real English (about 6 minutes on 2 cores)"
+	@echo "make benchmark  speed against transformers 4 and 5, side by side (about an hour)"
 	@echo "make test       the whole test suite"
 	@echo "make test-fast  the same without slow tests"
 	@echo "make lint       ruff"
@@ -54,6 +55,9 @@ bridges: $(VENV)/bridged
 
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.demo
+
+benchmark: $(VENV)/tested
+	$(BIN)/python -m experiments.benchmark
 
 # Most of the time is compiling, on one core each: files are shared out among processes.
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile

@@ -374,6 +374,13 @@ def _export() -> None:
     )
 
 
+def _benchmark() -> None:
+    flags.DEFINE_multi_string("case", [], "Only cases whose name holds this; several times: any.")
+    flags.DEFINE_integer("rounds", 7, "How often each contender is timed, in turn.")
+    flags.DEFINE_bool("compiled", True, "Also compile the step in several ways: memory and time.")
+    flags.DEFINE_string("output", "runs/benchmark", "Where results, table and picture go.")
+
+
 _GROUPS: dict[str, Callable[[], None]] = {
     "run": _run,
     "corpus": _corpus,
@@ -394,6 +401,7 @@ _GROUPS: dict[str, Callable[[], None]] = {
     "convert": _convert,
     "parity": _parity,
     "export": _export,
+    "benchmark": _benchmark,
 }
 # How this start of the program is run; no part of the settings that a run is known by.
 _LAUNCH = {"multihost", "coordinator", "hosts", "host", "lost_after_seconds"}

@@ -1,0 +1,177 @@
+"""This project's Flax models and training step, as its programs run them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.benchmark.cases import IGNORE, Case
+from experiments.benchmark.work import Work
+from prelnroberta import heads, pretrained
+from prelnroberta.heads import MODULES, Scores
+from prelnroberta.huggingface import load_pretrained
+from prelnroberta.optimizer import Optimization, adamw
+from prelnroberta.packed import Packed, pack
+from prelnroberta.train import TrainState, as_jit, train_step
+
+Batch = dict[str, np.ndarray]
+# Rows of a batch are cut to the length of its longest, rounded up to this: few compiled shapes.
+_BUCKET = 16
+
+
+def build(weights: Path, case: Case, batch: Batch, modes: list[str]) -> dict[str, Work]:
+    """modes: padded, as peers do it; and where the case is ragged, packed or bucketed."""
+    make = {"train": _train, "forward": _forward, "generate": _generate}[case.work]
+    return {mode: make(weights, case, batch, mode) for mode in modes}
+
+
+def _train(weights: Path, case: Case, batch: Batch, mode: str) -> Work:
+    params, config = load_pretrained(weights, case.model)[:2]
+    module = MODULES[case.model](config)
+    optimizer = adamw(Optimization(steps=10_000, learning_rate=1e-4), config, case.model)
+
+    def score(params: dict, batch: dict, key: jax.Array | None) -> Scores:
+        return _scores(case.model, module, params, batch, key)
+
+    step = as_jit(train_step(score, optimizer, seed=0))
+    first = {name: rows[: case.B] for name, rows in batch.items()}
+    state = TrainState.create(jax.device_put(params), optimizer)
+    batches = [jax.device_put(part) for part in _batches(case, batch, mode)]
+
+    def check() -> float:
+        part = jax.device_put(_batches(case, first, mode)[0])
+        scores = jax.jit(score)(params, part, None)
+        return float(scores.mean)
+
+    def run() -> None:
+        nonlocal state
+        for part in batches:
+            state, _ = step(state, part)
+        jax.block_until_ready(state)
+
+    return Work(check, run)
+
+
+def _scores(model: str, module: Any, params: dict, batch: dict, key: jax.Array | None) -> Scores:
+    if model == "masked_lm":
+        return heads.masked_lm_scores(module, params, batch, key)
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "starts", "ends")}
+    logits, _ = module.apply(
+        {"params": params},
+        **inputs,
+        deterministic=key is None,
+        rngs=None if key is None else {"dropout": key},
+    )
+    if model == "question_answering":
+        starts, ends = heads.span_scores(logits, batch["starts"], batch["ends"])
+        return starts + ends
+    score = heads.causal_lm_scores if model == "causal_lm" else heads.label_scores
+    return score(logits, batch["labels"])
+
+
+def _batches(case: Case, batch: Batch, mode: str) -> list[Batch]:
+    """The case's rows as the mode trains on them."""
+    if case.model in ("masked_lm", "causal_lm"):
+        return [
+            _language_model_rows(case, {k: v[at : at + case.B] for k, v in batch.items()}, mode)
+            for at in range(0, len(batch["input_ids"]), case.B)
+        ]
+    longest = batch["attention_mask"].sum(-1)
+    while longest.ndim > 1:
+        longest = longest.max(-1)
+    # As data/bucketing.py: rows of like length share a batch.
+    order = np.argsort(longest, kind="stable") if mode == "bucketed" else np.arange(len(longest))
+    parts = []
+    for at in range(0, len(order), case.B):
+        rows = order[at : at + case.B]
+        part = {name: values[rows] for name, values in batch.items()}
+        L = -(-int(longest[rows].max()) // _BUCKET) * _BUCKET if mode == "bucketed" else case.L
+        names = {"start_positions": "starts", "end_positions": "ends"}
+        by_token = {"input_ids", "attention_mask"} | (
+            {"labels"} if case.model == "token_classification" else set()
+        )
+        parts.append(
+            {
+                names.get(name, name): values[..., :L] if name in by_token else values
+                for name, values in part.items()
+            }
+        )
+    return parts
+
+
+def _language_model_rows(case: Case, batch: Batch, mode: str) -> Batch:
+    packed, labels = _rows(case, batch, mode)
+    if case.model == "causal_lm":
+        # Nothing predicts the first token of a segment.
+        first = np.diff(packed.inputs["segment_ids"], axis=1, prepend=0) != 0
+        return {**packed.inputs, "labels": np.where(first, IGNORE, labels)}
+    masked = labels != IGNORE
+    M = int(masked.sum(1).max())
+    positions = np.argsort(~masked, axis=1, kind="stable")[:, :M].astype(np.int32)
+    counted = np.take_along_axis(masked, positions, axis=1)
+    chosen = np.take_along_axis(labels, positions, axis=1)
+    return {
+        **packed.inputs,
+        "masked_positions": positions,
+        "masked_labels": np.where(counted, chosen, 0).astype(np.int32),
+        "masked_weights": counted.astype(np.float32),
+    }
+
+
+def _rows(case: Case, batch: Batch, mode: str) -> tuple[Packed, np.ndarray]:
+    """The batch's sequences, several a row if packed, else one a row; and their labels."""
+    lengths = batch["attention_mask"].sum(1)
+    sequences = [row[:n] for row, n in zip(batch["input_ids"], lengths, strict=True)]
+    # One by one in rows of their own: what padding does.
+    rows = pack(sequences, case.L) if mode == "packed" else _one_a_row(batch, lengths)
+    labels = [row[:n] for row, n in zip(batch["labels"], lengths, strict=True)]
+    return rows, rows.lay_out(labels, IGNORE, np.int32)
+
+
+def _one_a_row(batch: Batch, lengths: np.ndarray) -> Packed:
+    mask = batch["attention_mask"]
+    inputs = {
+        "input_ids": batch["input_ids"],
+        "segment_ids": mask,
+        "position_ids": (np.cumsum(mask, 1) * mask + 1).astype(np.int32),
+    }
+    return Packed(inputs, np.arange(len(mask)), np.zeros(len(mask), int), lengths)
+
+
+def _forward(weights: Path, case: Case, batch: Batch, mode: str) -> Work:
+    model = _pretrained(weights, case)
+    lengths = batch["attention_mask"].sum(1)
+    if mode == "packed":
+        sequences = [row[:n] for row, n in zip(batch["input_ids"], lengths, strict=True)]
+        rows = pack(sequences, case.L)
+        inputs = rows.inputs
+    else:
+        rows, inputs = _one_a_row(batch, lengths), {k: batch[k] for k in batch}
+    inputs = jax.device_put(inputs)
+
+    @jax.jit
+    def forward(params: dict, inputs: dict) -> jax.Array:
+        logits, output = model.module.apply({"params": params}, **inputs)
+        return output.last_hidden_state if case.model == "base" else logits
+
+    def check() -> np.ndarray:
+        return np.concatenate(rows.split(forward(model.params, inputs)))
+
+    return Work(check, lambda: jax.block_until_ready(forward(model.params, inputs)))
+
+
+def _generate(weights: Path, case: Case, batch: Batch, mode: str) -> Work:
+    model = _pretrained(weights, case)
+
+    def generate() -> np.ndarray:
+        output = model.generate(batch["input_ids"], max_new_tokens=case.new_tokens)
+        return np.asarray(output.sequences)
+
+    return Work(generate, generate)
+
+
+def _pretrained(weights: Path, case: Case) -> Any:
+    return getattr(pretrained, "Flax" + case.architecture).from_pretrained(weights)

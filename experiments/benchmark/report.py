@@ -1,0 +1,155 @@
+"""Tables and a picture of what was measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmark.race import FLAX, Result, best_peer, ratios
+from prelnroberta.files import written_whole
+
+Record = dict[str, Any]
+
+
+def machine() -> str:
+    """What this ran on, in a line."""
+    name = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []:
+        if line.startswith("model name"):
+            name = line.partition(":")[2].strip()
+            break
+    versions = ", ".join(f"{p} {metadata.version(p)}" for p in ("jax", "torch", "tensorflow-cpu"))
+    load = os.getloadavg()[0]
+    return f"{name}, {os.cpu_count()} CPUs, load {load:.1f} at the start; {versions}"
+
+
+def results(record: Record) -> list[Result]:
+    return [Result(**result) for result in record["results"]]
+
+
+def table(record: Record) -> str:
+    """One case: every contender, and how much faster the first, ours, is."""
+    found = results(record)
+    ours = found[0]
+    head = "", "ms", "tokens/s", "GFLOP/s", "first ours is", "quartiles", "first s", "peak MiB"
+    lines = [_columns(head)]
+    for result in found:
+        seconds = float(np.median(result.seconds))
+        ratio = np.percentile(ratios(ours, result), (25, 50, 75))
+        gflops = record["gflop"] and f"{record['gflop'] / seconds:,.0f}"
+        lines.append(
+            _columns(
+                (
+                    result.name,
+                    f"{1e3 * seconds:,.1f}",
+                    f"{record['tokens'] / seconds:,.0f}",
+                    gflops or "",
+                    f"{ratio[1]:.2f}x",
+                    f"{ratio[0]:.2f}-{ratio[2]:.2f}",
+                    f"{result.first:.1f}",
+                    f"{result.peak_bytes / 2**20:,.0f}" if result.peak_bytes else "",
+                )
+            )
+        )
+    limit = record["matrix_product_gflops"]
+    lines.append(
+        f"{record['fill']:.0%} of the rows are tokens; matrix products reach {limit:,.0f} GFLOP/s "
+        f"here; numbers agree to {max(r.difference for r in found):.0e}"
+    )
+    return "\n".join(lines)
+
+
+def _columns(texts: tuple[str, ...]) -> str:
+    widths = (29, 9, 9, 8, 13, 10, 8, 9)
+    name, *others = (
+        text.rjust(width) if at else text.ljust(width)
+        for at, (text, width) in enumerate(zip(texts, widths, strict=True))
+    )
+    return "  ".join([name, *others])
+
+
+def summary(records: list[Record]) -> str:
+    """All cases as a markdown table: ratios of speed, ours over theirs."""
+    lines = [
+        "| case | ours, tokens/s | over transformers Flax | over the best other peer | that peer | "
+        "PyTorch twin over SDPA | TF twin over best TF |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        found = {r.name: r for r in results(record)}
+        ours, best = next(iter(found.values())), best_peer(list(found.values()))
+        rate = record["tokens"] / float(np.median(ours.seconds))
+        padded = found.get("ours padded")
+        beside = f" (padded {_ratio(padded, best)})" if padded and padded is not ours else ""
+        cells = [
+            record["case"],
+            f"{rate:,.0f}",
+            _ratio(ours, found.get(FLAX)),
+            _ratio(ours, best) + beside,
+            best.name.removeprefix("transformers "),
+            _ratio(
+                found.get("our PyTorch, padding skipped", found.get("our PyTorch")),
+                found.get("transformers 5 torch SDPA"),
+            ),
+            _ratio(
+                _fastest(found, "our TensorFlow"),
+                _fastest(found, "transformers 4.57 TF"),
+            )
+            if "our TensorFlow" in found
+            else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _fastest(found: dict[str, Result], prefix: str) -> Result:
+    some = [r for name, r in found.items() if name.startswith(prefix)]
+    return min(some, key=lambda r: float(np.median(r.seconds)))
+
+
+def _ratio(of: Result | None, over: Result | None) -> str:
+    return f"{np.median(ratios(of, over)):.2f}" if of and over else ""
+
+
+def lines_of(measured: list[dict[str, Any]]) -> list[str]:
+    """Memory and compile time of our step."""
+    return [f"{m['what']}: {m['value']} ({m['detail']})" for m in measured]
+
+
+def draw(path: Path, records: list[Record]) -> Path:
+    """speed.png: ours over every peer, case by case, with quartiles."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.42 * len(records)), layout="constrained")
+    colours = {FLAX: "tab:orange", "torch": "tab:red", "TF": "tab:blue"}
+    for row, record in enumerate(records):
+        ours, *others = results(record)
+        for result in others:
+            if not result.peer:
+                continue
+            low, middle, high = np.percentile(ratios(ours, result), (25, 50, 75))
+            colour = next(c for name, c in colours.items() if name in result.name)
+            axes.errorbar(
+                middle, row, xerr=[[middle - low], [high - middle]], fmt="o", color=colour
+            )
+    for name, colour in colours.items():
+        axes.plot([], [], "o", color=colour, label=name)
+    axes.axvline(1.0, color="grey", linewidth=1)
+    axes.set_yticks(range(len(records)), [record["case"] for record in records])
+    axes.invert_yaxis()
+    axes.set(xlabel="times as fast as (median and quartiles of rounds)", xscale="log")
+    axes.set_xticks([0.5, 0.75, 1, 1.5, 2, 3], ["0.5", "0.75", "1", "1.5", "2", "3"])
+    axes.grid(alpha=0.3, axis="x")
+    axes.legend(loc="lower right")
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
+    pyplot.close(figure)
+    return path

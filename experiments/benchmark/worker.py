@@ -1,0 +1,68 @@
+"""A contender in a process of its own: `python -m experiments.benchmark.worker` is started and
+spoken to by `race.py`, a line of JSON each way."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+
+def main(module: str, weights: str, case_folder: str, *modes: str) -> None:
+    # Libraries print what they like; what race.py reads is ours alone.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    begin = time.perf_counter()
+    contender = importlib.import_module(f"experiments.benchmark.{module}")
+    imported = time.perf_counter() - begin
+
+    from experiments.benchmark.cases import read
+
+    case, batch = read(Path(case_folder))
+    if not modes:  # only what makes its weights readable to it
+        contender.prepare(Path(weights), case)
+        return
+    works = contender.build(Path(weights), case, batch, list(modes))
+    # Before any trains: modes may share one model.
+    checked = {mode: Path(case_folder) / f"{module}-{mode}.npy" for mode in works}
+    for mode, work in works.items():
+        np.save(checked[mode], np.asarray(work.check()))
+    for number, (mode, work) in enumerate(works.items()):
+        first = _timed(work)
+        work.run()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(
+            json.dumps(
+                {
+                    "checked": str(checked[mode]),
+                    "imported": imported,
+                    "first": first,
+                    # Of a process that ran this mode alone.
+                    "peak_bytes": None if number else peak,
+                }
+            ),
+            file=answers,
+        )
+    for line in sys.stdin:
+        asked = json.loads(line)
+        work = works[asked["mode"]]
+        begin = time.perf_counter()
+        for _ in range(asked["times"]):
+            work.run()
+        print(json.dumps((time.perf_counter() - begin) / asked["times"]), file=answers)
+
+
+def _timed(work: object) -> float:
+    begin = time.perf_counter()
+    work.run()
+    return time.perf_counter() - begin
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
