@@ -167,6 +167,9 @@ def _compute() -> None:
         "remat", "none", ["none", "dots", "full"], "What the backward pass computes again."
     )
     flags.DEFINE_bool("scan_layers", None, "Loop over one compiled layer. Default: not on CPU.")
+    flags.DEFINE_integer(
+        "logits_at_once", 0, "Masked positions of a row whose logits stand at once; 0: all."
+    )
 
 
 def _scale() -> None:
@@ -656,12 +659,17 @@ def optimization(**counted: int) -> Optimization:
 
 
 def execution() -> Execution:
-    """--dtype, --remat, --scan_layers"""
+    """--dtype, --remat, --scan_layers, --logits_at_once"""
     import jax.numpy as jnp
 
     from prelnroberta.modeling import Execution
 
-    return Execution(dtype=jnp.dtype(FLAGS.dtype), remat=FLAGS.remat, scan_layers=FLAGS.scan_layers)
+    return Execution(
+        dtype=jnp.dtype(FLAGS.dtype),
+        remat=FLAGS.remat,
+        scan_layers=FLAGS.scan_layers,
+        logits_at_once=FLAGS.logits_at_once,
+    )
 
 
 def start_hosts() -> None:

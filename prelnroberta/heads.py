@@ -154,6 +154,12 @@ class MaskedLM(TableModule):
         output = self.encode(p, *inputs, key=key, **named)
         return lm_logits(p, self.config, output.last_hidden_state), output
 
+    @nn.compact
+    def hidden(self, *inputs: Any, deterministic: bool = True, **named: Any) -> Array:
+        """The same without the head: [B, L, D], or [B, M, D] at `read_positions`."""
+        [key] = self.keys(1, deterministic, named)
+        return self.encode(self.tree("masked_lm"), *inputs, key=key, **named).last_hidden_state
+
 
 class CausalLM(TableModule):
     """The decoder with the language-model head: logits at t predict the token at t + 1."""
@@ -375,19 +381,39 @@ def span_scores(
 def masked_lm_scores(
     module: MaskedLM, params: dict, batch: dict[str, Array], dropout_keys: Array | None = None
 ) -> Scores:
-    """Scores of one batch of masked rows: logits are computed at masked positions alone.
+    """Scores of one batch of masked rows: logits are computed at masked positions alone, and
+    where `execution.logits_at_once` says so, never all of them at the same time.
 
     Args:
         batch: input_ids, segment_ids, position_ids [B, L] int; masked_positions, masked_labels
             [B, M] int; masked_weights [B, M] float32 (`data/loader.py` makes it).
         dropout_keys: [B], each row's own; None evaluates without dropout.
     """
-    logits, _ = module.apply(
+    hidden = module.apply(
         {"params": params},
         batch["input_ids"],
         position_ids=batch["position_ids"],
         segment_ids=batch["segment_ids"],
         read_positions=batch["masked_positions"],
         dropout_keys=dropout_keys,
+        method=MaskedLM.hidden,
     )
-    return cross_entropy(logits, batch["masked_labels"], batch["masked_weights"])
+    targets = batch["masked_labels"], batch["masked_weights"]
+
+    def score(hidden: Array, labels: Array, weights: Array) -> Scores:
+        return cross_entropy(lm_logits(params, module.config, hidden), labels, weights)
+
+    M, at_once = hidden.shape[1], module.execution.logits_at_once
+    if not at_once or at_once >= M:
+        return score(hidden, *targets)
+
+    def cut(x: Array) -> Array:
+        """[B, M, ...] -> [chunks, B, at_once, ...], filled up with zeros."""
+        x = jnp.pad(x, [(0, 0), (0, -M % at_once)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(x.shape[0], -1, at_once, *x.shape[2:]).swapaxes(0, 1)
+
+    def add(total: Scores, part: tuple[Array, Array, Array]) -> tuple[Scores, None]:
+        # Their logits are not kept for the backward pass, but computed again.
+        return total + jax.checkpoint(score, prevent_cse=False)(*part), None
+
+    return jax.lax.scan(add, Scores.zero(), jax.tree.map(cut, (hidden, *targets)))[0]

@@ -58,18 +58,23 @@ class Execution:
             but matrix products, or whole blocks.
         attention: einsum and softmax by XLA, or a fused kernel (`fused_attention.py`), which is
             refused where it cannot serve.
+        logits_at_once: positions of a row whose logits stand in memory at the same time in
+            `masked_lm_scores`; 0: all. Less memory for a third more work in the head.
     """
 
     dtype: Any = jnp.float32
     scan_layers: bool | None = None
     remat: Literal["none", "dots", "full"] = "none"
     attention: fused_attention.Implementation = "xla"
+    logits_at_once: int = 0
 
     def __post_init__(self) -> None:
         allowed = {"remat": ("none", "dots", "full"), "attention": ("xla", "cudnn", "splash")}
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise InputError(f"{name}={getattr(self, name)!r}, expected one of {values}")
+        if self.logits_at_once < 0:
+            raise InputError(f"logits_at_once={self.logits_at_once}, expected 0 (all) or more")
 
     @property
     def scans(self) -> bool:

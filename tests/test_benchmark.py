@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from support import call
 
 from experiments.benchmark import race, report
 from experiments.benchmark.cases import TASKS, Case, all_cases, read, write, write_weights
 from experiments.benchmark.race import Result
 from prelnroberta.errors import InputError
-from tests.support import call
 
 TEXTS = [[0, *np.random.default_rng(i).integers(5, 400, 3 + 7 * i % 23), 2] for i in range(64)]
 RAGGED = {"preset": "tiny", "B": 3, "L": 24, "ragged": True}

@@ -256,20 +256,50 @@ def test_cross_entropy_counts_what_it_is_told_to():
     assert float(empty.loss) == float(empty.weight) == 0.0
 
 
+def masked_rows(L, M, V=500):
+    rng = np.random.default_rng(0)
+    return {
+        "input_ids": rng.integers(4, V, (4, L)),
+        "segment_ids": np.ones((4, L), np.int32),
+        "position_ids": np.tile(np.arange(L) + 2, (4, 1)),
+        "masked_positions": rng.integers(0, L, (4, M)),
+        "masked_labels": rng.integers(4, V, (4, M)),
+        "masked_weights": (rng.random((4, M)) < 0.6).astype(np.float32),
+    }
+
+
 def test_scores_of_rows_add_up():
     params = random_params(TINY)
-    rng = np.random.default_rng(0)
-    batch = {
-        "input_ids": rng.integers(4, 500, (4, 10)),
-        "segment_ids": np.ones((4, 10), np.int32),
-        "position_ids": np.tile(np.arange(10) + 2, (4, 1)),
-        "masked_positions": rng.integers(0, 10, (4, 3)),
-        "masked_labels": rng.integers(4, 500, (4, 3)),
-        "masked_weights": (rng.random((4, 3)) < 0.6).astype(np.float32),
-    }
+    batch = masked_rows(10, 3)
     score = jax.jit(functools.partial(masked_lm_scores, MaskedLM(TINY)))
     whole = score(params, batch)
     rows = [score(params, {k: v[i : i + 1] for k, v in batch.items()}) for i in range(4)]
     total = sum(rows, Scores.zero())
     for name in ("loss", "correct", "weight"):
         assert float(getattr(total, name)) == pytest.approx(float(getattr(whole, name)), rel=1e-5)
+
+
+def test_logits_in_parts_are_the_same_in_less_memory():
+    config = TINY.replace(vocab_size=20_000)
+    params, batch = random_params(config), masked_rows(32, 26)
+    keys = jax.random.split(jax.random.key(0), 4)
+
+    def compiled(at_once):
+        module = MaskedLM(config, Execution(logits_at_once=at_once))
+
+        def loss(params):
+            scores = masked_lm_scores(module, params, batch, keys)
+            return scores.loss, scores
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params).compile()
+
+    whole, parts = compiled(0), compiled(8)  # 26 is no multiple of 8: the last part is filled up
+    memory = [c.memory_analysis().temp_size_in_bytes for c in (whole, parts)]
+    assert memory[1] < 0.6 * memory[0]
+    ((_, expected), gradient), ((_, found), other) = whole(params), parts(params)
+    for name in ("loss", "correct", "weight"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(
+            a, b, rtol=1e-4, atol=1e-5 * np.abs(gradient["lm_head"]["bias"]).max()
+        )

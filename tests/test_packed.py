@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from support import TINY, assert_close, random_params
 
 from prelnroberta import FlaxRobertaPreLayerNormModel
 from prelnroberta.errors import InputError
 from prelnroberta.packed import pack
-from tests.support import TINY, assert_close, random_params
 
 
 def some_sequences(rng: np.random.Generator, n: int, longest: int) -> list[np.ndarray]:
