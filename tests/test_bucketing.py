@@ -149,16 +149,18 @@ def test_every_pool_and_epoch_turns_its_batches_differently():
 
 
 @settings(max_examples=100, deadline=None)
-@given(LENGTHS, st.integers(1, 5), st.integers(1, 300))
-def test_evaluation_gives_every_result_back_in_order(lengths, count, tokens):
+@given(LENGTHS, st.integers(1, 5), st.integers(1, 300), st.integers(1, 3))
+def test_evaluation_gives_every_result_back_in_order(lengths, count, tokens, multiple):
     features = Rows(lengths)
     buckets = bucket_lengths(features.lengths, count)
     shapes = set()
     results = []
     fillers = 0
-    for indices, batch in evaluation_batches(features, buckets, tokens):
+    for indices, batch in evaluation_batches(features, buckets, tokens, multiple):
         length = int(batch["length"][0])
-        assert len(indices) == max(1, tokens // length)
+        assert len(indices) % multiple == 0 and len(indices) > 0
+        assert len(indices) == multiple or len(indices) * length <= tokens
+        assert (len(indices) + multiple) * length > tokens, "as many as there may be"
         shapes.add((len(indices), length))
         fillers += int((indices == NOTHING).any())
         results.append((indices, np.where(indices == NOTHING, -7, indices * 10)))

@@ -206,6 +206,21 @@ def test_each_word_is_answered_where_it_has_most_context(tokenizer):
     assert (np.minimum(middle, 11 - middle) >= 3).all(), "not at the edges of a row"
 
 
+def test_a_sentence_of_25000_characters_loses_no_word(tokenizer):
+    words = np.random.default_rng(0).choice([w for w in WORDS if w.strip()], 5000).tolist()
+    tags = np.random.default_rng(1).choice(TAGS, 5000).tolist()
+    features = token_features([Sentence("f:1", words, tags)], tokenizer, 64, TAGS)
+    assert max(features.lengths) == 64 and len(" ".join(words)) > 25_000
+    (found,) = features.by_word(features.labels)
+    assert [TAGS[i] for i in found] == tags
+
+
+def test_tags_by_number_get_their_names(tokenizer):
+    numbered = [Sentence("f:1", ["a", "b"], ["2", "0"])]
+    features = token_features(numbered, tokenizer, 16, TAGS)
+    assert features.examples[0].tags == ["I-x", "O"]
+
+
 def test_unknown_tags_and_impossible_strides(tokenizer):
     given = [Sentence("f:1", ["a"], ["B-x"]), Sentence("f:2", ["a", "b"], ["O", "B-q"])]
     with pytest.raises(InputError, match=r"1 of 2 rows are bad: f:2: word 1: label 'B-q' is not"):

@@ -165,15 +165,16 @@ class TrainingBatches:
 
 
 def evaluation_batches(
-    features: Features, buckets: Sequence[int], tokens: int
+    features: Features, buckets: Sequence[int], tokens: int, multiple: int = 1
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """Every example once, shortest bucket first: (indices int [B], -1 where filled up; the batch).
 
-    A bucket of length L comes in batches of `tokens // L` rows (at least 1), so there is one shape
-    a bucket. What does not fill a batch moves on to the next bucket; only the last is filled up.
+    A bucket of length L comes in batches of `tokens // L` rows, down to a multiple of `multiple`,
+    so there is one shape a bucket. What does not fill a batch moves on to the next bucket; only the last is filled up.
 
     Args:
         tokens: positions of a batch. Bounds memory, whatever the lengths.
+        multiple: of what the rows of a batch are, and at least that many: the devices, say.
     """
     lengths = np.asarray(features.lengths)
     if len(lengths):
@@ -181,7 +182,7 @@ def evaluation_batches(
     order = np.argsort(lengths, kind="stable")
     start = 0
     for bucket in buckets:
-        rows = max(1, tokens // bucket)
+        rows = max(tokens // bucket // multiple, 1) * multiple
         end = int(np.searchsorted(lengths[order], bucket, side="right"))
         last = end == len(order)
         while start < end and (last or end - start >= rows):

@@ -118,7 +118,8 @@ def token_features(
         if problem:
             bad.add(sentence.place, problem)
             continue
-        kept.append(sentence)
+        # By their names from here on, also where the file has numbers.
+        kept.append(sentence._replace(tags=[ids.names[i] for i in found]) if ids else sentence)
         word_labels.append(np.array(found, np.int32))
     if own:
         bad.settle()
