@@ -170,7 +170,8 @@ def evaluation_batches(
     """Every example once, shortest bucket first: (indices int [B], -1 where filled up; the batch).
 
     A bucket of length L comes in batches of `tokens // L` rows, down to a multiple of `multiple`,
-    so there is one shape a bucket. What does not fill a batch moves on to the next bucket; only the last is filled up.
+    so there is one shape a bucket. What does not fill a batch moves on to the next bucket; only the
+    last is filled up.
 
     Args:
         tokens: positions of a batch. Bounds memory, whatever the lengths.
