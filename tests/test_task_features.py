@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from support import corpus_file
+from tokenizers import Tokenizer
 
 from prelnroberta.data.bad_rows import BadRows
 from prelnroberta.data.blocks import Blocks, token_stream
@@ -77,7 +78,21 @@ def test_texts_and_pairs_as_transformers(tokenizer, theirs, max_length):
         full = [len(ids) for ids in theirs(firsts, pairs)["input_ids"]]
         assert features.truncated == sum(length > max_length for length in full)
         assert features.labels is None and "labels" not in features.batch(np.array([0]), 512)
-    assert tokenizer.truncation is None, "the caller's tokenizer is left alone"
+
+
+def test_what_the_callers_tokenizer_pads_or_cuts_is_not_read_and_stays(tokenizer):
+    other = Tokenizer.from_str(tokenizer.to_str())
+    other.enable_truncation(5)
+    other.enable_padding(pad_id=PAD_ID, pad_token="<pad>", length=9)
+    examples = [TextExample("f:1", "one two three four five"), TextExample("f:2", "a", "b c d")]
+    found = text_features(examples, other, 512).input_ids
+    same_ids(found, [ids.tolist() for ids in text_features(examples, tokenizer, 512).input_ids])
+    words = [Sentence("f:1", ["one"] * 9, None)]
+    same_ids(
+        token_features(words, other, 64).input_ids,
+        [ids.tolist() for ids in token_features(words, tokenizer, 64).input_ids],
+    )
+    assert other.truncation["max_length"] == 5 and other.padding["length"] == 9
 
 
 def test_labels_of_every_kind(tokenizer):
@@ -117,6 +132,8 @@ def test_labels_outside_the_map_are_named_and_counted(tokenizer):
                 8,
                 REGRESSION,
             )
+    with pytest.raises(InputError, match="max_length=3: expected 4 or more"):
+        text_features([TextExample("f:1", "a")], tokenizer, 3)
     with pytest.raises(InputError, match="no examples left"):
         text_features([], tokenizer, 8)
     with pytest.raises(InputError, match="label 'q' is not among"):

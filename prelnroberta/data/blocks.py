@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from prelnroberta.data.bucketing import NOTHING, padded
-from prelnroberta.data.encoding import copied, encodings
+from prelnroberta.data.encoding import token_ids
 from prelnroberta.data.loader import Batch
 from prelnroberta.data.packing import Row
-from prelnroberta.data.tokenizer import PAD_ID
+from prelnroberta.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
 from prelnroberta.errors import InputError
 from prelnroberta.heads import IGNORE
 
@@ -37,13 +37,11 @@ def token_stream(documents: Iterable[str], tokenizer: tokenizers.Tokenizer) -> n
     Raises:
         InputError: no text at all.
     """
-    parts = [
-        np.array(encoding.ids, np.int32)
-        for encoding in encodings(copied(tokenizer), (text for text in documents if text.strip()))
-    ]
+    texts = (text for text in documents if text.strip())
+    parts = [part for ids in token_ids(tokenizer, texts) for part in ([BOS_ID], ids, [EOS_ID])]
     if not parts:
         raise InputError("no text: every document is empty; give other files")
-    return np.concatenate(parts)
+    return np.concatenate(parts, dtype=np.int32)
 
 
 class Blocks:

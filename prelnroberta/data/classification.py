@@ -20,7 +20,7 @@ import numpy as np
 
 from prelnroberta.data.bad_rows import BadRows, settled
 from prelnroberta.data.bucketing import NOTHING, padded
-from prelnroberta.data.encoding import copied, encodings, ids_of
+from prelnroberta.data.encoding import check_max_length, pair_row, single_row, token_ids
 from prelnroberta.data.labels import LabelIds
 from prelnroberta.data.loader import Batch
 from prelnroberta.data.tables import Column, stream_table, text_problem
@@ -178,6 +178,7 @@ def text_features(
     Raises:
         InputError: no examples (left), or bad ones where `bad` is None.
     """
+    check_max_length(max_length)
     bad, own = settled(bad)
     bad.at_least(len(examples))
     labelled = bool(examples) and examples[0].label is not None
@@ -194,11 +195,16 @@ def text_features(
         bad.settle()
     if not kept:
         raise InputError(f"no examples left: {bad.summary}")
-    inputs = [e.text if e.pair is None else (e.text, e.pair) for e in kept]
+    firsts = token_ids(tokenizer, (e.text for e in kept))
+    seconds = token_ids(tokenizer, (e.pair for e in kept if e.pair is not None))
     input_ids, truncated = [], 0
-    for encoding in encodings(copied(tokenizer, max_length), inputs):
-        input_ids.append(ids_of(encoding))
-        truncated += bool(encoding.overflowing)
+    for example, ids in zip(kept, firsts, strict=True):
+        if example.pair is None:
+            row, cut = single_row(ids, max_length)
+        else:
+            row, cut = pair_row(ids, next(seconds), max_length)
+        input_ids.append(row)
+        truncated += cut
     dtype = np.int32 if problem_type == SINGLE else np.float32
     return TextFeatures(kept, input_ids, np.array(values, dtype) if labelled else None, truncated)
 

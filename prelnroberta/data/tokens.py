@@ -132,7 +132,6 @@ def token_features(
         with_prefix_space(tokenizer),
         (sentence.words for sentence in kept),
         is_pretokenized=True,
-        add_special_tokens=False,
     )
     for owner, encoding in enumerate(encoded):
         tokens = np.array(encoding.ids, np.int32)
