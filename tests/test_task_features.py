@@ -81,6 +81,7 @@ def test_texts_and_pairs_as_transformers(tokenizer, theirs, max_length):
 
 
 def test_what_the_callers_tokenizer_pads_or_cuts_is_not_read_and_stays(tokenizer):
+    before = tokenizer.encode("one").ids
     other = Tokenizer.from_str(tokenizer.to_str())
     other.enable_truncation(5)
     other.enable_padding(pad_id=PAD_ID, pad_token="<pad>", length=9)
@@ -93,6 +94,7 @@ def test_what_the_callers_tokenizer_pads_or_cuts_is_not_read_and_stays(tokenizer
         [ids.tolist() for ids in token_features(words, tokenizer, 64).input_ids],
     )
     assert other.truncation["max_length"] == 5 and other.padding["length"] == 9
+    assert tokenizer.encode("one").ids == before, "no space before the first word"
 
 
 def test_labels_of_every_kind(tokenizer):
