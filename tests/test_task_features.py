@@ -97,6 +97,18 @@ def test_what_the_callers_tokenizer_pads_or_cuts_is_not_read_and_stays(tokenizer
     assert tokenizer.encode("one").ids == before, "no space before the first word"
 
 
+def test_a_text_that_spells_pads_out_is_seen(tokenizer, theirs):
+    features = text_features(
+        [TextExample("f:1", "a <pad> b"), TextExample("f:2", "a")], tokenizer, 16
+    )
+    batch = features.batch(np.array([0, 1, -1]), 16)
+    expected = theirs(["a <pad> b", "a", ""], padding="max_length", max_length=16)
+    assert PAD_ID in features.input_ids[0]
+    np.testing.assert_array_equal(batch["attention_mask"][:2], expected["attention_mask"][:2])
+    np.testing.assert_array_equal(batch["input_ids"][:2], expected["input_ids"][:2])
+    assert not batch["attention_mask"][2].any()
+
+
 def test_labels_of_every_kind(tokenizer):
     def batch(problem_type, labels, values, indices=(1, -1, 0)):
         examples = [TextExample(f"f:{i}", "a b", None, value) for i, value in enumerate(values)]
@@ -247,7 +259,7 @@ def test_unknown_tags_and_impossible_strides(tokenizer):
     bad = BadRows(skip=True)
     assert len(token_features(given, tokenizer, 16, TAGS, bad=bad).examples) == 1 and bad.bad
     with pytest.raises(InputError, match="stride=14"):
-        token_features(given, tokenizer, 16, TAGS, stride=14)
+        token_features(given[:1], tokenizer, 16, TAGS, stride=14)
 
 
 def test_entities_have_their_words_and_scores():

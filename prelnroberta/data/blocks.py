@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from prelnroberta.data.bucketing import NOTHING, padded
+from prelnroberta.data.bucketing import NOTHING, padded, row_batch
 from prelnroberta.data.encoding import token_ids
 from prelnroberta.data.loader import Batch
 from prelnroberta.data.packing import Row
@@ -97,14 +97,9 @@ class Blocks:
     def batch(self, indices: np.ndarray, length: int) -> Batch:
         """The module's batch of the rows at `indices` [B] for a causal model; -1 fills up."""
         rows = {int(index): self._tokens(index) for index in indices if index != NOTHING}
-        input_ids = padded(rows, indices, length, PAD_ID)
-        labels = padded(rows, indices, length, IGNORE)
+        batch = row_batch(rows, indices, length)
+        batch["labels"] = labels = padded(rows, indices, length, IGNORE)
         if self.overlap:
             # The first row has no predecessor; its first token is dropped by the shift.
             labels[np.asarray(indices) > 0, : self.overlap] = IGNORE
-        return {
-            "input_ids": input_ids,
-            "attention_mask": (input_ids != PAD_ID).astype(np.int32),
-            "labels": labels,
-            "weights": (np.asarray(indices) != NOTHING).astype(np.float32),
-        }
+        return batch

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from prelnroberta.data.loader import Batch, Prefetch, permute
+from prelnroberta.data.tokenizer import PAD_ID
 from prelnroberta.errors import InputError
 
 NOTHING = -1  # the index of a row that only fills a batch up
@@ -45,6 +46,21 @@ def padded(
             row = rows[index]
             out[i, : len(row)] = row
     return out
+
+
+def row_batch(rows: Sequence[np.ndarray], indices: np.ndarray, length: int) -> Batch:
+    """Token ids `rows` at `indices` [B] as what every task's batch begins with.
+
+    Returns:
+        input_ids, attention_mask int32 [B, length]; weights float32 [B], 0 where index is -1.
+    """
+    sizes = np.array([0 if index == NOTHING else len(rows[index]) for index in indices])
+    return {
+        "input_ids": padded(rows, indices, length, PAD_ID),
+        # By length: a text may spell <pad> out.
+        "attention_mask": (np.arange(length) < sizes[:, None]).astype(np.int32),
+        "weights": (np.asarray(indices) != NOTHING).astype(np.float32),
+    }
 
 
 def bucket_lengths(lengths: np.ndarray, count: int = 6, multiple: int = 8) -> tuple[int, ...]:
@@ -153,13 +169,15 @@ class TrainingBatches:
         chosen = examples[turn * B : (turn + 1) * B]
         return np.concatenate([chosen, np.full(B - len(chosen), NOTHING)])
 
-    def batch(self, step: int, rows: slice = _ALL) -> Batch:
+    def batch(self, step: int, rows: slice | np.ndarray = _ALL) -> Batch:
         """Batch `step`, or the part of it that `rows` selects (a host's share)."""
         indices = self.indices(step)
         longest = int(self._lengths[indices[indices != NOTHING]].max())
         return self.features.batch(indices[rows], bucket_of(longest, self.buckets))
 
-    def prefetch(self, start_step: int, depth: int = 2, rows: slice = _ALL) -> Prefetch:
+    def prefetch(
+        self, start_step: int, depth: int = 2, rows: slice | np.ndarray = _ALL
+    ) -> Prefetch:
         """Batches from `start_step` on, made ahead by a thread; close it when done."""
         return Prefetch(lambda step: self.batch(step, rows), start_step, depth)
 

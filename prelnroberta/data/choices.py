@@ -159,15 +159,17 @@ class ChoiceFeatures:
         """The module's batch of the examples at `indices` [B]; -1 fills up."""
         real = np.asarray(indices) != NOTHING
         input_ids = np.full((len(indices), self.choices, length), PAD_ID, np.int32)
+        attention_mask = np.zeros_like(input_ids)
         choice_mask = np.zeros(input_ids.shape[:2], bool)
         for i in np.flatnonzero(real):
             rows = self.input_ids[indices[i]]
             choice_mask[i, : len(rows)] = True
             for c, ids in enumerate(rows):
                 input_ids[i, c, : len(ids)] = ids
+                attention_mask[i, c, : len(ids)] = 1
         batch = {
             "input_ids": input_ids,
-            "attention_mask": (input_ids != PAD_ID).astype(np.int32),
+            "attention_mask": attention_mask,
             "choice_mask": choice_mask,
             "weights": real.astype(np.float32),
         }

@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 
 from prelnroberta.data.bad_rows import BadRows, settled
-from prelnroberta.data.bucketing import NOTHING, padded
+from prelnroberta.data.bucketing import NOTHING, row_batch
 from prelnroberta.data.encoding import check_max_length, pair_row, single_row, token_ids
 from prelnroberta.data.labels import LabelIds
 from prelnroberta.data.loader import Batch
 from prelnroberta.data.tables import Column, stream_table, text_problem
-from prelnroberta.data.tokenizer import PAD_ID
 from prelnroberta.errors import InputError
 from prelnroberta.heads import IGNORE
 
@@ -143,17 +142,10 @@ class TextFeatures:
 
     def batch(self, indices: np.ndarray, length: int) -> Batch:
         """The module's batch of the examples at `indices` [B]; -1 fills up."""
-        real = np.asarray(indices) != NOTHING
-        input_ids = padded(self.input_ids, indices, length, PAD_ID)
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": (input_ids != PAD_ID).astype(np.int32),
-            "weights": real.astype(np.float32),
-        }
+        batch = row_batch(self.input_ids, indices, length)
         if self.labels is not None:
-            labels = self.labels[indices]
-            labels[~real] = IGNORE if labels.dtype == np.int32 else 0
-            batch["labels"] = labels
+            batch["labels"] = labels = self.labels[indices]
+            labels[np.asarray(indices) == NOTHING] = IGNORE if labels.dtype == np.int32 else 0
         return batch
 
 

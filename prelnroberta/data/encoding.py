@@ -97,9 +97,12 @@ def windows(tokens: int, room: int, stride: int) -> Sequence[tuple[int, int]]:
     """(start, end) of the windows of at most `room` tokens over `tokens`, overlapping by `stride`.
 
     As tokenizers' overflow: the last window ends with the text, and begins where it begins.
+
+    Raises:
+        InputError: a stride that leaves no step.
     """
     if not 0 <= stride < room:
-        raise ValueError(f"stride={stride}: expected 0 to {room - 1} for windows of {room}")
+        raise InputError(f"stride={stride}: expected 0 to {room - 1} for windows of {room} tokens")
     step = room - stride
     starts = range(0, max(tokens - stride, 1), step)
     return [(start, min(start + room, tokens)) for start in starts]

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from prelnroberta.data.bad_rows import BadRows, settled
-from prelnroberta.data.bucketing import NOTHING, padded
+from prelnroberta.data.bucketing import NOTHING, row_batch
 from prelnroberta.data.encoding import PAIR_SPECIALS, encodings, plain, token_ids, windows
 from prelnroberta.data.loader import Batch
 from prelnroberta.data.squad import Question
-from prelnroberta.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
+from prelnroberta.data.tokenizer import BOS_ID, EOS_ID
 from prelnroberta.errors import InputError
 from prelnroberta.heads import IGNORE
 
@@ -60,15 +60,10 @@ class QuestionFeatures:
 
     def batch(self, indices: np.ndarray, length: int) -> Batch:
         """The module's batch of the rows at `indices` [B]; -1 fills up."""
-        real = np.asarray(indices) != NOTHING
-        input_ids = padded(self.input_ids, indices, length, PAD_ID)
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": (input_ids != PAD_ID).astype(np.int32),
-            "weights": real.astype(np.float32),
-        }
+        batch = row_batch(self.input_ids, indices, length)
         if self.positions is not None:
-            starts, ends = np.where(real[:, None], self.positions[indices], IGNORE).T
+            real = np.asarray(indices)[:, None] != NOTHING
+            starts, ends = np.where(real, self.positions[indices], IGNORE).T
             batch["start_positions"], batch["end_positions"] = starts, ends
         return batch
 

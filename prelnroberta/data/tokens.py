@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from prelnroberta.data.bad_rows import BadRows, settled
-from prelnroberta.data.bucketing import NOTHING, padded
+from prelnroberta.data.bucketing import padded, row_batch
 from prelnroberta.data.conll import Sentence
-from prelnroberta.data.encoding import encodings, windows, with_prefix_space
+from prelnroberta.data.encoding import check_max_length, encodings, windows, with_prefix_space
 from prelnroberta.data.labels import LabelIds
 from prelnroberta.data.loader import Batch
 from prelnroberta.data.tags import is_tag, spans
-from prelnroberta.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
+from prelnroberta.data.tokenizer import BOS_ID, EOS_ID
 from prelnroberta.errors import InputError
 from prelnroberta.heads import IGNORE
 
@@ -58,12 +58,7 @@ class TokenFeatures:
 
     def batch(self, indices: np.ndarray, length: int) -> Batch:
         """The module's batch of the rows at `indices` [B]; -1 fills up."""
-        input_ids = padded(self.input_ids, indices, length, PAD_ID)
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": (input_ids != PAD_ID).astype(np.int32),
-            "weights": (np.asarray(indices) != NOTHING).astype(np.float32),
-        }
+        batch = row_batch(self.input_ids, indices, length)
         if self.labels is not None:
             batch["labels"] = padded(self.labels, indices, length, IGNORE)
         return batch
@@ -103,10 +98,9 @@ def token_features(
     Raises:
         InputError: no sentences (left), or bad ones where `bad` is None.
     """
+    check_max_length(max_length)
     room = max_length - 2
     stride = room // 4 if stride is None else stride
-    if not 0 <= stride < room:
-        raise InputError(f"stride={stride}: expected 0 to {room - 1}, for rows of {max_length}")
     bad, own = settled(bad)
     bad.at_least(len(sentences))
     tagged = bool(sentences) and sentences[0].tags is not None
