@@ -11,6 +11,7 @@ nowhere.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
@@ -144,6 +145,8 @@ class TrainingBatches:
         self.buckets = tuple(buckets)
         self.pool = pool
         self._lengths = np.asarray(features.lengths)
+        # Kept for the steps that follow; what it holds is a function of its arguments.
+        self._drawn = functools.lru_cache(maxsize=2)(self._draw)
         self.steps_per_epoch = -(-len(self._lengths) // batch_size)
         if not self.steps_per_epoch:
             raise InputError("no examples to train on")
@@ -151,23 +154,28 @@ class TrainingBatches:
 
     def indices(self, step: int) -> np.ndarray:
         """int64 [B]: the examples of a batch, -1 where an epoch's last one is not full."""
-        B, n = self.batch_size, len(self._lengths)
         epoch, within = divmod(step, self.steps_per_epoch)
-        drawn, turn = divmod(within, self.pool)
-        start = drawn * self.pool * B
+        pool, turn = divmod(within, self.pool)
+        return self._drawn(epoch, pool)[turn]
+
+    def _draw(self, epoch: int, pool: int) -> np.ndarray:
+        """int64 [batches, B]: a pool's batches, in turn."""
+        B, n = self.batch_size, len(self._lengths)
+        start = pool * self.pool * B
         examples = permute(np.arange(start, min(start + self.pool * B, n)), n, self.seed, epoch)
-        if self.pool > 1:
-            examples = examples[np.argsort(self._lengths[examples], kind="stable")]
-            batches = -(-len(examples) // B)
-            # Without this every pool would go from its shortest batch to its longest.
-            turn = np.random.Generator(
-                np.random.Philox(
-                    key=np.array([self.seed, 1], np.uint64),
-                    counter=np.array([0, 0, drawn, epoch], np.uint64),
-                )
-            ).permutation(batches)[turn]
-        chosen = examples[turn * B : (turn + 1) * B]
-        return np.concatenate([chosen, np.full(B - len(chosen), NOTHING)])
+        missing = np.full(-len(examples) % B, NOTHING)
+        if self.pool == 1:
+            return np.concatenate([examples, missing]).reshape(-1, B)
+        examples = examples[np.argsort(self._lengths[examples], kind="stable")]
+        batches = np.concatenate([examples, missing]).reshape(-1, B)
+        # Without this every pool would go from its shortest batch to its longest.
+        generator = np.random.Generator(
+            np.random.Philox(
+                key=np.array([self.seed, 1], np.uint64),
+                counter=np.array([0, 0, pool, epoch], np.uint64),
+            )
+        )
+        return batches[generator.permutation(len(batches))]
 
     def batch(self, step: int, rows: slice | np.ndarray = _ALL) -> Batch:
         """Batch `step`, or the part of it that `rows` selects (a host's share)."""
