@@ -1,13 +1,19 @@
 """Length buckets: few shapes, nothing lost, an order that follows from the seed and the step."""
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import prelnroberta
+from prelnroberta import heads
 from prelnroberta.data.bucketing import (
+    IGNORE,
     NOTHING,
     TrainingBatches,
     bucket_lengths,
@@ -187,3 +193,15 @@ def test_padding():
     rows = [np.array([1, 2]), np.array([3])]
     expected = [[3, 9, 9], [9, 9, 9], [1, 2, 9]]
     assert padded(rows, np.array([1, NOTHING, 0]), 3, 9).tolist() == expected
+
+
+def test_data_and_metrics_load_no_jax():
+    """Whoever prepares data needs numpy and tokenizers; the ignored label is one all the same."""
+    package = Path(prelnroberta.__file__).parent
+    names = [f"prelnroberta.data.{path.stem}" for path in package.glob("data/[a-z]*.py")]
+    names += [f"prelnroberta.{name}_metrics" for name in ("task", "entity", "squad")]
+    code = f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
+    code += "print(sorted({'jax', 'flax', 'tokenizers', 'scipy', 'sklearn'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert heads.IGNORE == IGNORE

@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from prelnroberta.data.bucketing import NOTHING, padded, row_batch
+from prelnroberta.data.bucketing import IGNORE, NOTHING, padded, row_batch
 from prelnroberta.data.encoding import token_ids
 from prelnroberta.data.loader import Batch
 from prelnroberta.data.packing import Row
 from prelnroberta.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
 from prelnroberta.errors import InputError
-from prelnroberta.heads import IGNORE
 
 if TYPE_CHECKING:
     import tokenizers

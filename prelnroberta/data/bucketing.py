@@ -22,6 +22,7 @@ from prelnroberta.data.tokenizer import PAD_ID
 from prelnroberta.errors import InputError
 
 NOTHING = -1  # the index of a row that only fills a batch up
+IGNORE = -100  # the label of what does not count: that of `heads`, without loading jax for it
 
 _ALL = slice(None)
 

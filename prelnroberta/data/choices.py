@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 
 from prelnroberta.data.bad_rows import BadRows, settled
-from prelnroberta.data.bucketing import NOTHING
+from prelnroberta.data.bucketing import IGNORE, NOTHING
 from prelnroberta.data.encoding import check_max_length, pair_row, token_ids
 from prelnroberta.data.loader import Batch
 from prelnroberta.data.tables import stream_table, text_problem
 from prelnroberta.data.tokenizer import PAD_ID
 from prelnroberta.errors import InputError
-from prelnroberta.heads import IGNORE
 
 if TYPE_CHECKING:
     import tokenizers

@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from prelnroberta.data.bad_rows import BadRows, settled
-from prelnroberta.data.bucketing import NOTHING, row_batch
+from prelnroberta.data.bucketing import IGNORE, NOTHING, row_batch
 from prelnroberta.data.encoding import PAIR_SPECIALS, encodings, plain, token_ids, windows
 from prelnroberta.data.loader import Batch
 from prelnroberta.data.squad import Question
 from prelnroberta.data.tokenizer import BOS_ID, EOS_ID
 from prelnroberta.errors import InputError
-from prelnroberta.heads import IGNORE
 
 if TYPE_CHECKING:
     import tokenizers

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from prelnroberta.data.bad_rows import BadRows, settled
-from prelnroberta.data.bucketing import padded, row_batch
+from prelnroberta.data.bucketing import IGNORE, padded, row_batch
 from prelnroberta.data.conll import Sentence
 from prelnroberta.data.encoding import check_max_length, encodings, windows, with_prefix_space
 from prelnroberta.data.labels import LabelIds
@@ -28,7 +28,6 @@ from prelnroberta.data.loader import Batch
 from prelnroberta.data.tags import is_tag, spans
 from prelnroberta.data.tokenizer import BOS_ID, EOS_ID
 from prelnroberta.errors import InputError
-from prelnroberta.heads import IGNORE
 
 if TYPE_CHECKING:
     import tokenizers
