@@ -9,6 +9,7 @@ is tokenized: token_files.py.)
 from __future__ import annotations
 
 import codecs
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -25,7 +26,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import CodeType
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from prelnroberta.data.prose import prose
 from prelnroberta.errors import InputError
@@ -176,7 +177,7 @@ class FileCorpus:
             if path.name.removesuffix(".gz").endswith(".jsonl"):
                 texts = _json_documents(path, self.text_field)
             else:
-                texts = _plain_documents(_read_text(path))
+                texts = _plain_documents(text_chunks(path))
             for text in texts:
                 empty = False
                 yield Document(text, hashlib.sha256(text.encode()).hexdigest())
@@ -221,13 +222,21 @@ def _find(pattern: str) -> list[Path]:
     return files
 
 
-def _read_text(path: Path) -> Iterator[str]:
-    """The file's text in chunks of a megabyte: decompressed, decoded, newlines made one kind."""
+def text_chunks(path: Path, file: BinaryIO | None = None) -> Iterator[str]:
+    """The file's text in chunks of a megabyte: decompressed, decoded, newlines made one kind.
+
+    Args:
+        file: read in the path's place, which is then only its name (standard input, say).
+    """
     decoder = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     offset = 0  # of the chunk, in bytes of the (decompressed) text
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        with contextlib.ExitStack() as stack:
+            if file is None:
+                file = stack.enter_context(open(path, "rb"))
+            if path.suffix == ".gz":
+                file = stack.enter_context(gzip.open(file))
             while True:
                 chunk = file.read(1 << 20)
                 pending = len(decoder.getstate()[0])
@@ -281,7 +290,7 @@ def _trim(text: str) -> str:
 
 
 def _json_documents(path: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(_read_text(path)), 1):
+    for number, line in enumerate(lines(text_chunks(path)), 1):
         if not line.strip():
             continue
         try:
@@ -298,7 +307,7 @@ def _json_documents(path: Path, field: str) -> Iterator[str]:
         yield from _cut(record[field])
 
 
-def _lines(chunks: Iterable[str]) -> Iterator[str]:
+def lines(chunks: Iterable[str]) -> Iterator[str]:
     pending = []  # the parts of a line longer than a chunk, joined once
     for chunk in chunks:
         head, *rest = chunk.split("\n")

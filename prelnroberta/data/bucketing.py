@@ -1,0 +1,242 @@
+"""Batches of examples of different lengths in a handful of shapes.
+
+jit compiles a program for each shape, and a padded position costs as much as a real one. So a few
+lengths are chosen for the examples at hand, every batch is padded to one of them, and examples of
+like length share batches. Order follows from (seed, step): the whole state of a loader is its step.
+
+Features of every task have `lengths` [n] int and `batch(indices, length)`, which pads the examples
+of `indices` to one dict of arrays; index -1 stands for a row that fills the batch up and counts
+nowhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from prelnroberta.data.loader import Batch, Prefetch, permute
+from prelnroberta.data.tokenizer import PAD_ID
+from prelnroberta.errors import InputError
+
+NOTHING = -1  # the index of a row that only fills a batch up
+IGNORE = -100  # the label of what does not count: that of `heads`, without loading jax for it
+
+_ALL = slice(None)
+
+
+class Features(Protocol):
+    """Examples as token ids, read at random."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int [n]: tokens of each example, specials included (the longest choice, of choices)."""
+
+    def batch(self, indices: np.ndarray, length: int) -> Batch:
+        """The examples of `indices` [B], padded to `length`; -1 is a row without weight."""
+
+
+def padded(
+    rows: Sequence[np.ndarray], indices: np.ndarray, length: int, fill: int, dtype: type = np.int32
+) -> np.ndarray:
+    """`rows` at `indices` as one array [B, length], `fill` behind each and in rows of index -1."""
+    out = np.full((len(indices), length), fill, dtype)
+    for i, index in enumerate(indices):
+        if index != NOTHING:
+            row = rows[index]
+            out[i, : len(row)] = row
+    return out
+
+
+def row_batch(rows: Sequence[np.ndarray], indices: np.ndarray, length: int) -> Batch:
+    """Token ids `rows` at `indices` [B] as what every task's batch begins with.
+
+    Returns:
+        input_ids, attention_mask int32 [B, length]; weights float32 [B], 0 where index is -1.
+    """
+    sizes = np.array([0 if index == NOTHING else len(rows[index]) for index in indices])
+    return {
+        "input_ids": padded(rows, indices, length, PAD_ID),
+        # By length: a text may spell <pad> out.
+        "attention_mask": (np.arange(length) < sizes[:, None]).astype(np.int32),
+        "weights": (np.asarray(indices) != NOTHING).astype(np.float32),
+    }
+
+
+def bucket_lengths(lengths: np.ndarray, count: int = 6, multiple: int = 8) -> tuple[int, ...]:
+    """At most `count` lengths, multiples of `multiple`, that pad the examples least; ascending.
+
+    Exact, by dynamic programming over the rounded lengths. The last one holds the longest example,
+    and is its true length if rounding would add more than there is (a model's limit is met).
+
+    Args:
+        lengths: int [n], tokens of each example.
+
+    Raises:
+        InputError: no examples.
+    """
+    if not len(lengths):
+        raise InputError("no examples to batch")
+    longest = int(max(lengths))
+    rounded = -(-np.asarray(lengths) // multiple) * multiple
+    sizes, counts = np.unique(rounded, return_counts=True)
+    upto = np.concatenate([[0], np.cumsum(counts)])
+    # best[j]: fewest positions for the j shortest sizes in the buckets used so far.
+    best = np.concatenate([[0.0], np.full(len(sizes), np.inf)])
+    choices = []
+    for _ in range(min(count, len(sizes))):
+        cost = best[:-1, None] + (upto[None, 1:] - upto[:-1, None]) * sizes[None, :]
+        cost[np.tril_indices(len(sizes), -1)] = np.inf
+        choices.append(cost.argmin(axis=0))
+        best = np.concatenate([[0.0], cost.min(axis=0)])
+    found = []
+    end = len(sizes)
+    for choice in reversed(choices):
+        if end == 0:
+            break
+        found.append(int(sizes[end - 1]))
+        end = int(choice[end - 1])
+    *shorter, last = sorted(found)
+    return (*shorter, min(last, max(longest, multiple)))
+
+
+def bucket_of(length: int, buckets: Sequence[int]) -> int:
+    """The smallest of the ascending `buckets` that holds `length`. Raises InputError if none."""
+    for bucket in buckets:
+        if length <= bucket:
+            return bucket
+    raise InputError(f"an example of {length} tokens is longer than the longest of {buckets}")
+
+
+class TrainingBatches:
+    """Shuffled batches of B examples without end; batch `step` is a function of (seed, step).
+
+    Every example comes once an epoch; its last batch is filled up with rows without weight, so that
+    epochs begin at multiples of `steps_per_epoch`. Batches are padded to the bucket of their
+    longest example.
+
+    Args:
+        features: of any task.
+        batch_size: B, over all hosts.
+        buckets: lengths to pad to, ascending (`bucket_lengths`).
+        pool: batches that are drawn together and parted by length, as Hugging Face's
+            `group_by_length` does with 50. 1 leaves the order to chance alone.
+
+    Raises:
+        InputError: a batch size or pool below 1, a seed out of range, or buckets too short.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        batch_size: int,
+        seed: int,
+        buckets: Sequence[int],
+        pool: int = 50,
+    ):
+        if batch_size < 1 or pool < 1:
+            raise InputError(f"batch size={batch_size}, pool={pool}: expected 1 or more")
+        if not 0 <= seed < 2**63:
+            raise InputError(f"seed={seed}: expected 0 or more, below 2^63")
+        self.features = features
+        self.batch_size = batch_size
+        self.seed = seed
+        self.buckets = tuple(buckets)
+        self.pool = pool
+        self._lengths = np.asarray(features.lengths)
+        # Kept for the steps that follow; what it holds is a function of its arguments.
+        self._drawn = functools.lru_cache(maxsize=2)(self._draw)
+        self.steps_per_epoch = -(-len(self._lengths) // batch_size)
+        if not self.steps_per_epoch:
+            raise InputError("no examples to train on")
+        bucket_of(int(self._lengths.max()), self.buckets)
+
+    def indices(self, step: int) -> np.ndarray:
+        """int64 [B]: the examples of a batch, -1 where an epoch's last one is not full."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        pool, turn = divmod(within, self.pool)
+        return self._drawn(epoch, pool)[turn]
+
+    def _draw(self, epoch: int, pool: int) -> np.ndarray:
+        """int64 [batches, B]: a pool's batches, in turn."""
+        B, n = self.batch_size, len(self._lengths)
+        start = pool * self.pool * B
+        examples = permute(np.arange(start, min(start + self.pool * B, n)), n, self.seed, epoch)
+        missing = np.full(-len(examples) % B, NOTHING)
+        if self.pool == 1:
+            return np.concatenate([examples, missing]).reshape(-1, B)
+        examples = examples[np.argsort(self._lengths[examples], kind="stable")]
+        batches = np.concatenate([examples, missing]).reshape(-1, B)
+        # Without this every pool would go from its shortest batch to its longest.
+        generator = np.random.Generator(
+            np.random.Philox(
+                key=np.array([self.seed, 1], np.uint64),
+                counter=np.array([0, 0, pool, epoch], np.uint64),
+            )
+        )
+        return batches[generator.permutation(len(batches))]
+
+    def batch(self, step: int, rows: slice | np.ndarray = _ALL) -> Batch:
+        """Batch `step`, or the part of it that `rows` selects (a host's share)."""
+        indices = self.indices(step)
+        longest = int(self._lengths[indices[indices != NOTHING]].max())
+        return self.features.batch(indices[rows], bucket_of(longest, self.buckets))
+
+    def prefetch(
+        self, start_step: int, depth: int = 2, rows: slice | np.ndarray = _ALL
+    ) -> Prefetch:
+        """Batches from `start_step` on, made ahead by a thread; close it when done."""
+        return Prefetch(lambda step: self.batch(step, rows), start_step, depth)
+
+
+def evaluation_batches(
+    features: Features, buckets: Sequence[int], tokens: int, multiple: int = 1
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Every example once, shortest bucket first: (indices int [B], -1 where filled up; the batch).
+
+    A bucket of length L comes in batches of `tokens // L` rows, down to a multiple of `multiple`,
+    so there is one shape a bucket. What does not fill a batch moves on to the next bucket; only the
+    last is filled up.
+
+    Args:
+        tokens: positions of a batch. Bounds memory, whatever the lengths.
+        multiple: of what the rows of a batch are, and at least that many: the devices, say.
+    """
+    lengths = np.asarray(features.lengths)
+    if len(lengths):
+        bucket_of(int(lengths.max()), buckets)
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    for bucket in buckets:
+        rows = max(tokens // bucket // multiple, 1) * multiple
+        end = int(np.searchsorted(lengths[order], bucket, side="right"))
+        last = end == len(order)
+        while start < end and (last or end - start >= rows):
+            chosen = order[start : start + rows]
+            start += len(chosen)
+            indices = np.concatenate([chosen, np.full(rows - len(chosen), NOTHING)])
+            yield indices, features.batch(indices, bucket)
+        if last:
+            return
+
+
+def in_order(results: Iterable[tuple[np.ndarray, np.ndarray]], n: int) -> list[np.ndarray]:
+    """What a model made of `evaluation_batches`, in the order of the n examples.
+
+    Args:
+        results: (indices [B], values [B, ...]) of each batch.
+
+    Returns:
+        The values of example i at i, each [...] as its batch has it.
+    """
+    found: list[np.ndarray | None] = [None] * n
+    for indices, values in results:
+        for index, value in zip(indices, np.asarray(values), strict=True):
+            if index != NOTHING:
+                found[index] = value
+    missing = sum(value is None for value in found)
+    if missing:
+        raise ValueError(f"{missing} of {n} examples have no result")
+    return found  # type: ignore[return-value]
