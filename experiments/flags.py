@@ -53,6 +53,15 @@ def _run() -> None:
     flags.DEFINE_integer("eval_rows", 1024, "Validation rows per evaluation, at most.")
     flags.DEFINE_integer("save_every", 500, "Steps between checkpoints.")
     flags.DEFINE_integer("keep_checkpoints", 2, "Latest checkpoints kept, besides the best.")
+    flags.DEFINE_bool(
+        "set_damaged_aside", False, "Go on from the step before a damaged checkpoint, not refuse."
+    )
+    flags.DEFINE_enum(
+        "failed_save",
+        "stop",
+        ["stop", "continue"],
+        "What to do when a checkpoint cannot be written, on a full disk for one.",
+    )
 
 
 def _corpus() -> None:
@@ -274,6 +283,8 @@ _FREE = {
     "run_dir",
     "cache_dir",
     "keep_checkpoints",
+    "set_damaged_aside",
+    "failed_save",
     "parallelism",
     "mesh_data",
     "mesh_fsdp",
@@ -318,6 +329,18 @@ def launch(main: Callable[[], int | None]) -> None:
         except BrokenPipeError:  # `| head`: whoever reads has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
+        except RuntimeError as error:
+            from prelnroberta import hosts
+
+            if not hosts.is_lost_host(error):
+                raise
+            print(
+                "error: another host of this job is gone: start all of them again with the same "
+                "command, and they go on from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+            hosts.leave(hosts.TRY_AGAIN)
         except OSError as error:
             if error.errno not in _MACHINE_ERRORS:
                 raise

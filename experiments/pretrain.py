@@ -216,7 +216,7 @@ def run(
     import jax
 
     from experiments.report import NoReport, Report, duration
-    from experiments.training import Cadence, train
+    from experiments.training import Cadence, resume, train
     from prelnroberta import hosts
     from prelnroberta import params as parameters
     from prelnroberta.checkpoint import Checkpoints
@@ -246,7 +246,7 @@ def run(
         given = layout.put(params)
         state = layout.born(lambda given: TrainState.create(given, optimizer), given)
     if checkpoints.latest() is not None:
-        state, _ = checkpoints.restore(state)
+        state = resume(checkpoints, state, FLAGS.set_damaged_aside)
         print(
             f"resuming {run_dir} at step {int(state.step):,} of {settings.steps:,}, bit for bit: "
             "data order, masks, dropout, optimizer and reports go on as if it had never stopped"
@@ -281,6 +281,7 @@ def run(
                 checkpoints=checkpoints,
                 validate=validation(score, layout, loader, validation_rows, train_files),
                 learning_rate=learning_rate(settings),
+                failed_save=FLAGS.failed_save,
                 tokens_per_step=loader.batch_size * FLAGS.sequence_length * loader.source.fill,
             )
     finally:
