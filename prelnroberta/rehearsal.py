@@ -81,9 +81,12 @@ def collectives(hlo: str) -> dict[str, Collective]:
     def visit(name: str, times: int, kind: str | None = None) -> None:
         for line in computations.get(name, ()):
             if re.search(r"\bwhile\(", line):
-                turns = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
-                body = re.search(r"body=%?([\w.\-]+)", line)
-                visit(body[1], times * (int(turns[1]) if turns else 1))
+                body, condition = (
+                    re.search(rf"{part}=%?([\w.\-]+)", line)[1] for part in ("body", "condition")
+                )
+                # A scan counts to a constant.
+                turns = re.findall(r" constant\((\d+)\)", "\n".join(computations[condition]))
+                visit(body, times * (int(turns[0]) if len(turns) == 1 else 1))
                 continue
             match = re.search(rf" ({'|'.join(KINDS)})(-start)?\(", line)
             if match:
@@ -102,9 +105,7 @@ def collectives(hlo: str) -> dict[str, Collective]:
         kind: Collective(
             count=sum(times for times, _, _ in found[kind]),
             bytes=sum(times * size for times, size, _ in found[kind]),
-            moved=sum(
-                times * _ring(kind, size, group) for times, size, group in found[kind]
-            ),
+            moved=sum(times * _ring(kind, size, group) for times, size, group in found[kind]),
         )
         for kind in KINDS
         if found[kind]
@@ -151,6 +152,9 @@ def _sizes(line: str, kind: str) -> tuple[int, int]:
         group = len(listed[1].split(","))
     elif iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         group = int(iota[2])
+    elif named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
+        axes = dict(axis.split("=") for axis in named[1].split(","))
+        group = math.prod(int(axes[axis]) for axis in named[2].split(","))
     # A start returns (operands, results, context): half of what it lists is the result.
     size = sum(arrays)
     if rest.startswith("-start") and kind != "all-reduce" and len(arrays) > 1:
@@ -210,13 +214,14 @@ class Rehearsal:
 
 
 def rehearse(
-    step: Any, state: Any, batch: Any, chip: Chip, chips: int, flops: float, recomputed: float
+    step: Any, state: Any, batch: Any, devices: list[Any], flops: float, recomputed: float
 ) -> Rehearsal:
     """Compiles a step for the devices that its arguments' shardings name.
 
     Args:
         step: from `train.parallel`, inside `layout.active()`.
         state, batch: ShapeDtypeStructs with shardings.
+        devices: of `topology_devices`.
         flops, recomputed: of one chip, in a step.
     """
     import time
@@ -229,6 +234,8 @@ def rehearse(
             for leaf in jax.tree.leaves(tree)
         )
 
+    # The default would search for an hour; memory is then a little more than it will be.
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
     begin = time.monotonic()
     total = activations = None
     needed, moved = "", {}
@@ -251,8 +258,8 @@ def rehearse(
         )
         moved = collectives(compiled.as_text())
     return Rehearsal(
-        chip=chip,
-        chips=chips,
+        chip=chip_of(devices[0].device_kind),
+        chips=len(devices),
         params=held(state.params),
         optimizer=held(state.opt_state),
         activations=activations,
@@ -263,9 +270,3 @@ def rehearse(
         collectives=moved,
         compile_seconds=time.monotonic() - begin,
     )
-
-
-def chip_of_topology(devices: list[Any]) -> Chip:
-    chip = chip_of(devices[0].device_kind)
-    assert chip is not None, devices[0].device_kind
-    return chip

@@ -180,7 +180,7 @@ def test_a_vocabulary_that_does_not_divide_stays_whole_and_is_told():
     assert layout.notes == [
         "vocab_size=50,265 does not divide by mesh_tensor=2: it stays whole on each of them"
     ]
-    assert layout.parameter_spec("embeddings/word") == (None, "fsdp")
+    assert tuple(layout.parameter_spec("embeddings/word")) == (None, "fsdp")
     assert (
         Layout(
             Parallelism(tensor=3),
