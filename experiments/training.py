@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from operator import itemgetter
@@ -15,7 +16,7 @@ import jax
 
 from experiments.report import NoReport, Report
 from prelnroberta import hosts
-from prelnroberta.checkpoint import Checkpoints
+from prelnroberta.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
 from prelnroberta.errors import InputError
 from prelnroberta.train import Batch, TrainState, TrainStep
 
@@ -52,6 +53,29 @@ class Interruption:
             signal.signal(s, handler)
 
 
+def resume(checkpoints: Checkpoints, state: TrainState, set_damaged_aside: bool) -> TrainState:
+    """The latest checkpoint in the shape of `state`, or `state` itself where there is none.
+
+    Args:
+        set_damaged_aside: go on from the step before a damaged one. Several hosts end instead, once
+            it is out of the way, to be started again: they may not all have seen the damage.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    while (step := checkpoints.latest()) is not None:
+        try:
+            return checkpoints.restore(state, step)[0]
+        except DamagedCheckpoint as error:
+            if not set_damaged_aside:
+                raise
+            checkpoints.set_aside(step)
+            print(f"set aside: {error}", file=sys.stderr, flush=True)
+            if jax.process_count() > 1:
+                hosts.leave(hosts.TRY_AGAIN)
+    return state
+
+
 def train(
     state: TrainState,
     step: TrainStep,
@@ -65,6 +89,7 @@ def train(
     tokens_per_step: float,
     objective: Callable[[dict[str, float]], float] = itemgetter("loss"),
     enough: Callable[[], bool] = lambda: False,
+    failed_save: str = "stop",
 ) -> tuple[TrainState, signal.Signals | None]:
     """Takes steps from `state.step` to `cadence.steps`, or until an evaluation is `enough`.
 
@@ -74,9 +99,22 @@ def train(
     the host. Returns the last state, and the signal that ended the loop early, if one did: the
     state is on disk in either case.
 
+    Args:
+        failed_save: "continue" tells of a checkpoint that could not be written, and goes on.
+
     Raises:
         InputError: the loss is no longer finite, or a checkpoint could not be written.
     """
+
+    def save(state: TrainState, loss: float | None) -> None:
+        for _ in range(2):  # the first failure may be that of the step before, told now
+            try:
+                return checkpoints.save(state, {}, loss)
+            except CheckpointError as error:
+                if failed_save == "stop":
+                    raise
+                report.say(f"warning: step {int(state.step):,}: {error}")
+
     clock = _Clock()
     vote = hosts.Vote()
     running = stopped = None
@@ -102,7 +140,7 @@ def train(
             if stopped or validation or cadence.due(cadence.save_every, number):
                 _check_finite(state, number)
                 loss = objective(validation) if validation else None
-                clock.paused(lambda state=state, loss=loss: checkpoints.save(state, {}, loss))
+                clock.paused(lambda state=state, loss=loss: save(state, loss))
             if stopped or (validation and enough()):
                 break
         checkpoints.wait()

@@ -66,7 +66,8 @@ def main(B: int, L: int, scan: bool, remat: str, cache: str) -> None:
     from prelnroberta.heads import MaskedLM, masked_lm_scores
     from prelnroberta.modeling import Execution
     from prelnroberta.optimizer import Optimization, adamw
-    from prelnroberta.train import TrainState, as_jit, train_step
+    from prelnroberta.sharding import Layout, Parallelism
+    from prelnroberta.train import TrainState, parallel, train_step
 
     if cache:
         jax.config.update("jax_compilation_cache_dir", cache)
@@ -83,7 +84,8 @@ def main(B: int, L: int, scan: bool, remat: str, cache: str) -> None:
     batch = dict.fromkeys(("input_ids", "segment_ids", "position_ids"), rows)
     batch |= {"masked_positions": masked, "masked_labels": masked}
     batch["masked_weights"] = jax.ShapeDtypeStruct(masked.shape, jnp.float32)
-    step = as_jit(train_step(lambda *a: masked_lm_scores(module, *a), optimizer, seed=0))
+    step = train_step(lambda *a: masked_lm_scores(module, *a), optimizer, seed=0)
+    step = parallel(step, Layout(Parallelism(), config))
     begin = time.perf_counter()
     compiled = step.lower(jax.eval_shape(initial), batch).compile()
     seconds = time.perf_counter() - begin

@@ -15,7 +15,8 @@ from prelnroberta.heads import MODULES, Scores
 from prelnroberta.huggingface import load_pretrained
 from prelnroberta.optimizer import Optimization, adamw
 from prelnroberta.packed import Packed, pack
-from prelnroberta.train import TrainState, as_jit, train_step
+from prelnroberta.sharding import Layout, Parallelism
+from prelnroberta.train import TrainState, parallel, train_step
 
 Batch = dict[str, np.ndarray]
 # Rows of a batch are cut to the length of its longest, rounded up to this: few compiled shapes.
@@ -33,13 +34,14 @@ def _train(weights: Path, case: Case, batch: Batch, mode: str) -> Work:
     module = MODULES[case.model](config)
     optimizer = adamw(Optimization(steps=10_000, learning_rate=1e-4), config, case.model)
 
-    def score(params: dict, batch: dict, key: jax.Array | None) -> Scores:
-        return _scores(case.model, module, params, batch, key)
+    def score(params: dict, batch: dict, dropout_keys: jax.Array | None) -> Scores:
+        return _scores(case.model, module, params, batch, dropout_keys)
 
-    step = as_jit(train_step(score, optimizer, seed=0))
+    layout = Layout(Parallelism(), config, case.model)
+    step = parallel(train_step(score, optimizer, seed=0), layout)
     first = {name: rows[: case.B] for name, rows in batch.items()}
-    state = TrainState.create(jax.device_put(params), optimizer)
-    batches = [jax.device_put(part) for part in _batches(case, batch, mode)]
+    state = layout.born(lambda given: TrainState.create(given, optimizer), params)
+    batches = [layout.place(part) for part in _batches(case, batch, mode)]
 
     def check() -> float:
         part = jax.device_put(_batches(case, first, mode)[0])
@@ -55,16 +57,13 @@ def _train(weights: Path, case: Case, batch: Batch, mode: str) -> Work:
     return Work(check, run)
 
 
-def _scores(model: str, module: Any, params: dict, batch: dict, key: jax.Array | None) -> Scores:
+def _scores(
+    model: str, module: Any, params: dict, batch: dict, dropout_keys: jax.Array | None
+) -> Scores:
     if model == "masked_lm":
-        return heads.masked_lm_scores(module, params, batch, key)
+        return heads.masked_lm_scores(module, params, batch, dropout_keys)
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "starts", "ends")}
-    logits, _ = module.apply(
-        {"params": params},
-        **inputs,
-        deterministic=key is None,
-        rngs=None if key is None else {"dropout": key},
-    )
+    logits, _ = module.apply({"params": params}, **inputs, dropout_keys=dropout_keys)
     if model == "question_answering":
         starts, ends = heads.span_scores(logits, batch["starts"], batch["ends"])
         return starts + ends
