@@ -15,7 +15,7 @@ from absl import flags
 from experiments import pretrain
 from experiments.flags import FLAGS, optimization
 FLAGS(["x", f"--flagfile={sys.argv[1]}", f"--run_dir={sys.argv[2]}"])
-config = pretrain.check_settings(Path(sys.argv[2]))
+config = pretrain.check_settings()
 print(config.num_hidden_layers, config.hidden_size, FLAGS.sequence_length, FLAGS.batch_size,
       optimization().steps, optimization().learning_rate, optimization().warmup_steps,
       FLAGS.mask_rate, FLAGS.mask_random + FLAGS.mask_same)
