@@ -233,7 +233,7 @@ class Plan:
 
 def make_plan(data: Data, config: RobertaPreLayerNormConfig) -> Plan:
     """Counts from the data what flags leave open."""
-    from prelnroberta.optimizer import adamw
+    from prelnroberta import optimizer as optimizers
 
     epoch = math.ceil(len(data.train.lengths) / FLAGS.batch_size)
     steps = FLAGS.steps or math.ceil(FLAGS.epochs * epoch)
@@ -241,7 +241,7 @@ def make_plan(data: Data, config: RobertaPreLayerNormConfig) -> Plan:
     if warmup is None:
         warmup = math.ceil(FLAGS.warmup_ratio * steps)
     settings = flags.optimization(steps=steps, warmup_steps=warmup)
-    optimizer = adamw(settings, config, data.task.model)
+    optimizer = optimizers.make(settings, config, data.task.model)
     return Plan(epoch, settings, optimizer, loss_settings(data))
 
 
@@ -372,6 +372,7 @@ def run(
                     tokens_per_step=tokens,
                     objective=lambda metrics: -worth(metrics),
                     enough=enough,
+                    fixed_shapes=len(data.buckets) == 1,
                 )
         if stopped is None:
             best = max((s for s in checkpoints.kept() if s in worths), key=worths.get)

@@ -55,6 +55,15 @@ def _run() -> None:
     flags.DEFINE_integer("eval_every", 500, "Steps between evaluations; each one is saved.")
     flags.DEFINE_integer("save_every", 500, "Steps between checkpoints.")
     flags.DEFINE_integer("keep_checkpoints", 2, "Latest checkpoints kept, besides the best.")
+    flags.DEFINE_bool(
+        "set_damaged_aside", False, "Go on from the step before a damaged checkpoint, not refuse."
+    )
+    flags.DEFINE_enum(
+        "failed_save",
+        "stop",
+        ["stop", "continue"],
+        "What to do when a checkpoint cannot be written, on a full disk for one.",
+    )
 
 
 def _corpus() -> None:
@@ -134,6 +143,9 @@ def _fast_start() -> None:
 
 def _optimization() -> None:
     flags.DEFINE_integer("steps", 10_000, "Optimizer steps in all.")
+    flags.DEFINE_enum(
+        "optimizer", "adamw", ["adamw", "lamb"], "lamb: for batches of tens of thousands of rows."
+    )
     flags.DEFINE_float("learning_rate", 1e-3, "Peak learning rate.")
     flags.DEFINE_integer("warmup_steps", 500, "Steps of linear warm-up.")
     flags.DEFINE_enum(
@@ -188,6 +200,15 @@ def _scale() -> None:
     flags.DEFINE_string("coordinator", None, "address:port of host 0, for hosts started by hand.")
     flags.DEFINE_integer("hosts", None, "How many there are, with --coordinator.")
     flags.DEFINE_integer("host", None, "Which of them this is, from 0, with --coordinator.")
+    flags.DEFINE_string(
+        "rehearse",
+        None,
+        "Compile the step for this TPU slice, as v5e:16x16, tell what it would need, and stop.",
+    )
+    flags.DEFINE_string("compilation_cache_dir", None, "Where compiled programs are kept.")
+    flags.DEFINE_list(
+        "profile_steps", [], "First and last step to trace, as 10,15, for xprof or Perfetto."
+    )
     flags.DEFINE_integer(
         "lost_after_seconds", 100, "A host silent for so long is lost, and ends the others."
     )
@@ -396,13 +417,24 @@ _GROUPS: dict[str, Callable[[], None]] = {
     "export": _export,
 }
 # How this start of the program is run; no part of the settings that a run is known by.
-_LAUNCH = {"multihost", "coordinator", "hosts", "host", "lost_after_seconds"}
+_LAUNCH = {
+    "multihost",
+    "coordinator",
+    "hosts",
+    "host",
+    "lost_after_seconds",
+    "rehearse",
+    "compilation_cache_dir",
+    "profile_steps",
+}
 # What may change between the parts of a resumed run: it changes no number of it, or, as the mesh,
 # their rounding alone.
 _FREE = {
     "run_dir",
     "cache_dir",
     "keep_checkpoints",
+    "set_damaged_aside",
+    "failed_save",
     "parallelism",
     "mesh_data",
     "mesh_fsdp",
@@ -447,6 +479,18 @@ def launch(main: Callable[[], int | None]) -> None:
         except BrokenPipeError:  # `| head`: whoever reads has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
+        except RuntimeError as error:
+            from prelnroberta import hosts
+
+            if not hosts.is_lost_host(error):
+                raise
+            print(
+                "error: another host of this job is gone: start all of them again with the same "
+                "command, and they go on from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+            hosts.leave(hosts.TRY_AGAIN)
         except OSError as error:
             if error.errno not in _MACHINE_ERRORS:
                 raise
@@ -548,6 +592,13 @@ def check_masking() -> None:
 
     V = 1 << 10
     evaluation_masking(masking(V, np.zeros(V, bool)))
+
+
+def masked_slots(vocab_size: int) -> int:
+    """M, how many positions a row of --sequence_length has room to mask."""
+    import numpy as np
+
+    return masking(vocab_size, np.zeros(vocab_size, bool)).slots(FLAGS.sequence_length)
 
 
 def evaluation_masking(masking: Masking) -> Masking:
@@ -656,9 +707,30 @@ def execution() -> Execution:
     return Execution(dtype=jnp.dtype(FLAGS.dtype), remat=FLAGS.remat, scan_layers=FLAGS.scan_layers)
 
 
+def profile_steps() -> tuple[int, int] | None:
+    """--profile_steps"""
+    if not FLAGS.profile_steps:
+        return None
+    try:
+        first, last = (int(step) for step in FLAGS.profile_steps)
+    except ValueError:
+        first, last = 0, 0
+    if not 1 <= first <= last:
+        raise InputError(
+            f"--profile_steps={','.join(FLAGS.profile_steps)}, expected a first and a last step, "
+            "as 10,15"
+        )
+    return first, last
+
+
 def start_hosts() -> None:
     """--multihost, --coordinator, --hosts, --host: joins the job, if there is one to join. Of
-    several hosts the first alone prints."""
+    several hosts the first alone prints. --compilation_cache_dir, too, is set here, before
+    anything is compiled."""
+    if FLAGS.compilation_cache_dir:
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", FLAGS.compilation_cache_dir)
     by_hand = [FLAGS.coordinator, FLAGS.hosts, FLAGS.host]
     if any(x is not None for x in by_hand) and None in by_hand:
         raise InputError("--coordinator, --hosts and --host belong together: give all three")
@@ -673,13 +745,17 @@ def start_hosts() -> None:
 
 
 def layout(
-    config: RobertaPreLayerNormConfig, model: str, batch_size: int, accumulate: int
+    config: RobertaPreLayerNormConfig,
+    model: str,
+    batch_size: int,
+    accumulate: int,
+    devices: list[Any] | None = None,
 ) -> Layout:
-    """--parallelism and the mesh, on the devices there are, checked against the model and batch.
-    Prints what it is."""
+    """--parallelism and the mesh, on the devices there are or those given, checked against the
+    model and batch. Prints what it is."""
     from prelnroberta.sharding import Layout
 
-    made = Layout(parallelism(), config, model)
+    made = Layout(parallelism(), config, model, devices)
     made.check_batch(batch_size, accumulate)
     print("\n".join([made.describe(), *made.notes]), flush=True)
     return made

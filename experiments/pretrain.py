@@ -47,8 +47,11 @@ def main() -> int:
 
     run_dir = Path(FLAGS.run_dir)
     flags.start_hosts()
+    config = check_settings()
+    if FLAGS.rehearse:
+        return rehearse(config)
     with hosts.first_before_others("claim"):
-        config = check_settings(run_dir)
+        check_run(run_dir)
         if (run_dir / "model" / "config.json").exists():  # the last file that a run writes
             print(f"{run_dir} is complete: {FLAGS.steps:,} of {FLAGS.steps:,} steps")
             print(use(run_dir))
@@ -62,7 +65,38 @@ def main() -> int:
         return run(run_dir, tokenizer, config, layout, params, loader, validation_rows, files[0])
 
 
-def check_settings(run_dir: Path) -> RobertaPreLayerNormConfig:
+def rehearse(config: RobertaPreLayerNormConfig) -> int:
+    """--rehearse"""
+    from experiments import rehearse as program
+    from prelnroberta import optimizer as optimizers
+
+    L, M = FLAGS.sequence_length, flags.masked_slots(config.vocab_size)
+    rows = dict.fromkeys(("input_ids", "segment_ids", "position_ids"), ((L,), "int32"))
+    rows |= dict.fromkeys(("masked_positions", "masked_labels"), ((M,), "int32"))
+    rows |= {"masked_weights": ((M,), "float32")}
+    optimizer = optimizers.make(flags.optimization(), config)
+    return program.rehearse(config, scoring(config), optimizer, rows, flops_per_row(config))
+
+
+def flops_per_row(config: RobertaPreLayerNormConfig) -> int:
+    """Of a forward pass: the head and the last block work at the masked positions alone."""
+    slots = flags.masked_slots(config.vocab_size)
+    return config.forward_flops(FLAGS.sequence_length, slots)
+
+
+def scoring(config: RobertaPreLayerNormConfig) -> ScoreFn:
+    """The masked-LM loss as steps and evaluations take it."""
+    from prelnroberta.heads import MaskedLM, masked_lm_scores
+
+    module = MaskedLM(config, flags.execution())
+
+    def score(params: Tree, batch: dict, dropout_keys: Any) -> Any:
+        return masked_lm_scores(module, params, batch, dropout_keys)
+
+    return score
+
+
+def check_settings() -> RobertaPreLayerNormConfig:
     """Refuses whatever flags alone can get wrong, before any work; returns the architecture."""
     flags.positive(
         "log_every", "eval_every", "eval_rows", "save_every", "keep_checkpoints", "batch_size"
@@ -90,11 +124,16 @@ def check_settings(run_dir: Path) -> RobertaPreLayerNormConfig:
 
         check_length(config, FLAGS.sequence_length)
     config.check_length(FLAGS.sequence_length, f"--sequence_length={FLAGS.sequence_length}: a row")
+    flags.profile_steps()
+    return config
+
+
+def check_run(run_dir: Path) -> None:
+    """Refuses a folder that is no place for a new run, and none of these settings."""
     if (run_dir / "flags.txt").exists():
         flags.check_same_settings(run_dir / "flags.txt")
     else:
         flags.check_room(run_dir)
-    return config
 
 
 def given_params() -> Tree | None:
@@ -202,21 +241,18 @@ def run(
     import jax
 
     from experiments.report import NoReport, Report, duration
-    from experiments.training import Cadence, train
+    from experiments.training import Cadence, resume, train
     from prelnroberta import hosts
+    from prelnroberta import optimizer as optimizers
     from prelnroberta import params as parameters
     from prelnroberta.checkpoint import Checkpoints
     from prelnroberta.fast_start import fast_start
-    from prelnroberta.heads import MaskedLM, masked_lm_scores
-    from prelnroberta.optimizer import adamw, learning_rate
+    from prelnroberta.optimizer import learning_rate
     from prelnroberta.train import TrainState, parallel, train_step
 
     settings = flags.optimization()
-    module = MaskedLM(config, flags.execution())
-    optimizer = adamw(settings, config)
-
-    def score(params: parameters.Tree, batch: dict, dropout_keys: jax.Array | None) -> Any:
-        return masked_lm_scores(module, params, batch, dropout_keys)
+    score = scoring(config)
+    optimizer = optimizers.make(settings, config)
 
     def new_state() -> TrainState:
         new = parameters.init(config, jax.random.key(FLAGS.seed))
@@ -232,7 +268,7 @@ def run(
         given = layout.put(params)
         state = layout.born(lambda given: TrainState.create(given, optimizer), given)
     if checkpoints.latest() is not None:
-        state, _ = checkpoints.restore(state)
+        state = resume(checkpoints, state, FLAGS.set_damaged_aside)
         print(
             f"resuming {run_dir} at step {int(state.step):,} of {settings.steps:,}, bit for bit: "
             "data order, masks, dropout, optimizer and reports go on as if it had never stopped"
@@ -243,11 +279,12 @@ def run(
     rows = layout.rows(loader.batch_size)
     step = parallel(train_step(score, optimizer, FLAGS.seed, FLAGS.accumulate), layout)
     step = step.lower(state, layout.place(loader.batch(start, rows))).compile()
+    compile_seconds = time.monotonic() - begin
     print(
         f"{parameters.parameter_count(config):,} parameters, {len(loader.source):,} rows of "
         f"{FLAGS.sequence_length} tokens ({loader.source.fill:.0%} full), "
         f"{settings.steps * loader.batch_size / len(loader.source):.1f} epochs; "
-        f"compiled in {time.monotonic() - begin:.1f} s",
+        f"compiled in {compile_seconds:.1f} s",
         flush=True,
     )
     report = Report(run_dir, settings.steps, start) if hosts.is_first() else NoReport()
@@ -267,6 +304,10 @@ def run(
                 checkpoints=checkpoints,
                 validate=validation(score, layout, loader, validation_rows, train_files),
                 learning_rate=learning_rate(settings),
+                flops_per_step=3 * loader.batch_size * flops_per_row(config),
+                compile_seconds=compile_seconds,
+                failed_save=FLAGS.failed_save,
+                profile_steps=flags.profile_steps(),
                 tokens_per_step=loader.batch_size * FLAGS.sequence_length * loader.source.fill,
             )
     finally:

@@ -1,18 +1,21 @@
 """Checkpoints of a training state: asynchronous, whole or not at all, and verified when read.
 
-orbax writes them; a step's directory appears by one rename and goes by another, so a killed process
-leaves either a complete step or none. orbax alone would load a flipped byte without a word
-(measured, 6 times in 6), so every checkpoint carries a manifest of each leaf's shape, dtype and
-checksum.
+orbax writes them, every host its own part; a step's directory appears by one rename and goes by
+another, so a killed process leaves either a complete step or none. orbax alone would load a flipped
+byte without a word (measured, 6 times in 6), so every checkpoint carries a manifest of each leaf's
+shape, dtype and digest. A digest is a sum over elements, the same however a leaf is cut over
+devices and hosts: what one mesh saved, another verifies.
 
     <directory>/<step>/params      the parameter tree, alone, for whoever needs no optimizer
     <directory>/<step>/training    step, optimizer state and report window
     <directory>/<step>/manifest    leaves, and the caller's own JSON (`extra`)
     <directory>/removed            steps no longer kept, until the next save
+    <directory>/damaged            steps that were set aside
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -22,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from prelnroberta.errors import InputError
@@ -31,10 +35,15 @@ from prelnroberta.train import TrainState
 # orbax empties a directory file by file: a process killed meanwhile would leave part of a step in
 # its place. It renames into this one instead, and we delete there.
 _REMOVED = "removed"
+_DAMAGED = "damaged"
 
 
 class CheckpointError(InputError):
     """A checkpoint could not be written or read; the message says which and what still stands."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """What is on the disk is not what was saved."""
 
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:
@@ -52,22 +61,29 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, keep: int = 2):
         import orbax.checkpoint as ocp
-        from orbax.checkpoint import checkpoint_managers as policies
 
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_is_not_orbax)
         self.directory = Path(directory).absolute()
         self._ocp = ocp
+        self._keep = keep
+        self._manager = self._open()
+
+    def _open(self) -> Any:
+        from orbax.checkpoint import checkpoint_managers as policies
+
+        ocp = self._ocp
         best = policies.BestN(
             n=1,
             get_metric_fn=lambda metrics: metrics["loss"],
             reverse=True,
             keep_checkpoints_without_metrics=False,
         )
-        self._manager = ocp.CheckpointManager(
+        latest = policies.LatestN(self._keep)
+        return ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+                preservation_policy=policies.AnyPreservationPolicy([latest, best]),
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,
                 todelete_subdir=_REMOVED,
@@ -90,7 +106,8 @@ class Checkpoints:
             loss: validation loss at this step, if it is known: the lowest is kept for good.
 
         Raises:
-            CheckpointError: if this write or the one before it failed, on a full disk for one.
+            CheckpointError: if this write or the one before it failed, on a full disk for one. The
+                next call tries anew.
         """
         ocp, step = self._ocp, int(state.step)
         if step == self.latest():
@@ -126,8 +143,10 @@ class Checkpoints:
         """Reads a step (the latest by default) into the structure and shardings of `like`.
 
         Raises:
-            CheckpointError: naming each leaf that is missing, unexpected, of another shape or
-                dtype, or whose bytes are not those that were saved.
+            CheckpointError: naming each leaf that is missing, unexpected, or of another shape or
+                dtype.
+            DamagedCheckpoint: naming each leaf whose values are not those that were saved, or what
+                could not be read at all.
         """
         ocp = self._ocp
         step = self.latest() if step is None else step
@@ -167,9 +186,16 @@ class Checkpoints:
         found = _describe({"params": values["params"], "training": values["training"]})
         changed = [path for path, leaf in leaves.items() if found[path] != leaf]
         if changed:
-            raise _damaged(where, ValueError(f"checksum of {', '.join(changed)}"))
+            raise _damaged(where, ValueError(f"digest of {', '.join(changed)}"))
         state = TrainState(params=values["params"], **values["training"])
         return state, manifest["extra"]
+
+    def set_aside(self, step: int) -> None:
+        """Moves a damaged step out of the way: the one before it is the latest from now on."""
+        (self.directory / _DAMAGED).mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another host was faster
+            (self.directory / str(step)).rename(self.directory / _DAMAGED / str(step))
+        self._manager.reload()
 
     def _empty_removed(self) -> None:
         if jax.process_index() == 0:
@@ -183,6 +209,8 @@ class Checkpoints:
             reason = _system_error(error)
             if reason is None:
                 raise
+            # orbax would tell of the same failure again and again.
+            self._manager = self._open()
             step = self.latest()
             stands = "no checkpoint stands yet" if step is None else f"that of step {step} is whole"
             raise CheckpointError(
@@ -218,26 +246,45 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _describe(tree: Any) -> dict[str, dict[str, Any]]:
-    """path -> shape, dtype and CRC-32 of the bytes, for every leaf."""
+    """path -> shape, dtype and digest, for every leaf."""
+    leaves = _named(tree)
+    digests = jax.device_get(_digests(leaves))
     return {
-        path: {
-            "shape": list(leaf.shape),
-            "dtype": str(leaf.dtype),
-            "crc32": zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)),
-        }
-        for path, leaf in _named(tree).items()
+        path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "digest": int(digests[path])}
+        for path, leaf in leaves.items()
     }
+
+
+@jax.jit
+def _digests(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: _digest(leaf) for path, leaf in leaves.items()}
+
+
+def _digest(x: jax.Array) -> jax.Array:
+    """[] uint32: the sum of each element's bits, times an odd number drawn from its place.
+
+    Whatever one element is changed to, the sum changes, as its factor has no divisor in common with
+    2^32; changes of several go unseen once in 2^32. The numbers are murmur3's finalizer of the
+    index (Appleby, 2011).
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        place = (place ^ (place >> shift)) * np.uint32(factor)
+    return (bits.astype(jnp.uint32) * (place ^ (place >> 16) | 1)).sum(dtype=jnp.uint32)
 
 
 def _json_checksum(value: Any) -> int:
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
-def _damaged(where: str, error: Exception) -> CheckpointError:
+def _damaged(where: str, error: Exception) -> DamagedCheckpoint:
     reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    return CheckpointError(
-        f"{where}: the checkpoint is damaged ({reason}); move that directory away and run again to "
-        "go on from the one before it"
+    return DamagedCheckpoint(
+        f"{where}: the checkpoint is damaged ({reason}); move that directory away, or run with "
+        "--set_damaged_aside, to go on from the one before it"
     )
 
 

@@ -127,6 +127,10 @@ def is_lost_host(error: BaseException) -> bool:
     )
 
 
+# What a launcher starts again (sysexits.h: EX_TEMPFAIL).
+TRY_AGAIN = 75
+
+
 def leave(code: int) -> None:
     """Ends this process at once: jax's own end waits for hosts that are not there any more."""
     os._exit(code)

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Two processes of four virtual CPU devices on this machine: what a pod does, in small.
+#   RUN=runs/two ./experiments/pods/two_processes.sh --preset=tiny --steps=20 --mesh_fsdp=2
+set -uo pipefail
+: "${RUN:=runs/two}" "${PORT:=9911}"
+
+export JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=4
+for host in 0 1; do
+  .venv/bin/python -m experiments.pretrain --coordinator="localhost:$PORT" --hosts=2 --host=$host \
+    --run_dir="$RUN" "$@" &
+done
+code=0
+for job in $(jobs -p); do wait "$job" || code=$?; done
+exit $code
