@@ -1,13 +1,19 @@
 """Length buckets: few shapes, nothing lost, an order that follows from the seed and the step."""
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import prelnroberta
+from prelnroberta import heads
 from prelnroberta.data.bucketing import (
+    IGNORE,
     NOTHING,
     TrainingBatches,
     bucket_lengths,
@@ -149,16 +155,18 @@ def test_every_pool_and_epoch_turns_its_batches_differently():
 
 
 @settings(max_examples=100, deadline=None)
-@given(LENGTHS, st.integers(1, 5), st.integers(1, 300))
-def test_evaluation_gives_every_result_back_in_order(lengths, count, tokens):
+@given(LENGTHS, st.integers(1, 5), st.integers(1, 300), st.integers(1, 3))
+def test_evaluation_gives_every_result_back_in_order(lengths, count, tokens, multiple):
     features = Rows(lengths)
     buckets = bucket_lengths(features.lengths, count)
     shapes = set()
     results = []
     fillers = 0
-    for indices, batch in evaluation_batches(features, buckets, tokens):
+    for indices, batch in evaluation_batches(features, buckets, tokens, multiple):
         length = int(batch["length"][0])
-        assert len(indices) == max(1, tokens // length)
+        assert len(indices) % multiple == 0 and len(indices) > 0
+        assert len(indices) == multiple or len(indices) * length <= tokens
+        assert (len(indices) + multiple) * length > tokens, "as many as there may be"
         shapes.add((len(indices), length))
         fillers += int((indices == NOTHING).any())
         results.append((indices, np.where(indices == NOTHING, -7, indices * 10)))
@@ -185,3 +193,15 @@ def test_padding():
     rows = [np.array([1, 2]), np.array([3])]
     expected = [[3, 9, 9], [9, 9, 9], [1, 2, 9]]
     assert padded(rows, np.array([1, NOTHING, 0]), 3, 9).tolist() == expected
+
+
+def test_data_and_metrics_load_no_jax():
+    """Whoever prepares data needs numpy and tokenizers; the ignored label is one all the same."""
+    package = Path(prelnroberta.__file__).parent
+    names = [f"prelnroberta.data.{path.stem}" for path in package.glob("data/[a-z]*.py")]
+    names += [f"prelnroberta.{name}_metrics" for name in ("task", "entity", "squad")]
+    code = f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
+    code += "print(sorted({'jax', 'flax', 'tokenizers', 'scipy', 'sklearn'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert heads.IGNORE == IGNORE

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from support import corpus_file
+from tokenizers import Tokenizer
 
 from prelnroberta.data.bad_rows import BadRows
 from prelnroberta.data.blocks import Blocks, token_stream
@@ -77,7 +78,35 @@ def test_texts_and_pairs_as_transformers(tokenizer, theirs, max_length):
         full = [len(ids) for ids in theirs(firsts, pairs)["input_ids"]]
         assert features.truncated == sum(length > max_length for length in full)
         assert features.labels is None and "labels" not in features.batch(np.array([0]), 512)
-    assert tokenizer.truncation is None, "the caller's tokenizer is left alone"
+
+
+def test_what_the_callers_tokenizer_pads_or_cuts_is_not_read_and_stays(tokenizer):
+    before = tokenizer.encode("one").ids
+    other = Tokenizer.from_str(tokenizer.to_str())
+    other.enable_truncation(5)
+    other.enable_padding(pad_id=PAD_ID, pad_token="<pad>", length=9)
+    examples = [TextExample("f:1", "one two three four five"), TextExample("f:2", "a", "b c d")]
+    found = text_features(examples, other, 512).input_ids
+    same_ids(found, [ids.tolist() for ids in text_features(examples, tokenizer, 512).input_ids])
+    words = [Sentence("f:1", ["one"] * 9, None)]
+    same_ids(
+        token_features(words, other, 64).input_ids,
+        [ids.tolist() for ids in token_features(words, tokenizer, 64).input_ids],
+    )
+    assert other.truncation["max_length"] == 5 and other.padding["length"] == 9
+    assert tokenizer.encode("one").ids == before, "no space before the first word"
+
+
+def test_a_text_that_spells_pads_out_is_seen(tokenizer, theirs):
+    features = text_features(
+        [TextExample("f:1", "a <pad> b"), TextExample("f:2", "a")], tokenizer, 16
+    )
+    batch = features.batch(np.array([0, 1, -1]), 16)
+    expected = theirs(["a <pad> b", "a", ""], padding="max_length", max_length=16)
+    assert PAD_ID in features.input_ids[0]
+    np.testing.assert_array_equal(batch["attention_mask"][:2], expected["attention_mask"][:2])
+    np.testing.assert_array_equal(batch["input_ids"][:2], expected["input_ids"][:2])
+    assert not batch["attention_mask"][2].any()
 
 
 def test_labels_of_every_kind(tokenizer):
@@ -117,6 +146,8 @@ def test_labels_outside_the_map_are_named_and_counted(tokenizer):
                 8,
                 REGRESSION,
             )
+    with pytest.raises(InputError, match="max_length=3: expected 4 or more"):
+        text_features([TextExample("f:1", "a")], tokenizer, 3)
     with pytest.raises(InputError, match="no examples left"):
         text_features([], tokenizer, 8)
     with pytest.raises(InputError, match="label 'q' is not among"):
@@ -206,6 +237,21 @@ def test_each_word_is_answered_where_it_has_most_context(tokenizer):
     assert (np.minimum(middle, 11 - middle) >= 3).all(), "not at the edges of a row"
 
 
+def test_a_sentence_of_25000_characters_loses_no_word(tokenizer):
+    words = np.random.default_rng(0).choice([w for w in WORDS if w.strip()], 5000).tolist()
+    tags = np.random.default_rng(1).choice(TAGS, 5000).tolist()
+    features = token_features([Sentence("f:1", words, tags)], tokenizer, 64, TAGS)
+    assert max(features.lengths) == 64 and len(" ".join(words)) > 25_000
+    (found,) = features.by_word(features.labels)
+    assert [TAGS[i] for i in found] == tags
+
+
+def test_tags_by_number_get_their_names(tokenizer):
+    numbered = [Sentence("f:1", ["a", "b"], ["2", "0"])]
+    features = token_features(numbered, tokenizer, 16, TAGS)
+    assert features.examples[0].tags == ["I-x", "O"]
+
+
 def test_unknown_tags_and_impossible_strides(tokenizer):
     given = [Sentence("f:1", ["a"], ["B-x"]), Sentence("f:2", ["a", "b"], ["O", "B-q"])]
     with pytest.raises(InputError, match=r"1 of 2 rows are bad: f:2: word 1: label 'B-q' is not"):
@@ -213,7 +259,7 @@ def test_unknown_tags_and_impossible_strides(tokenizer):
     bad = BadRows(skip=True)
     assert len(token_features(given, tokenizer, 16, TAGS, bad=bad).examples) == 1 and bad.bad
     with pytest.raises(InputError, match="stride=14"):
-        token_features(given, tokenizer, 16, TAGS, stride=14)
+        token_features(given[:1], tokenizer, 16, TAGS, stride=14)
 
 
 def test_entities_have_their_words_and_scores():

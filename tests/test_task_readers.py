@@ -94,7 +94,7 @@ def test_csv_quotes_enclose_anything(write):
             st.text(st.characters(exclude_characters="\r\0", exclude_categories=["Cs"])),
             min_size=3,
             max_size=3,
-        ).filter(lambda row: any(cell.strip() for cell in row)),
+        ),
         min_size=1,
         max_size=5,
     )
@@ -105,6 +105,15 @@ def test_csv_gives_back_what_was_written(tmp_path_factory, rows):
         csv.writer(file).writerows([["a", "b", "c"], *rows])
     found = read_table(path, ["a", "b", "c"])
     assert [list(record.values.values()) for record in found] == rows
+
+
+def test_a_row_of_empty_cells_is_a_row(write):
+    for name, row in (("a.csv", ","), ("a.tsv", "\t")):
+        path = write(name, lines("text,label".replace(",", row), row, "", f"a{row}b"))
+        assert [list(r.values.values()) for r in read_table(path, ["text", "label"])] == [
+            ["", ""],
+            ["a", "b"],
+        ]
 
 
 def test_long_fields_are_read_and_the_process_is_left_alone(write):
@@ -322,12 +331,13 @@ def test_sentences_as_json_lines(write):
             {"tokens": [], "ner_tags": []},
             {"tokens": ["a", ""], "ner_tags": ["O", "O"]},
             {"tokens": "a b", "ner_tags": ["O", "O"]},
+            {"tokens": ["\ud800"], "ner_tags": ["O"]},
         ),
     )
     bad = BadRows(skip=True)
     found = read_sentences(path, bad=bad)
     assert found.scheme == "IOB1" and found.examples[0].tags == ["B-ORG", "O"]
-    assert bad.total == 5 and len(bad.bad) == 4
+    assert bad.total == 6 and len(bad.bad) == 5
     assert bad.bad[f"{path}:2"] == "expected 2 tags under 'ner_tags', found 1 tags"
     numbers = write("b.jsonl", json_lines({"tokens": ["a", "b"], "ner_tags": [0, 3]}))
     assert read_sentences(numbers).examples[0].tags == ["0", "3"]
@@ -531,3 +541,58 @@ def test_text_files_are_a_text_a_line(write):
     assert [e.text for e in read_examples(path, text="text")] == ['one\ttab, "quote', " two "]
     assert len(read_examples(path, text=0)) == 2
     assert "no column 'label'" in refused(read_examples, path, text="text", label="label")
+
+
+# ---------------------------------------------------------------------------------------------
+# Anything at all.
+
+KEYS = ["text", "label", "tokens", "ner_tags", "question", "context", "answers", "id", "sent1"]
+KEYS += ["sent2", "endings", "ending0", "ending1", "answer_start", "data", "paragraphs", "qas"]
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=6)
+    ),
+    max_leaves=20,
+)
+CONTENTS = (
+    st.binary(max_size=80)
+    | st.text('ab,"\t\n\r |-OBI1.#{}[]:\ufeff', max_size=80).map(str.encode)
+    | st.lists(JSON_VALUES, max_size=4).map(
+        lambda rows: json_lines(*map(json.dumps, rows)).encode()
+    )
+    | JSON_VALUES.map(lambda value: json.dumps({"data": [value, value]}).encode())
+)
+READERS = {
+    ".csv": lambda path, bad: read_examples(path, 0, label=1, bad=bad),
+    ".tsv": lambda path, bad: read_examples(path, "a", label="b", bad=bad),
+    ".txt": lambda path, bad: read_examples(path, 0, bad=bad),
+    ".jsonl": lambda path, bad: read_examples(path, "text", label="label", bad=bad),
+    "words.jsonl": lambda path, bad: read_sentences(path, bad=bad).examples,
+    ".conll": lambda path, bad: read_sentences(path, bad=bad).examples,
+    ".conllu": lambda path, bad: read_sentences(path, bad=bad).examples,
+    ".json": lambda path, bad: read_questions(path, bad=bad),
+    "asked.jsonl": lambda path, bad: read_questions(path, bad=bad),
+    "mc.jsonl": lambda path, bad: read_choices(path, bad=bad),
+    "mc.csv": lambda path, bad: read_choices(path, bad=bad),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_whatever_a_file_holds_each_row_is_read_or_named(name, tmp_path_factory):
+    path = tmp_path_factory.mktemp("any") / f"file{name}"
+
+    @settings(max_examples=80, deadline=None)
+    @given(CONTENTS)
+    def check(content):
+        path.write_bytes(content)
+        bad = BadRows(skip=True)
+        try:
+            found = READERS[name](path, bad)
+        except InputError as error:
+            assert str(path) in str(error)
+            return
+        assert len(found) + len(bad.bad) == bad.total > 0, "lost, or counted twice"
+        assert all(str(path) in place for place in bad.bad)
+
+    check()

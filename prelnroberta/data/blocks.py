@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from prelnroberta.data.bucketing import NOTHING, padded
-from prelnroberta.data.encoding import copied, encodings
+from prelnroberta.data.bucketing import IGNORE, NOTHING, padded, row_batch
+from prelnroberta.data.encoding import token_ids
 from prelnroberta.data.loader import Batch
 from prelnroberta.data.packing import Row
-from prelnroberta.data.tokenizer import PAD_ID
+from prelnroberta.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
 from prelnroberta.errors import InputError
-from prelnroberta.heads import IGNORE
 
 if TYPE_CHECKING:
     import tokenizers
@@ -37,13 +36,11 @@ def token_stream(documents: Iterable[str], tokenizer: tokenizers.Tokenizer) -> n
     Raises:
         InputError: no text at all.
     """
-    parts = [
-        np.array(encoding.ids, np.int32)
-        for encoding in encodings(copied(tokenizer), (text for text in documents if text.strip()))
-    ]
+    texts = (text for text in documents if text.strip())
+    parts = [part for ids in token_ids(tokenizer, texts) for part in ([BOS_ID], ids, [EOS_ID])]
     if not parts:
         raise InputError("no text: every document is empty; give other files")
-    return np.concatenate(parts)
+    return np.concatenate(parts, dtype=np.int32)
 
 
 class Blocks:
@@ -99,14 +96,9 @@ class Blocks:
     def batch(self, indices: np.ndarray, length: int) -> Batch:
         """The module's batch of the rows at `indices` [B] for a causal model; -1 fills up."""
         rows = {int(index): self._tokens(index) for index in indices if index != NOTHING}
-        input_ids = padded(rows, indices, length, PAD_ID)
-        labels = padded(rows, indices, length, IGNORE)
+        batch = row_batch(rows, indices, length)
+        batch["labels"] = labels = padded(rows, indices, length, IGNORE)
         if self.overlap:
             # The first row has no predecessor; its first token is dropped by the shift.
             labels[np.asarray(indices) > 0, : self.overlap] = IGNORE
-        return {
-            "input_ids": input_ids,
-            "attention_mask": (input_ids != PAD_ID).astype(np.int32),
-            "labels": labels,
-            "weights": (np.asarray(indices) != NOTHING).astype(np.float32),
-        }
+        return batch

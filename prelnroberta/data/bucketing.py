@@ -11,15 +11,18 @@ nowhere.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from prelnroberta.data.loader import Batch, Prefetch, permute
+from prelnroberta.data.tokenizer import PAD_ID
 from prelnroberta.errors import InputError
 
 NOTHING = -1  # the index of a row that only fills a batch up
+IGNORE = -100  # the label of what does not count: that of `heads`, without loading jax for it
 
 _ALL = slice(None)
 
@@ -45,6 +48,21 @@ def padded(
             row = rows[index]
             out[i, : len(row)] = row
     return out
+
+
+def row_batch(rows: Sequence[np.ndarray], indices: np.ndarray, length: int) -> Batch:
+    """Token ids `rows` at `indices` [B] as what every task's batch begins with.
+
+    Returns:
+        input_ids, attention_mask int32 [B, length]; weights float32 [B], 0 where index is -1.
+    """
+    sizes = np.array([0 if index == NOTHING else len(rows[index]) for index in indices])
+    return {
+        "input_ids": padded(rows, indices, length, PAD_ID),
+        # By length: a text may spell <pad> out.
+        "attention_mask": (np.arange(length) < sizes[:, None]).astype(np.int32),
+        "weights": (np.asarray(indices) != NOTHING).astype(np.float32),
+    }
 
 
 def bucket_lengths(lengths: np.ndarray, count: int = 6, multiple: int = 8) -> tuple[int, ...]:
@@ -128,6 +146,8 @@ class TrainingBatches:
         self.buckets = tuple(buckets)
         self.pool = pool
         self._lengths = np.asarray(features.lengths)
+        # Kept for the steps that follow; what it holds is a function of its arguments.
+        self._drawn = functools.lru_cache(maxsize=2)(self._draw)
         self.steps_per_epoch = -(-len(self._lengths) // batch_size)
         if not self.steps_per_epoch:
             raise InputError("no examples to train on")
@@ -135,45 +155,54 @@ class TrainingBatches:
 
     def indices(self, step: int) -> np.ndarray:
         """int64 [B]: the examples of a batch, -1 where an epoch's last one is not full."""
-        B, n = self.batch_size, len(self._lengths)
         epoch, within = divmod(step, self.steps_per_epoch)
-        drawn, turn = divmod(within, self.pool)
-        start = drawn * self.pool * B
-        examples = permute(np.arange(start, min(start + self.pool * B, n)), n, self.seed, epoch)
-        if self.pool > 1:
-            examples = examples[np.argsort(self._lengths[examples], kind="stable")]
-            batches = -(-len(examples) // B)
-            # Without this every pool would go from its shortest batch to its longest.
-            turn = np.random.Generator(
-                np.random.Philox(
-                    key=np.array([self.seed, 1], np.uint64),
-                    counter=np.array([0, 0, drawn, epoch], np.uint64),
-                )
-            ).permutation(batches)[turn]
-        chosen = examples[turn * B : (turn + 1) * B]
-        return np.concatenate([chosen, np.full(B - len(chosen), NOTHING)])
+        pool, turn = divmod(within, self.pool)
+        return self._drawn(epoch, pool)[turn]
 
-    def batch(self, step: int, rows: slice = _ALL) -> Batch:
+    def _draw(self, epoch: int, pool: int) -> np.ndarray:
+        """int64 [batches, B]: a pool's batches, in turn."""
+        B, n = self.batch_size, len(self._lengths)
+        start = pool * self.pool * B
+        examples = permute(np.arange(start, min(start + self.pool * B, n)), n, self.seed, epoch)
+        missing = np.full(-len(examples) % B, NOTHING)
+        if self.pool == 1:
+            return np.concatenate([examples, missing]).reshape(-1, B)
+        examples = examples[np.argsort(self._lengths[examples], kind="stable")]
+        batches = np.concatenate([examples, missing]).reshape(-1, B)
+        # Without this every pool would go from its shortest batch to its longest.
+        generator = np.random.Generator(
+            np.random.Philox(
+                key=np.array([self.seed, 1], np.uint64),
+                counter=np.array([0, 0, pool, epoch], np.uint64),
+            )
+        )
+        return batches[generator.permutation(len(batches))]
+
+    def batch(self, step: int, rows: slice | np.ndarray = _ALL) -> Batch:
         """Batch `step`, or the part of it that `rows` selects (a host's share)."""
         indices = self.indices(step)
         longest = int(self._lengths[indices[indices != NOTHING]].max())
         return self.features.batch(indices[rows], bucket_of(longest, self.buckets))
 
-    def prefetch(self, start_step: int, depth: int = 2, rows: slice = _ALL) -> Prefetch:
+    def prefetch(
+        self, start_step: int, depth: int = 2, rows: slice | np.ndarray = _ALL
+    ) -> Prefetch:
         """Batches from `start_step` on, made ahead by a thread; close it when done."""
         return Prefetch(lambda step: self.batch(step, rows), start_step, depth)
 
 
 def evaluation_batches(
-    features: Features, buckets: Sequence[int], tokens: int
+    features: Features, buckets: Sequence[int], tokens: int, multiple: int = 1
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """Every example once, shortest bucket first: (indices int [B], -1 where filled up; the batch).
 
-    A bucket of length L comes in batches of `tokens // L` rows (at least 1), so there is one shape
-    a bucket. What does not fill a batch moves on to the next bucket; only the last is filled up.
+    A bucket of length L comes in batches of `tokens // L` rows, down to a multiple of `multiple`,
+    so there is one shape a bucket. What does not fill a batch moves on to the next bucket; only the
+    last is filled up.
 
     Args:
         tokens: positions of a batch. Bounds memory, whatever the lengths.
+        multiple: of what the rows of a batch are, and at least that many: the devices, say.
     """
     lengths = np.asarray(features.lengths)
     if len(lengths):
@@ -181,7 +210,7 @@ def evaluation_batches(
     order = np.argsort(lengths, kind="stable")
     start = 0
     for bucket in buckets:
-        rows = max(1, tokens // bucket)
+        rows = max(tokens // bucket // multiple, 1) * multiple
         end = int(np.searchsorted(lengths[order], bucket, side="right"))
         last = end == len(order)
         while start < end and (last or end - start >= rows):

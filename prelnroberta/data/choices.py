@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 
 from prelnroberta.data.bad_rows import BadRows, settled
-from prelnroberta.data.bucketing import NOTHING
-from prelnroberta.data.encoding import copied, encodings, ids_of
+from prelnroberta.data.bucketing import IGNORE, NOTHING
+from prelnroberta.data.encoding import check_max_length, pair_row, token_ids
 from prelnroberta.data.loader import Batch
 from prelnroberta.data.tables import stream_table, text_problem
 from prelnroberta.data.tokenizer import PAD_ID
 from prelnroberta.errors import InputError
-from prelnroberta.heads import IGNORE
 
 if TYPE_CHECKING:
     import tokenizers
@@ -159,15 +158,17 @@ class ChoiceFeatures:
         """The module's batch of the examples at `indices` [B]; -1 fills up."""
         real = np.asarray(indices) != NOTHING
         input_ids = np.full((len(indices), self.choices, length), PAD_ID, np.int32)
+        attention_mask = np.zeros_like(input_ids)
         choice_mask = np.zeros(input_ids.shape[:2], bool)
         for i in np.flatnonzero(real):
             rows = self.input_ids[indices[i]]
             choice_mask[i, : len(rows)] = True
             for c, ids in enumerate(rows):
                 input_ids[i, c, : len(ids)] = ids
+                attention_mask[i, c, : len(ids)] = 1
         batch = {
             "input_ids": input_ids,
-            "attention_mask": (input_ids != PAD_ID).astype(np.int32),
+            "attention_mask": attention_mask,
             "choice_mask": choice_mask,
             "weights": real.astype(np.float32),
         }
@@ -190,17 +191,16 @@ def choice_features(
     """
     if not examples:
         raise InputError("no examples to make features of")
-    pairs = [
-        (e.context, f"{e.prefix} {choice}" if e.prefix else choice)
-        for e in examples
-        for choice in e.choices
-    ]
-    encoded = encodings(copied(tokenizer, max_length), pairs)
+    check_max_length(max_length)
+    contexts = token_ids(tokenizer, (e.context for e in examples))
+    choices = token_ids(
+        tokenizer, (f"{e.prefix} {c}" if e.prefix else c for e in examples for c in e.choices)
+    )
     input_ids, truncated = [], 0
-    for example in examples:
-        group = [next(encoded) for _ in example.choices]
-        input_ids.append([ids_of(encoding) for encoding in group])
-        truncated += any(encoding.overflowing for encoding in group)
+    for example, context in zip(examples, contexts, strict=True):
+        rows = [pair_row(context, next(choices), max_length) for _ in example.choices]
+        input_ids.append([ids for ids, _ in rows])
+        truncated += any(cut for _, cut in rows)
     known = examples[0].label is not None
     return ChoiceFeatures(
         list(examples),

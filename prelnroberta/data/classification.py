@@ -19,14 +19,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 
 from prelnroberta.data.bad_rows import BadRows, settled
-from prelnroberta.data.bucketing import NOTHING, padded
-from prelnroberta.data.encoding import copied, encodings, ids_of
+from prelnroberta.data.bucketing import IGNORE, NOTHING, row_batch
+from prelnroberta.data.encoding import check_max_length, pair_row, single_row, token_ids
 from prelnroberta.data.labels import LabelIds
 from prelnroberta.data.loader import Batch
 from prelnroberta.data.tables import Column, stream_table, text_problem
-from prelnroberta.data.tokenizer import PAD_ID
 from prelnroberta.errors import InputError
-from prelnroberta.heads import IGNORE
 
 if TYPE_CHECKING:
     import tokenizers
@@ -143,17 +141,10 @@ class TextFeatures:
 
     def batch(self, indices: np.ndarray, length: int) -> Batch:
         """The module's batch of the examples at `indices` [B]; -1 fills up."""
-        real = np.asarray(indices) != NOTHING
-        input_ids = padded(self.input_ids, indices, length, PAD_ID)
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": (input_ids != PAD_ID).astype(np.int32),
-            "weights": real.astype(np.float32),
-        }
+        batch = row_batch(self.input_ids, indices, length)
         if self.labels is not None:
-            labels = self.labels[indices]
-            labels[~real] = IGNORE if labels.dtype == np.int32 else 0
-            batch["labels"] = labels
+            batch["labels"] = labels = self.labels[indices]
+            labels[np.asarray(indices) == NOTHING] = IGNORE if labels.dtype == np.int32 else 0
         return batch
 
 
@@ -178,6 +169,7 @@ def text_features(
     Raises:
         InputError: no examples (left), or bad ones where `bad` is None.
     """
+    check_max_length(max_length)
     bad, own = settled(bad)
     bad.at_least(len(examples))
     labelled = bool(examples) and examples[0].label is not None
@@ -194,11 +186,16 @@ def text_features(
         bad.settle()
     if not kept:
         raise InputError(f"no examples left: {bad.summary}")
-    inputs = [e.text if e.pair is None else (e.text, e.pair) for e in kept]
+    firsts = token_ids(tokenizer, (e.text for e in kept))
+    seconds = token_ids(tokenizer, (e.pair for e in kept if e.pair is not None))
     input_ids, truncated = [], 0
-    for encoding in encodings(copied(tokenizer, max_length), inputs):
-        input_ids.append(ids_of(encoding))
-        truncated += bool(encoding.overflowing)
+    for example, ids in zip(kept, firsts, strict=True):
+        if example.pair is None:
+            row, cut = single_row(ids, max_length)
+        else:
+            row, cut = pair_row(ids, next(seconds), max_length)
+        input_ids.append(row)
+        truncated += cut
     dtype = np.int32 if problem_type == SINGLE else np.float32
     return TextFeatures(kept, input_ids, np.array(values, dtype) if labelled else None, truncated)
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from prelnroberta.data.bad_rows import BadRows, settled
 from prelnroberta.data.corpus import lines, text_chunks
 from prelnroberta.data.labels import label_name
-from prelnroberta.data.tables import stream_table
+from prelnroberta.data.tables import stream_table, text_problem
 from prelnroberta.data.tags import is_tag, scheme_of, spans, tags_of
 from prelnroberta.errors import InputError
 
@@ -208,13 +208,18 @@ def _from_json(
         tags = values[tag] if tagged else None
         if not isinstance(words, list) or not words:
             bad.add(place, f"expected a list of words under {word!r}")
-        elif not all(isinstance(w, str) and w.strip() for w in words):
-            bad.add(place, f"expected words under {word!r}, found something else or nothing")
+        elif problem := next(filter(None, map(_word_problem, words)), None):
+            bad.add(place, problem)
         elif tagged and (not isinstance(tags, list) or len(tags) != len(words)):
             found = f"{len(tags)} tags" if isinstance(tags, list) else "no list of tags"
             bad.add(place, f"expected {len(words)} tags under {tag!r}, found {found}")
         else:
             yield Sentence(place, words, [label_name(t) for t in tags] if tagged else None)
+
+
+def _word_problem(word: Any) -> str | None:
+    problem = text_problem("a word", word)
+    return problem or (None if word.strip() else "an empty word")
 
 
 def tag_names(sentences: list[Sentence]) -> tuple[str, ...]:

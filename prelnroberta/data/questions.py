@@ -22,18 +22,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from prelnroberta.data.bad_rows import BadRows, settled
-from prelnroberta.data.bucketing import NOTHING, padded
-from prelnroberta.data.encoding import copied, encodings, windows
+from prelnroberta.data.bucketing import IGNORE, NOTHING, row_batch
+from prelnroberta.data.encoding import PAIR_SPECIALS, encodings, plain, token_ids, windows
 from prelnroberta.data.loader import Batch
 from prelnroberta.data.squad import Question
-from prelnroberta.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
+from prelnroberta.data.tokenizer import BOS_ID, EOS_ID
 from prelnroberta.errors import InputError
-from prelnroberta.heads import IGNORE
 
 if TYPE_CHECKING:
     import tokenizers
-
-_SPECIALS = 4  # <s> question </s></s> context </s>
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +59,10 @@ class QuestionFeatures:
 
     def batch(self, indices: np.ndarray, length: int) -> Batch:
         """The module's batch of the rows at `indices` [B]; -1 fills up."""
-        real = np.asarray(indices) != NOTHING
-        input_ids = padded(self.input_ids, indices, length, PAD_ID)
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": (input_ids != PAD_ID).astype(np.int32),
-            "weights": real.astype(np.float32),
-        }
+        batch = row_batch(self.input_ids, indices, length)
         if self.positions is not None:
-            starts, ends = np.where(real[:, None], self.positions[indices], IGNORE).T
+            real = np.asarray(indices)[:, None] != NOTHING
+            starts, ends = np.where(real, self.positions[indices], IGNORE).T
             batch["start_positions"], batch["end_positions"] = starts, ends
         return batch
 
@@ -97,26 +89,18 @@ def question_features(
     """
     bad, own = settled(bad)
     bad.at_least(len(questions))
-    plain = copied(tokenizer)
-    asked = [
-        np.array(encoding.ids, np.int32)
-        for encoding in encodings(
-            plain, (q.question.lstrip() for q in questions), add_special_tokens=False
-        )
-    ]
+    asked = token_ids(tokenizer, (q.question.lstrip() for q in questions))
     # A context has several questions as a rule.
     distinct = list(dict.fromkeys(q.context for q in questions))
     contexts = {
         context: (np.array(encoding.ids, np.int32), np.array(encoding.offsets).reshape(-1, 2))
-        for context, encoding in zip(
-            distinct, encodings(plain, distinct, add_special_tokens=False), strict=True
-        )
+        for context, encoding in zip(distinct, encodings(plain(tokenizer), distinct), strict=True)
     }
     known = bool(questions) and questions[0].answers is not None
     kept: list[Question] = []
     owners, input_ids, context_starts, offsets, positions = [], [], [], [], []
     for question, ids in zip(questions, asked, strict=True):
-        room = max_length - _SPECIALS - len(ids)
+        room = max_length - PAIR_SPECIALS - len(ids)
         if room <= stride:
             bad.add(
                 question.place,

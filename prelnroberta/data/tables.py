@@ -164,7 +164,7 @@ def _split_text(path: Path, chunks: Iterable[str]) -> Iterator[tuple[str, list[s
 
 def _split_tsv(path: Path, chunks: Iterable[str], bad: BadRows) -> Iterator[tuple[str, list[str]]]:
     for number, line in enumerate(lines(chunks), 1):
-        if line.strip():
+        if line.strip(" "):  # a row of empty cells is no blank line
             yield f"{path}:{number}", line.split("\t")
 
 
@@ -191,7 +191,7 @@ def _split_csv(path: Path, chunks: Iterable[str], bad: BadRows) -> Iterator[tupl
             continue
         finally:
             csv.field_size_limit(limit)
-        if any(cell.strip() for cell in cells):
+        if len(cells) > 1 or "".join(cells).strip():
             yield f"{path}:{start}", cells
 
 

@@ -20,15 +20,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from prelnroberta.data.bad_rows import BadRows, settled
-from prelnroberta.data.bucketing import NOTHING, padded
+from prelnroberta.data.bucketing import IGNORE, padded, row_batch
 from prelnroberta.data.conll import Sentence
-from prelnroberta.data.encoding import encodings, windows, with_prefix_space
+from prelnroberta.data.encoding import check_max_length, encodings, windows, with_prefix_space
 from prelnroberta.data.labels import LabelIds
 from prelnroberta.data.loader import Batch
 from prelnroberta.data.tags import is_tag, spans
-from prelnroberta.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
+from prelnroberta.data.tokenizer import BOS_ID, EOS_ID
 from prelnroberta.errors import InputError
-from prelnroberta.heads import IGNORE
 
 if TYPE_CHECKING:
     import tokenizers
@@ -58,12 +57,7 @@ class TokenFeatures:
 
     def batch(self, indices: np.ndarray, length: int) -> Batch:
         """The module's batch of the rows at `indices` [B]; -1 fills up."""
-        input_ids = padded(self.input_ids, indices, length, PAD_ID)
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": (input_ids != PAD_ID).astype(np.int32),
-            "weights": (np.asarray(indices) != NOTHING).astype(np.float32),
-        }
+        batch = row_batch(self.input_ids, indices, length)
         if self.labels is not None:
             batch["labels"] = padded(self.labels, indices, length, IGNORE)
         return batch
@@ -103,10 +97,9 @@ def token_features(
     Raises:
         InputError: no sentences (left), or bad ones where `bad` is None.
     """
+    check_max_length(max_length)
     room = max_length - 2
     stride = room // 4 if stride is None else stride
-    if not 0 <= stride < room:
-        raise InputError(f"stride={stride}: expected 0 to {room - 1}, for rows of {max_length}")
     bad, own = settled(bad)
     bad.at_least(len(sentences))
     tagged = bool(sentences) and sentences[0].tags is not None
@@ -118,7 +111,8 @@ def token_features(
         if problem:
             bad.add(sentence.place, problem)
             continue
-        kept.append(sentence)
+        # By their names from here on, also where the file has numbers.
+        kept.append(sentence._replace(tags=[ids.names[i] for i in found]) if ids else sentence)
         word_labels.append(np.array(found, np.int32))
     if own:
         bad.settle()
@@ -131,7 +125,6 @@ def token_features(
         with_prefix_space(tokenizer),
         (sentence.words for sentence in kept),
         is_pretokenized=True,
-        add_special_tokens=False,
     )
     for owner, encoding in enumerate(encoded):
         tokens = np.array(encoding.ids, np.int32)
