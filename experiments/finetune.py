@@ -109,6 +109,7 @@ def check_settings(run_dir: Path) -> None:
             "and --preset"
         )
     flags.optimization(steps=1, warmup_steps=0)
+    flags.profile_steps()
     for name in ("train_file", "eval_file"):
         if not Path(FLAGS[name].value).expanduser().is_file():
             raise InputError(f"--{name}={FLAGS[name].value}: no such file")
@@ -284,7 +285,7 @@ def run(
     from experiments.judge import Judge, write_results
     from experiments.pictures import draw_curves
     from experiments.report import NoReport, Report, duration, read_records
-    from experiments.training import Cadence, train
+    from experiments.training import Cadence, resume, train
     from prelnroberta import hosts
     from prelnroberta import params as parameters
     from prelnroberta.checkpoint import Checkpoints
@@ -308,7 +309,7 @@ def run(
     given = layout.put(params)
     state = layout.born(lambda given: TrainState.create(given, optimizer), given)
     if checkpoints.latest() is not None:
-        state, _ = checkpoints.restore(state)
+        state = resume(checkpoints, state, FLAGS.set_damaged_aside)
         print(f"resuming {run_dir} at step {int(state.step):,} of {steps:,}, bit for bit")
     start = int(state.step)
     print(
@@ -373,6 +374,8 @@ def run(
                     objective=lambda metrics: -worth(metrics),
                     enough=enough,
                     fixed_shapes=len(data.buckets) == 1,
+                    failed_save=FLAGS.failed_save,
+                    profile_steps=flags.profile_steps(),
                 )
         if stopped is None:
             best = max((s for s in checkpoints.kept() if s in worths), key=worths.get)
