@@ -32,11 +32,13 @@ from prelnroberta.errors import InputError
 from prelnroberta.files import written_whole
 
 if TYPE_CHECKING:
+    import optax
     import tokenizers
 
     from experiments.tasks import Task
     from prelnroberta.data.bucketing import Features
     from prelnroberta.heads import LossSettings
+    from prelnroberta.optimizer import Optimization
     from prelnroberta.params import Tree
     from prelnroberta.sharding import Layout
     from prelnroberta.train import TrainState
@@ -74,10 +76,11 @@ def finetune(run_dir: Path) -> int:
         tokenizer = load_tokenizer()
         data = read_data(tokenizer)
         config, params = initial_model(data.task, tokenizer)
+        plan = make_plan(data, config)
         layout = flags.layout(config, data.task.model, FLAGS.batch_size, FLAGS.accumulate)
         claim(run_dir, data)
     with layout.active():
-        return run(run_dir, tokenizer, config, layout, params, data)
+        return run(run_dir, tokenizer, config, layout, params, data, plan)
 
 
 def check_settings(run_dir: Path) -> None:
@@ -106,6 +109,7 @@ def check_settings(run_dir: Path) -> None:
             "and --preset"
         )
     flags.optimization(steps=1, warmup_steps=0)
+    flags.profile_steps()
     for name in ("train_file", "eval_file"):
         if not Path(FLAGS[name].value).expanduser().is_file():
             raise InputError(f"--{name}={FLAGS[name].value}: no such file")
@@ -218,6 +222,30 @@ def claim(run_dir: Path, data: Data) -> None:
         partial.write_text(json.dumps(data.sha256, indent=2) + "\n", encoding="utf-8")
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the model is to learn; `epoch` is in steps."""
+
+    epoch: int
+    settings: Optimization
+    optimizer: optax.GradientTransformation
+    losses: LossSettings
+
+
+def make_plan(data: Data, config: RobertaPreLayerNormConfig) -> Plan:
+    """Counts from the data what flags leave open."""
+    from prelnroberta import optimizer as optimizers
+
+    epoch = math.ceil(len(data.train.lengths) / FLAGS.batch_size)
+    steps = FLAGS.steps or math.ceil(FLAGS.epochs * epoch)
+    warmup = FLAGS.warmup_steps
+    if warmup is None:
+        warmup = math.ceil(FLAGS.warmup_ratio * steps)
+    settings = flags.optimization(steps=steps, warmup_steps=warmup)
+    optimizer = optimizers.make(settings, config, data.task.model)
+    return Plan(epoch, settings, optimizer, loss_settings(data))
+
+
 def loss_settings(data: Data) -> LossSettings:
     """--label_smoothing, --class_weights"""
     from prelnroberta.heads import LossSettings
@@ -249,6 +277,7 @@ def run(
     layout: Layout,
     params: Tree,
     data: Data,
+    plan: Plan,
 ) -> int:
     """State -> steps -> the best state -> model and report."""
     import jax
@@ -256,7 +285,7 @@ def run(
     from experiments.judge import Judge, write_results
     from experiments.pictures import draw_curves
     from experiments.report import NoReport, Report, duration, read_records
-    from experiments.training import Cadence, train
+    from experiments.training import Cadence, resume, train
     from prelnroberta import hosts
     from prelnroberta import params as parameters
     from prelnroberta.checkpoint import Checkpoints
@@ -264,19 +293,12 @@ def run(
     from prelnroberta.data.tokenizer import save_tokenizer
     from prelnroberta.heads import MODULES, Scores
     from prelnroberta.huggingface import save_pretrained
-    from prelnroberta.optimizer import adamw, learning_rate
+    from prelnroberta.optimizer import learning_rate
     from prelnroberta.train import TrainState, parallel, train_step
 
     begin = time.monotonic()
-    task, losses = data.task, loss_settings(data)
+    task, losses, steps, optimizer = data.task, plan.losses, plan.settings.steps, plan.optimizer
     module = MODULES[task.model](config, flags.execution())
-    epoch = math.ceil(len(data.train.lengths) / FLAGS.batch_size)
-    steps = FLAGS.steps or math.ceil(FLAGS.epochs * epoch)
-    warmup = FLAGS.warmup_steps
-    if warmup is None:
-        warmup = math.ceil(FLAGS.warmup_ratio * steps)
-    settings = flags.optimization(steps=steps, warmup_steps=warmup)
-    optimizer = adamw(settings, config, task.model)
     loader = task.batches(data.train, FLAGS.batch_size, FLAGS.seed, data.buckets)
     judge = Judge(task, module, layout, losses)
 
@@ -287,20 +309,25 @@ def run(
     given = layout.put(params)
     state = layout.born(lambda given: TrainState.create(given, optimizer), given)
     if checkpoints.latest() is not None:
-        state, _ = checkpoints.restore(state)
+        state = resume(checkpoints, state, FLAGS.set_damaged_aside)
         print(f"resuming {run_dir} at step {int(state.step):,} of {steps:,}, bit for bit")
     start = int(state.step)
     print(
         f"{parameters.parameter_count(config, task.model):,} parameters, "
         f"{len(data.train.lengths):,} rows to train on, {len(data.dev.lengths):,} to evaluate, "
         f"padded to {', '.join(map(str, data.buckets))} tokens; {steps:,} steps, "
-        f"{epoch:,} an epoch",
+        f"{plan.epoch:,} an epoch",
         flush=True,
     )
 
     trivial = task.trivial(data.train, data.dev)
-    merits = {
-        record["step"]: task.merit(record)
+
+    def worth(metrics: dict[str, float]) -> float:
+        """By which the best is chosen: of equal merit, the one with the lower loss."""
+        return task.merit(metrics) - 1e-6 * metrics["loss"]
+
+    worths = {
+        record["step"]: worth(record)
         for record in read_records(run_dir / "metrics.jsonl")
         if record["kind"] == "validation" and record["step"] <= start
     }
@@ -314,13 +341,13 @@ def run(
 
     def validate(state: TrainState) -> dict[str, float]:
         rows, scores = judged(state)
-        metrics = task.measure(data.dev, rows).metrics
-        merits[int(state.step)] = task.merit(metrics)
-        return {"loss": float(scores.mean), **metrics}
+        metrics = {"loss": float(scores.mean), **task.measure(data.dev, rows).metrics}
+        worths[int(state.step)] = worth(metrics)
+        return metrics
 
     def enough() -> bool:
         """Whether the last --patience evaluations brought nothing better."""
-        values = list(merits.values())
+        values = list(worths.values())
         best = values.index(max(values)) if values else 0
         return 0 < FLAGS.patience < len(values) - best
 
@@ -336,19 +363,22 @@ def run(
                     cadence=Cadence(
                         steps=steps,
                         log_every=FLAGS.log_every,
-                        eval_every=FLAGS.eval_every or epoch,
-                        save_every=FLAGS.save_every or FLAGS.eval_every or epoch,
+                        eval_every=FLAGS.eval_every or plan.epoch,
+                        save_every=FLAGS.save_every or FLAGS.eval_every or plan.epoch,
                     ),
                     report=report,
                     checkpoints=checkpoints,
                     validate=validate,
-                    learning_rate=learning_rate(settings),
+                    learning_rate=learning_rate(plan.settings),
                     tokens_per_step=tokens,
-                    objective=lambda metrics: -task.merit(metrics),
+                    objective=lambda metrics: -worth(metrics),
                     enough=enough,
+                    fixed_shapes=len(data.buckets) == 1,
+                    failed_save=FLAGS.failed_save,
+                    profile_steps=flags.profile_steps(),
                 )
         if stopped is None:
-            best = max((s for s in checkpoints.kept() if s in merits), key=merits.get)
+            best = max((s for s in checkpoints.kept() if s in worths), key=worths.get)
             state, _ = checkpoints.restore(state, best)
     finally:
         report.close()

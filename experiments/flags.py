@@ -143,6 +143,9 @@ def _fast_start() -> None:
 
 def _optimization() -> None:
     flags.DEFINE_integer("steps", 10_000, "Optimizer steps in all.")
+    flags.DEFINE_enum(
+        "optimizer", "adamw", ["adamw", "lamb"], "lamb: for batches of tens of thousands of rows."
+    )
     flags.DEFINE_float("learning_rate", 1e-3, "Peak learning rate.")
     flags.DEFINE_integer("warmup_steps", 500, "Steps of linear warm-up.")
     flags.DEFINE_enum(

@@ -68,14 +68,20 @@ def main() -> int:
 def rehearse(config: RobertaPreLayerNormConfig) -> int:
     """--rehearse"""
     from experiments import rehearse as program
-    from prelnroberta.optimizer import adamw
+    from prelnroberta import optimizer as optimizers
 
     L, M = FLAGS.sequence_length, flags.masked_slots(config.vocab_size)
     rows = dict.fromkeys(("input_ids", "segment_ids", "position_ids"), ((L,), "int32"))
     rows |= dict.fromkeys(("masked_positions", "masked_labels"), ((M,), "int32"))
     rows |= {"masked_weights": ((M,), "float32")}
-    optimizer = adamw(flags.optimization(), config)
-    return program.rehearse(config, scoring(config), optimizer, rows, config.forward_flops(L, M))
+    optimizer = optimizers.make(flags.optimization(), config)
+    return program.rehearse(config, scoring(config), optimizer, rows, flops_per_row(config))
+
+
+def flops_per_row(config: RobertaPreLayerNormConfig) -> int:
+    """Of a forward pass: the head and the last block work at the masked positions alone."""
+    slots = flags.masked_slots(config.vocab_size)
+    return config.forward_flops(FLAGS.sequence_length, slots)
 
 
 def scoring(config: RobertaPreLayerNormConfig) -> ScoreFn:
@@ -237,15 +243,16 @@ def run(
     from experiments.report import NoReport, Report, duration
     from experiments.training import Cadence, resume, train
     from prelnroberta import hosts
+    from prelnroberta import optimizer as optimizers
     from prelnroberta import params as parameters
     from prelnroberta.checkpoint import Checkpoints
     from prelnroberta.fast_start import fast_start
-    from prelnroberta.optimizer import adamw, learning_rate
+    from prelnroberta.optimizer import learning_rate
     from prelnroberta.train import TrainState, parallel, train_step
 
     settings = flags.optimization()
     score = scoring(config)
-    optimizer = adamw(settings, config)
+    optimizer = optimizers.make(settings, config)
 
     def new_state() -> TrainState:
         new = parameters.init(config, jax.random.key(FLAGS.seed))
@@ -272,11 +279,12 @@ def run(
     rows = layout.rows(loader.batch_size)
     step = parallel(train_step(score, optimizer, FLAGS.seed, FLAGS.accumulate), layout)
     step = step.lower(state, layout.place(loader.batch(start, rows))).compile()
+    compile_seconds = time.monotonic() - begin
     print(
         f"{parameters.parameter_count(config):,} parameters, {len(loader.source):,} rows of "
         f"{FLAGS.sequence_length} tokens ({loader.source.fill:.0%} full), "
         f"{settings.steps * loader.batch_size / len(loader.source):.1f} epochs; "
-        f"compiled in {time.monotonic() - begin:.1f} s",
+        f"compiled in {compile_seconds:.1f} s",
         flush=True,
     )
     report = Report(run_dir, settings.steps, start) if hosts.is_first() else NoReport()
@@ -296,7 +304,10 @@ def run(
                 checkpoints=checkpoints,
                 validate=validation(score, layout, loader, validation_rows, train_files),
                 learning_rate=learning_rate(settings),
+                flops_per_step=3 * loader.batch_size * flops_per_row(config),
+                compile_seconds=compile_seconds,
                 failed_save=FLAGS.failed_save,
+                profile_steps=flags.profile_steps(),
                 tokens_per_step=loader.batch_size * FLAGS.sequence_length * loader.source.fill,
             )
     finally:

@@ -18,8 +18,15 @@ from typing import Any
 from prelnroberta.errors import InputError
 from prelnroberta.files import written_whole
 
-# What a clock says; every other number of a record is the same in a resumed run.
-TIMES = ("tokens_per_second", "input_wait", "seconds")
+# What a clock or the machine says; every other number of a record is the same in a resumed run.
+TIMES = (
+    "tokens_per_second",
+    "tokens_per_second_per_chip",
+    "mfu",
+    "memory_peak",
+    "input_wait",
+    "seconds",
+)
 
 
 def describe_validation(record: dict[str, Any]) -> str:
@@ -127,6 +134,16 @@ class NoReport:
 
     def close(self) -> None:
         pass
+
+
+def describe_time(buckets: dict[str, float]) -> str:
+    """Where a run's time went, and its goodput: the share that was steps."""
+    whole = sum(buckets.values())
+    parts = ", ".join(
+        f"{name} {duration(seconds)} ({seconds / whole:.0%})"
+        for name, seconds in sorted(buckets.items(), key=lambda item: -item[1])
+    )
+    return f"time: {parts}; goodput {buckets['steps'] / whole:.0%}"
 
 
 def duration(seconds: float) -> str:

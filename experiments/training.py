@@ -7,16 +7,19 @@ import math
 import signal
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from operator import itemgetter
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jax
 
-from experiments.report import NoReport, Report
+from experiments.report import NoReport, Report, describe_time
 from prelnroberta import hosts
 from prelnroberta.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
+from prelnroberta.chips import chip_of
 from prelnroberta.errors import InputError
 from prelnroberta.train import Batch, TrainState, TrainStep
 
@@ -89,18 +92,26 @@ def train(
     tokens_per_step: float,
     objective: Callable[[dict[str, float]], float] = itemgetter("loss"),
     enough: Callable[[], bool] = lambda: False,
+    fixed_shapes: bool = True,
+    flops_per_step: float = 0.0,
+    compile_seconds: float = 0.0,
     failed_save: str = "stop",
+    profile_steps: tuple[int, int] | None = None,
 ) -> tuple[TrainState, signal.Signals | None]:
     """Takes steps from `state.step` to `cadence.steps`, or until an evaluation is `enough`.
-
-    The checkpoint of the evaluation whose `objective` is the least is kept.
 
     One step is dispatched ahead of the one that is waited for, so that the device never waits for
     the host. Returns the last state, and the signal that ended the loop early, if one did: the
     state is on disk in either case.
 
     Args:
+        objective: validation metrics -> what is least for the best.
+        enough: whether the evaluations so far are, asked after each.
+        fixed_shapes: whether all batches have one shape, so that nothing is compiled later on.
+        tokens_per_step, flops_per_step: of all devices; the model's own FLOPs, for MFU.
+        compile_seconds: spent on the step before this call, for the account of time.
         failed_save: "continue" tells of a checkpoint that could not be written, and goes on.
+        profile_steps: the first and last step to trace, into the folder `profile` of the run.
 
     Raises:
         InputError: the loss is no longer finite, or a checkpoint could not be written.
@@ -116,13 +127,20 @@ def train(
                 report.say(f"warning: step {int(state.step):,}: {error}")
 
     clock = _Clock()
+    clock.buckets["compiling"] = compile_seconds
+    compilations = _Compilations()
+    profile = _Profile(profile_steps, checkpoints.directory.parent / "profile")
+    warm = None  # how much had been compiled once everything had run
     vote = hosts.Vote()
     running = stopped = None
     with Interruption() as interruption:
         for number in range(int(state.step) + 1, cadence.steps + 1):
             batch = clock.waiting(lambda: next(batches))
-            state, scores = step(state, batch)
+            profile.before(number)
+            with jax.profiler.StepTraceAnnotation("train", step_num=number):
+                state, scores = step(state, batch)
             jax.block_until_ready(running)
+            profile.after(number, scores)
             running = scores
             report.advance()
             # A signal to any host stops all, after the same step.
@@ -131,19 +149,35 @@ def train(
             validation = None
             if cadence.due(cadence.log_every, number):
                 state = _report_window(
-                    state, number, report, clock, learning_rate(number - 1), tokens_per_step
+                    state,
+                    number,
+                    report,
+                    clock.lap(tokens_per_step, flops_per_step),
+                    learning_rate(number - 1),
                 )
             # Even when asked to stop: the resumed run goes on after this step, and would miss it.
             if cadence.due(cadence.eval_every, number):
-                validation = clock.paused(lambda state=state: validate(state))
+                validation = clock.paused("evaluation", lambda state=state: validate(state))
                 report.record("validation", number, **validation)
             if stopped or validation or cadence.due(cadence.save_every, number):
                 _check_finite(state, number)
                 loss = objective(validation) if validation else None
-                clock.paused(lambda state=state, loss=loss: save(state, loss))
+                clock.paused("checkpoints", lambda state=state, loss=loss: save(state, loss))
+            if validation and fixed_shapes and warm is None:
+                warm = compilations.count
+            elif warm is not None and compilations.count > warm:
+                report.say(
+                    f"warning: step {number:,}: something was compiled again; shapes should not "
+                    "change in a run"
+                )
+                warm = compilations.count
             if stopped or (validation and enough()):
                 break
-        checkpoints.wait()
+        clock.paused("checkpoints", checkpoints.wait)
+    profile.close()
+    compilations.close()
+    clock.end()
+    report.say(describe_time(clock.buckets))
     return state, stopped
 
 
@@ -151,9 +185,8 @@ def _report_window(
     state: TrainState,
     number: int,
     report: Report | NoReport,
-    clock: _Clock,
+    lap: dict[str, float],
     learning_rate: Any,
-    tokens_per_step: float,
 ) -> TrainState:
     _check_finite(state, number)
     window = jax.device_get(state.window)
@@ -164,7 +197,7 @@ def _report_window(
         accuracy=float(window.correct / max(window.weight, 1.0)),
         learning_rate=float(learning_rate),
         gradient_norm=float(state.gradient_norm),
-        **clock.lap(tokens_per_step),
+        **lap,
     )
     return state.new_window()
 
@@ -180,9 +213,11 @@ def _check_finite(state: TrainState, number: int) -> None:
 
 
 class _Clock:
-    """Where the time since the last report went: steps, waiting for input, and what is neither."""
+    """Where the time went, since the last report and in all: steps, waiting for input, compiling,
+    and what is no part of a step."""
 
     def __init__(self) -> None:
+        self.buckets: defaultdict[str, float] = defaultdict(float)
         self._start()
 
     def _start(self) -> None:
@@ -198,20 +233,77 @@ class _Clock:
         self._steps += 1
         return result
 
-    def paused(self, action: Callable[[], Any]) -> Any:
+    def paused(self, bucket: str, action: Callable[[], Any]) -> Any:
         """Runs what is no part of a step: evaluation, saving."""
         begin = time.monotonic()
         result = action()
-        self._paused += time.monotonic() - begin
+        seconds = time.monotonic() - begin
+        self._paused += seconds
+        self.buckets[bucket] += seconds
         return result
 
-    def lap(self, tokens_per_step: float) -> dict[str, float]:
-        """Tokens per second, the share of time spent waiting for input, seconds; starts anew."""
-        seconds = time.monotonic() - self._begin - self._paused
+    def lap(self, tokens_per_step: float, flops_per_step: float) -> dict[str, float]:
+        """Tokens per second, the share of time spent waiting for input, seconds; starts anew. Of
+        chips that the table knows, MFU; of devices that tell, the peak of their memory in bytes."""
+        seconds = self.end()
+        speed = self._steps / seconds
+        device = jax.local_devices()[0]
         lap = {
-            "tokens_per_second": self._steps * tokens_per_step / seconds,
+            "tokens_per_second": speed * tokens_per_step,
+            "tokens_per_second_per_chip": speed * tokens_per_step / jax.device_count(),
             "input_wait": self._waited / seconds,
             "seconds": seconds,
         }
+        if flops_per_step and (chip := chip_of(device.device_kind)):
+            lap["mfu"] = speed * flops_per_step / (jax.device_count() * chip.flops)
+        if memory := device.memory_stats():
+            lap["memory_peak"] = memory["peak_bytes_in_use"]
         self._start()
         return lap
+
+    def end(self) -> float:
+        """Seconds of steps since the last report, put where they belong."""
+        seconds = time.monotonic() - self._begin - self._paused
+        self.buckets["input"] += self._waited
+        self.buckets["steps"] += seconds - self._waited
+        return seconds
+
+
+class _Compilations:
+    """Counts what XLA compiles in this process from now on."""
+
+    _EVENT = "/jax/core/compile/backend_compile_duration"
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, seconds: float, **_: Any) -> None:
+        self.count += event == self._EVENT
+
+    def close(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._heard)
+
+
+class _Profile:
+    """A trace of the steps first to last, on the first host, for xprof or Perfetto."""
+
+    def __init__(self, steps: tuple[int, int] | None, directory: Path):
+        self._steps = steps if hosts.is_first() else None
+        self._directory = directory
+        self._running = False
+
+    def before(self, step: int) -> None:
+        if self._steps and step == self._steps[0]:
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+
+    def after(self, step: int, result: Any) -> None:
+        if self._running and step >= self._steps[1]:
+            jax.block_until_ready(result)
+            self.close()
+
+    def close(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False

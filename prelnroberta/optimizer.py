@@ -1,4 +1,4 @@
-"""AdamW: schedule, decay mask from the parameter table, clipping."""
+"""AdamW and LAMB: schedule, decay mask from the parameter table, clipping."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 
 Schedule = Literal["linear", "cosine", "polynomial", "constant"]
+Rule = Literal["adamw", "lamb"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,8 @@ class Optimization:
     Attributes:
         steps: optimizer steps of the whole run; the schedule ends there.
         learning_rate: the peak, reached after warm-up.
+        optimizer: adamw, or lamb (You et al., 2020): each parameter's step scaled to its norm,
+            for batches of tens of thousands of rows.
         warmup_steps: steps of linear rise from 0.
         schedule: the way from the peak down to `end_learning_rate` at `steps`; constant stays.
         polynomial_power: of the polynomial schedule; 1 is linear.
@@ -61,6 +64,7 @@ class Optimization:
     layer_decay: float = 1.0
     freeze_layers: int = 0
     freeze: Sequence[str] = ()
+    optimizer: Rule = "adamw"
 
     def __post_init__(self) -> None:
         def require(holds: bool, field: str, expected: str) -> None:
@@ -70,6 +74,7 @@ class Optimization:
         require(self.steps > 0, "steps", "1 or more")
         require(0 <= self.warmup_steps <= self.steps, "warmup_steps", f"0 to steps={self.steps}")
         require(self.schedule in get_args(Schedule), "schedule", f"one of {get_args(Schedule)}")
+        require(self.optimizer in get_args(Rule), "optimizer", f"one of {get_args(Rule)}")
         require(_positive(self.learning_rate), "learning_rate", "a number > 0")
         require(
             0 <= self.end_learning_rate <= self.learning_rate,
@@ -195,7 +200,7 @@ def at_rates(
 def adamw(
     settings: Optimization, config: RobertaPreLayerNormConfig, model: str = "masked_lm"
 ) -> optax.GradientTransformation:
-    """The optimizer: clip by global norm, then AdamW, at each layer's rate. Moments are float32."""
+    """The optimizer: clip by global norm, then AdamW. Moments are float32."""
     steps = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
     steps.append(
         optax.adamw(
@@ -208,5 +213,47 @@ def adamw(
             mask=decay_mask(settings, config, model),
         )
     )
+    return optax.chain(*steps)
+
+
+def lamb(
+    settings: Optimization, config: RobertaPreLayerNormConfig, model: str = "masked_lm"
+) -> optax.GradientTransformation:
+    """LAMB: as `adamw`, but each parameter's step has the length of the parameter, times the rate.
+
+    A parameter is a layer's own: of stacked leaves [N, ...] each layer has its norm, where
+    `optax.lamb` would take one for all of them.
+    """
+    rows = parameters.table(config, model)
+
+    def lengths(x: jax.Array, stacked: bool) -> jax.Array:
+        return jnp.linalg.norm(x.reshape(len(x) if stacked else 1, -1), axis=1)
+
+    def scale(path: tuple, update: jax.Array, param: jax.Array) -> jax.Array:
+        stacked = rows[jax.tree_util.keystr(path, simple=True, separator="/")].stacked
+        ours, theirs = lengths(param, stacked), lengths(update, stacked)
+        ratio = jnp.where((ours > 0) & (theirs > 0), ours / jnp.where(theirs > 0, theirs, 1.0), 1.0)
+        return update * ratio.reshape(-1, *(1,) * (update.ndim - 1))
+
+    def trust(updates: parameters.Tree, state: Any, params: parameters.Tree) -> tuple:
+        return jax.tree_util.tree_map_with_path(scale, updates, params), state
+
+    steps = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
+    steps += [
+        optax.scale_by_adam(
+            settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon, mu_dtype=jnp.float32
+        ),
+        optax.add_decayed_weights(settings.weight_decay, decay_mask(settings, config, model)),
+        optax.GradientTransformation(lambda params: optax.EmptyState(), trust),
+        optax.scale_by_learning_rate(learning_rate(settings)),
+    ]
+    return optax.chain(*steps)
+
+
+def make(
+    settings: Optimization, config: RobertaPreLayerNormConfig, model: str = "masked_lm"
+) -> optax.GradientTransformation:
+    """The optimizer that the settings name, at each layer's rate."""
+    optimizer = {"adamw": adamw, "lamb": lamb}[settings.optimizer](settings, config, model)
     rates = layer_rates(settings, config, model)
-    return optax.chain(*steps) if rates is None else at_rates(optax.chain(*steps), rates)
+    return optimizer if rates is None else at_rates(optimizer, rates)

@@ -41,6 +41,7 @@ def topology_devices(name: str) -> list[Any]:
         "TPU_SKIP_MDS_QUERY": "1",  # nobody to ask which TPU this is
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_LOG_DIR": "disabled",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # there is no chip to be locked
     }.items():
         os.environ.setdefault(variable, value)
     # libtpu 0.0.42 overflows its fibers' stacks on our matrix products.

@@ -14,7 +14,7 @@ from prelnroberta import heads
 from prelnroberta import params as parameters
 from prelnroberta.errors import InputError
 from prelnroberta.heads import IGNORE, LossSettings
-from prelnroberta.optimizer import Optimization, adamw, layer_rates
+from prelnroberta.optimizer import Optimization, layer_rates, make
 
 WEIGHTS = (0.3, 1.7, 2.0, 0.9, 1.1)
 
@@ -64,7 +64,7 @@ def stepped(gradient=1.0, **changes):
     )
     model = "token_classification"
     params = random_params(TINY, model)
-    optimizer = adamw(settings, TINY, model)
+    optimizer = make(settings, TINY, model)
     gradients = jax.tree.map(lambda x: np.full_like(x, gradient), params)
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
     return parameters.flatten(updates)
@@ -103,7 +103,7 @@ def test_frozen_parts_stay_and_count_in_no_norm():
     huge = jax.tree.map(
         lambda p, rate: np.full_like(p, 1.0 if np.all(rate) else 1e9), params, rates
     )
-    optimizer = adamw(settings, TINY, "encoder")
+    optimizer = make(settings, TINY, "encoder")
     _, state = optimizer.update(huge, optimizer.init(params), params)
     moments = [
         s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")
@@ -113,8 +113,8 @@ def test_frozen_parts_stay_and_count_in_no_norm():
 
 def test_bad_settings_are_named():
     with pytest.raises(InputError, match="freeze_layers=9, expected 0 to 2"):
-        adamw(Optimization(steps=1, learning_rate=1, freeze_layers=9), TINY)
+        make(Optimization(steps=1, learning_rate=1, freeze_layers=9), TINY)
     with pytest.raises(InputError, match="freeze 'encodr/"):
-        adamw(Optimization(steps=1, learning_rate=1, freeze=("encodr/*",)), TINY)
+        make(Optimization(steps=1, learning_rate=1, freeze=("encodr/*",)), TINY)
     with pytest.raises(InputError, match="layer_decay"):
         Optimization(steps=1, learning_rate=1, layer_decay=1.5)

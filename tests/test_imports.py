@@ -58,7 +58,10 @@ def test_importing_all_of_it_loads_no_other_framework():
     assert run(code).strip() == "[]"
 
 
-@pytest.mark.parametrize("program", ["pretrain", "predict", "demo", "convert", "parity", "export"])
+PROGRAMS = ["pretrain", "finetune", "evaluate", "predict", "demo", "convert", "parity", "export"]
+
+
+@pytest.mark.parametrize("program", [*PROGRAMS, "example_data"])
 def test_help_loads_no_jax(program):
     """--help answers at once because nothing heavy is imported to give it."""
     code = (

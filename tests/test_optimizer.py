@@ -1,5 +1,7 @@
 """The optimizer: schedules at their corners, what decays, what clips."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from support import TINY, random_params
 
 from prelnroberta import params as parameters
 from prelnroberta.errors import InputError
-from prelnroberta.optimizer import Optimization, adamw, decay_mask, learning_rate
+from prelnroberta.optimizer import Optimization, adamw, decay_mask, learning_rate, make
 
 
 def settings(**changes):
@@ -128,9 +130,34 @@ def test_adam_is_adam():
     np.testing.assert_allclose(params["lm_head"]["bias"], value, rtol=1e-5, atol=1e-6)
 
 
+def test_lamb_steps_are_as_long_as_the_layer_times_the_rate():
+    """Of each layer by itself, and in the direction of Adam; what is zero takes Adam's step."""
+    chosen = settings(warmup_steps=0, schedule="constant", weight_decay=0.0, optimizer="lamb")
+    params = jax.tree.map(jnp.asarray, random_params(TINY))
+    params["lm_head"]["bias"] = jnp.zeros_like(params["lm_head"]["bias"])
+    gradient = jax.tree.map(jnp.asarray, random_params(TINY, seed=1))
+    updates = {}
+    for name in ("lamb", "adamw"):
+        optimizer = make(dataclasses.replace(chosen, optimizer=name), TINY)
+        updates[name], _ = optimizer.update(gradient, optimizer.init(params), params)
+    updates = {name: parameters.flatten(tree) for name, tree in updates.items()}
+    for path, row in parameters.table(TINY).items():
+        value, ours, adam = (
+            np.float64(tree[path]).reshape(TINY.num_hidden_layers if row.stacked else 1, -1)
+            for tree in (parameters.flatten(params), updates["lamb"], updates["adamw"])
+        )
+        if path == "lm_head/bias":
+            np.testing.assert_allclose(ours, adam, rtol=1e-5)
+            continue
+        length = np.linalg.norm(value, axis=1, keepdims=True)
+        expected = 0.4 * length * adam / np.linalg.norm(adam, axis=1, keepdims=True)
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-7, err_msg=path)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"optimizer": "sgd"}, "optimizer='sgd'"),
         ({"steps": 0}, "steps=0"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),
         ({"warmup_steps": 101}, "warmup_steps=101, expected 0 to steps=100"),

@@ -1,0 +1,322 @@
+"""Labels of texts, of words and of continuations."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.tasks.base import (
+    Answer,
+    Array,
+    Measured,
+    Row,
+    Task,
+    TaskSettings,
+    most_frequent,
+    of_classes,
+    stacked,
+)
+from prelnroberta import heads
+from prelnroberta.config import RobertaPreLayerNormConfig
+from prelnroberta.data.bad_rows import BadRows
+from prelnroberta.data.bucketing import Features
+from prelnroberta.data.choices import (
+    ChoiceExample,
+    choice_features,
+    masked_logits,
+    read_choices,
+    stream_choices,
+)
+from prelnroberta.data.classification import (
+    MULTI,
+    REGRESSION,
+    TextExample,
+    label_names,
+    read_examples,
+    stream_examples,
+    text_features,
+)
+from prelnroberta.data.conll import Sentence, read_sentences, stream_sentences, tag_names
+from prelnroberta.data.labels import discover_labels
+from prelnroberta.data.tags import is_tag
+from prelnroberta.data.tokens import entities, token_features
+from prelnroberta.entity_metrics import EntityCounts
+from prelnroberta.errors import InputError
+from prelnroberta.heads import LossSettings, Scores
+from prelnroberta.modeling import TableModule
+from prelnroberta.params import Tree
+from prelnroberta.task_metrics import (
+    class_report,
+    confusion_counts,
+    confusion_matrix,
+    multi_label_counts,
+    multi_label_metrics,
+    regression_metrics,
+    single_label_metrics,
+)
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+class SequenceClassification(Task):
+    """Texts or pairs of texts: one label, several labels, or a number."""
+
+    model = "sequence_classification"
+
+    @property
+    def metric(self) -> str:
+        return {REGRESSION: "pearson", MULTI: "f1_micro"}.get(
+            self.settings.problem_type, "accuracy"
+        )
+
+    def read(self, path: str | Path, labelled: bool, bad: BadRows) -> list:
+        s = self.settings
+        label = (s.label_columns[0] if len(s.label_columns) == 1 else s.label_columns) or "label"
+        text = "text" if s.text_column is None else s.text_column
+        return read_examples(path, text, s.pair_column, label if labelled else None, bad=bad)
+
+    def stream(self, path: str, bad: BadRows, file: BinaryIO | None) -> Iterator:
+        s = self.settings
+        text = "text" if s.text_column is None else s.text_column
+        return stream_examples(path, text, bad, s.pair_column, file=file)
+
+    def typed(self, texts: Sequence[str], pair: str | None, choices: Sequence[str]) -> list:
+        return [TextExample(f"--text {i}", text, pair) for i, text in enumerate(texts, 1)]
+
+    def settled(self, examples: Sequence) -> TaskSettings:
+        s = self.settings
+        if s.labels or s.problem_type == REGRESSION:
+            return s
+        if s.problem_type == MULTI and len(s.label_columns) > 1:
+            names = tuple(map(str, s.label_columns))
+        elif s.problem_type == MULTI:
+            names = discover_labels(name for e in examples for name in label_names(e.label))
+        else:
+            names = discover_labels(e.label for e in examples)
+        return dataclasses.replace(s, labels=names)
+
+    def configure(self, config: RobertaPreLayerNormConfig) -> RobertaPreLayerNormConfig:
+        names = self.settings.labels or ("LABEL_0",)
+        kind = self.settings.problem_type
+        return config.replace(id2label=dict(enumerate(names)), problem_type=kind)
+
+    def features(
+        self, examples: Sequence, tokenizer: tokenizers.Tokenizer, bad: BadRows, training: bool
+    ) -> Features:
+        s = self.settings
+        return text_features(examples, tokenizer, s.max_length, s.problem_type, s.labels, bad)
+
+    def loss(
+        self,
+        config: RobertaPreLayerNormConfig,
+        logits: Array,
+        batch: dict[str, Array],
+        settings: LossSettings,
+    ) -> Scores:
+        return heads.sequence_scores(config, logits, batch["labels"], settings, batch["weights"])
+
+    def outputs(
+        self, config: RobertaPreLayerNormConfig, logits: Array, batch: dict[str, Array]
+    ) -> dict[str, Array]:
+        logits = logits.astype(jnp.float32)
+        if self.settings.problem_type == REGRESSION:
+            return {"value": logits[:, 0]}
+        if self.settings.problem_type == MULTI:
+            return {"probabilities": jax.nn.sigmoid(logits)}
+        return {"probabilities": jax.nn.softmax(logits, axis=-1)}
+
+    def answers(self, features: Features, rows: Sequence[Row]) -> Iterator[Answer]:
+        names, kind = self.settings.labels, self.settings.problem_type
+        for example, row in zip(features.examples, rows, strict=True):
+            answer = {"text": example.text}
+            if example.pair is not None:
+                answer["pair"] = example.pair
+            if kind == REGRESSION:
+                yield answer | {"value": float(row["value"])}
+                continue
+            probabilities = dict(zip(names, row["probabilities"].tolist(), strict=True))
+            if kind == MULTI:
+                answer["labels"] = [name for name, p in probabilities.items() if p > 0.5]
+            else:
+                answer["label"] = max(probabilities, key=probabilities.get)
+            yield answer | {"probabilities": probabilities}
+
+    def measure(self, features: Features, rows: Sequence[Row]) -> Measured:
+        labels, names = features.labels, self.settings.labels
+        if self.settings.problem_type == REGRESSION:
+            values = stacked(rows, "value")
+            return Measured(lambda i: regression_metrics(labels[i], values[i]), len(rows))
+        if self.settings.problem_type == MULTI:
+            sides = stacked(rows, "probabilities") > 0.5
+            return Measured(
+                lambda i: multi_label_metrics(labels[i], sides[i]),
+                len(rows),
+                classes=class_report(multi_label_counts(labels, sides), names),
+            )
+        return of_classes(labels, stacked(rows, "probabilities").argmax(axis=-1), names)
+
+    def trivial(self, train: Features, features: Features) -> float:
+        if self.settings.problem_type == REGRESSION:
+            return 0.0  # the correlation with a constant
+        if self.settings.problem_type == MULTI:
+            sides = np.broadcast_to(train.labels.mean(axis=0) > 0.5, features.labels.shape)
+            return multi_label_metrics(features.labels, sides)[self.metric]
+        return most_frequent(train, features)
+
+
+class TokenClassification(Task):
+    """Words of sentences: entities (IOB2 tags), or any other label a word."""
+
+    model = "token_classification"
+
+    @property
+    def metric(self) -> str:
+        return "f1" if self._of_entities else "accuracy"
+
+    @property
+    def _of_entities(self) -> bool:
+        return all(map(is_tag, self.settings.labels))
+
+    def read(self, path: str | Path, labelled: bool, bad: BadRows) -> list:
+        s = self.settings
+        tag = s.label_columns[0] if s.label_columns else None
+        return read_sentences(path, s.text_column, tag, labelled, bad).examples
+
+    def stream(self, path: str, bad: BadRows, file: BinaryIO | None) -> Iterator:
+        return stream_sentences(path, bad, self.settings.text_column, tagged=False, file=file)
+
+    def typed(self, texts: Sequence[str], pair: str | None, choices: Sequence[str]) -> list:
+        return [Sentence(f"--text {i}", text.split(), None) for i, text in enumerate(texts, 1)]
+
+    def settled(self, examples: Sequence) -> TaskSettings:
+        s = self.settings
+        return s if s.labels else dataclasses.replace(s, labels=tag_names(examples))
+
+    def features(
+        self, examples: Sequence, tokenizer: tokenizers.Tokenizer, bad: BadRows, training: bool
+    ) -> Features:
+        s = self.settings
+        return token_features(
+            examples, tokenizer, s.max_length, s.labels, s.all_pieces, s.stride, bad
+        )
+
+    def _tags(
+        self, features: Features, rows: Sequence[Row]
+    ) -> Iterator[tuple[Any, list[str], list[float]]]:
+        """Of each sentence: itself, its predicted tags, and their probabilities."""
+        by_word = features.by_word([row["probabilities"] for row in rows])
+        for sentence, words in zip(features.examples, by_word, strict=True):
+            tags = [self.settings.labels[i] for i in words.argmax(axis=-1)]
+            yield sentence, tags, words.max(axis=-1).tolist()
+
+    def answers(self, features: Features, rows: Sequence[Row]) -> Iterator[Answer]:
+        for sentence, tags, probabilities in self._tags(features, rows):
+            answer = {"words": sentence.words, "tags": tags, "probabilities": probabilities}
+            if self._of_entities:
+                found = entities(sentence, tags, probabilities)
+                answer["entities"] = [entity._asdict() for entity in found]
+            yield answer
+
+    def measure(self, features: Features, rows: Sequence[Row]) -> Measured:
+        names = self.settings.labels
+        ids = {name: i for i, name in enumerate(names)}
+        found = [tags for _, tags, _ in self._tags(features, rows)]
+        true = [sentence.tags for sentence in features.examples]
+        confusions = [
+            confusion_matrix([ids[t] for t in a], [ids[t] for t in b], len(names))
+            for a, b in zip(true, found, strict=True)
+        ]
+        confusion = sum(confusions)
+        if self._of_entities:
+            counts = EntityCounts(true, found, scheme=None)  # conlleval's, seqeval's default
+            strict = EntityCounts(true, found)
+            return Measured(
+                lambda i: {**counts.metrics(i), "f1_strict": strict.metrics(i)["f1"]},
+                len(found),
+                confusion,
+                names,
+                class_report(counts.counts(), counts.types),
+            )
+        return Measured(
+            lambda i: single_label_metrics(sum(confusions[k] for k in i)),
+            len(found),
+            confusion,
+            names,
+            class_report(confusion_counts(confusion), names),
+        )
+
+    def trivial(self, train: Features, features: Features) -> float:
+        if self._of_entities:
+            return 0.0  # no entity is ever named
+        counts = self.label_counts(features)
+        return float(counts[self.label_counts(train).argmax()] / counts.sum())
+
+
+class MultipleChoice(Task):
+    """Which of several continuations is right."""
+
+    model = "multiple_choice"
+
+    def read(self, path: str | Path, labelled: bool, bad: BadRows) -> list:
+        context, prefix, label = self._columns
+        return read_choices(path, context, prefix, label=label if labelled else None, bad=bad)
+
+    @property
+    def _columns(self) -> tuple[str, str, str]:
+        s = self.settings
+        return (
+            "sent1" if s.text_column is None else s.text_column,
+            "sent2" if s.pair_column is None else s.pair_column,
+            s.label_columns[0] if s.label_columns else "label",
+        )
+
+    def stream(self, path: str, bad: BadRows, file: BinaryIO | None) -> Iterator:
+        context, prefix, _ = self._columns
+        return stream_choices(path, bad, context, prefix, label=None, file=file)
+
+    def typed(self, texts: Sequence[str], pair: str | None, choices: Sequence[str]) -> list:
+        if len(choices) < 2:
+            raise InputError("--text is a context: give its continuations as --choice, 2 or more")
+        return [
+            ChoiceExample(f"--text {i}", text, pair or "", list(choices), None)
+            for i, text in enumerate(texts, 1)
+        ]
+
+    def configure(self, config: RobertaPreLayerNormConfig) -> RobertaPreLayerNormConfig:
+        return config.replace(num_labels=1)
+
+    def features(
+        self, examples: Sequence, tokenizer: tokenizers.Tokenizer, bad: BadRows, training: bool
+    ) -> Features:
+        return choice_features(examples, tokenizer, self.settings.max_length)
+
+    def logits(
+        self, module: TableModule, params: Tree, batch: dict[str, Array], keys: Array | None = None
+    ) -> Array:
+        logits = super().logits(module, params, batch, keys)
+        return masked_logits(logits.astype(jnp.float32), batch["choice_mask"])
+
+    def answers(self, features: Features, rows: Sequence[Row]) -> Iterator[Answer]:
+        for example, row in zip(features.examples, rows, strict=True):
+            probabilities = row["probabilities"][: len(example.choices)].tolist()
+            best = int(np.argmax(probabilities))
+            yield {
+                "context": example.context,
+                "choice": best,
+                "text": example.choices[best],
+                "probabilities": probabilities,
+            }
+
+    def measure(self, features: Features, rows: Sequence[Row]) -> Measured:
+        right = stacked(rows, "probabilities").argmax(axis=-1) == features.labels
+        return Measured(lambda i: {"accuracy": float(right[i].mean())}, len(right))
+
+    def trivial(self, train: Features, features: Features) -> float:
+        return most_frequent(train, features)
