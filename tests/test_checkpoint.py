@@ -216,13 +216,18 @@ for _ in range(kills):
         os.write(writer, f"{latest}\\n".encode())
         for step in range(latest + 1, 10_000):
             checkpoints.save(state(step), {"note": step})
+            os.write(writer, b"begun\\n")
     os.close(writer)
     with os.fdopen(reader) as pipe:
         line = pipe.readline()
-    if not line:
-        sys.exit(f"a start failed after {found}")
-    found.append(int(line))
-    time.sleep(moments.uniform(0, 0.5))
+        if not line:
+            sys.exit(f"a start failed after {found}")
+        found.append(int(line))
+        begin, saves = time.monotonic(), moments.randrange(1, 4)
+        for _ in range(saves):
+            pipe.readline()
+        # Anywhere in the time that a save takes, on however busy a machine.
+        time.sleep(moments.uniform(0, (time.monotonic() - begin) / saves))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
 print(*found)
