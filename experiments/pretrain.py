@@ -53,7 +53,7 @@ def main() -> int:
     with hosts.first_before_others("claim"):
         check_run(run_dir)
         if (run_dir / "model" / "config.json").exists():  # the last file that a run writes
-            print(f"{run_dir} is complete: {FLAGS.steps:,} of {FLAGS.steps:,} steps")
+            print(f"{run_dir} is complete: {FLAGS.steps:,} steps of {FLAGS.steps:,}")
             print(use(run_dir))
             return 0
         params = given_params()

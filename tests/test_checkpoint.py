@@ -196,6 +196,55 @@ def test_killed_while_saving_leaves_whole_steps_only(tmp_path):
         assert not list(directory.glob("*tmp*")), "what was half written is cleared away"
 
 
+KILLED = """
+import os, random, signal, sys, time
+sys.path.insert(0, "tests")
+from test_checkpoint import Checkpoints, assert_same, state
+
+directory, kills, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+moments, found = random.Random(seed), []
+for _ in range(kills):
+    reader, writer = os.pipe()
+    child = os.fork()  # everything is imported by now, and no device yet asked for
+    if child == 0:
+        checkpoints = Checkpoints(directory, keep=2)
+        latest = checkpoints.latest() or 0
+        if latest:
+            restored, extra = checkpoints.restore(state(9))
+            assert_same(restored, state(latest))
+            assert extra == {"note": latest}
+        os.write(writer, f"{latest}\\n".encode())
+        for step in range(latest + 1, 10_000):
+            checkpoints.save(state(step), {"note": step})
+            os.write(writer, b"begun\\n")
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        line = pipe.readline()
+        if not line:
+            sys.exit(f"a start failed after {found}")
+        found.append(int(line))
+        begin, saves = time.monotonic(), moments.randrange(1, 4)
+        for _ in range(saves):
+            pipe.readline()
+        # Anywhere in the time that a save takes, on however busy a machine.
+        time.sleep(moments.uniform(0, (time.monotonic() - begin) / saves))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+print(*found)
+"""
+
+
+@pytest.mark.slow
+def test_fifty_kills_at_any_moment_and_every_start_finds_a_whole_step(tmp_path):
+    """Each start verifies the latest step, all of it, and saves on until it is killed."""
+    seed = random.randrange(1 << 30)
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "c"), "50", str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, (seed, done.stderr[-3000:])
+    found = [int(step) for step in done.stdout.split()]
+    assert len(found) == 50 and found == sorted(found) and found[-1] > 25, (seed, found)
+
+
 def test_full_disk_is_told_and_costs_no_earlier_step(tmp_path, caplog):
     with filled_disk(tmp_path / "disk") as disk:
         checkpoints = Checkpoints(disk.path, keep=9)

@@ -18,9 +18,9 @@ from prelnroberta.params import flatten
 
 pytestmark = pytest.mark.slow
 
-LAST = 14
+LAST = 10
 FLAGS = tiny_flags(
-    steps=LAST, accumulate=1, save_every=3, eval_every=7, log_every=4, eval_rows=8, mesh_fsdp=2
+    steps=LAST, accumulate=1, save_every=3, eval_every=5, log_every=3, eval_rows=8, mesh_fsdp=2
 )
 
 
@@ -96,15 +96,15 @@ def records(run_dir):
 def test_asked_to_stop_and_killed_it_ends_as_if_nothing_had_happened(tmp_path):
     run_dir = tmp_path / "run"
     job = Job(run_dir)
-    job.until_reported(run_dir, 4)
+    job.until_reported(run_dir, 3)
     job.processes[1].send_signal(signal.SIGTERM)  # one of them, and not the first
     assert job.codes() == [143, 143], job.said()
     assert "SIGTERM: saved step" in job.said()
     steps = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit())
-    assert 4 <= steps[-1] < LAST
+    assert 3 <= steps[-1] < 9
 
     job = Job(run_dir)
-    job.until_reported(run_dir, 12)
+    job.until_reported(run_dir, 9)
     job.processes[1].send_signal(signal.SIGKILL)
     begin = time.monotonic()
     codes = job.codes(timeout=60)  # lost_after_seconds is 20
@@ -142,10 +142,15 @@ for name, parallelism, count in (
     ("one", Parallelism(), 1),
 ):
     layout = Layout(parallelism, config, devices=jax.devices()[:count])
-    def new():
-        return TrainState.create(parameters.init(config, jax.random.key(9)), optimizer)
+    like = jax.eval_shape(
+        lambda: TrainState.create(parameters.init(config, jax.random.key(9)), optimizer)
+    )
+    like = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        like, layout.shardings(like),
+    )
     with layout.active():
-        state, _ = checkpoints.restore(layout.born(new))
+        state, _ = checkpoints.restore(like)
     assert int(state.step) == steps
     assert len(state.params["embeddings"]["word"].sharding.device_set) == count
     np.savez(f"{sys.argv[3]}/{name}.npz", **flatten(layout.gathered(state.params)))
@@ -156,7 +161,11 @@ def test_what_two_hosts_saved_is_read_by_eight_devices_four_and_one(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", RESTORE, undisturbed(), str(LAST), tmp_path],
         cwd=ROOT,
-        env=ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=ENVIRONMENT
+        | {
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        },
         capture_output=True,
         text=True,
         timeout=300,

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import ragged_batch, random_params
+from support import filled_disk, ragged_batch, random_params
 
 from experiments.report import Report, read_records
-from experiments.training import Cadence, train
+from experiments.training import Cadence, resume, train
 from prelnroberta import params as parameters
-from prelnroberta.checkpoint import Checkpoints
+from prelnroberta.checkpoint import CheckpointError, Checkpoints
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 from prelnroberta.heads import MaskedLM, Scores, masked_lm_scores
@@ -140,9 +140,11 @@ def counting(state, batch):
     ), scores
 
 
-def loop(directory, steps=20, batches=None, validate=None, start=None, **cadence):
+def loop(directory, steps=20, batches=None, validate=None, start=None, **options):
+    directory.mkdir(exist_ok=True)
+    cadence = {"steps": steps, "log_every": 3, "eval_every": 8, "save_every": 5}
     cadence = Cadence(
-        **{"steps": steps, "log_every": 3, "eval_every": 8, "save_every": 5} | cadence
+        **cadence | {name: options.pop(name) for name in cadence.keys() & options.keys()}
     )
     checkpoints = Checkpoints(directory / "checkpoints", keep=20)
     state = start or TrainState.create({"w": jnp.zeros(2)}, optax.sgd(0.1))
@@ -158,6 +160,7 @@ def loop(directory, steps=20, batches=None, validate=None, start=None, **cadence
             validate=validate or (lambda state: VALIDATION | {"loss": -float(state.step)}),
             learning_rate=lambda step: step,
             tokens_per_step=10,
+            **options,
         )
     finally:
         report.close()
@@ -223,6 +226,71 @@ def test_what_is_not_finite_is_refused_and_never_saved(tmp_path, log_every):
     with pytest.raises(InputError, match=r"--learning_rate.*another --run_dir"):
         loop(tmp_path, steps=8, batches=batches, log_every=log_every, save_every=1)
     assert saved(tmp_path) == [1, 2, 3]
+
+
+def test_a_save_that_fails_is_told_and_gone_on_from_if_asked(tmp_path, capsys):
+    """The disk is full from step 7 to 12."""
+    with filled_disk(tmp_path / "disk", "2m") as disk:
+
+        def filling():
+            for number in range(1, 21):
+                if number == 7:
+                    disk.fill()
+                if number == 13:
+                    disk.empty()
+                yield np.float32(1)
+
+        (tmp_path / "checkpoints").symlink_to(disk.path)
+        disk.path.mkdir()
+        state, stopped = loop(
+            tmp_path, batches=filling(), save_every=1, eval_every=40, failed_save="continue"
+        )
+        assert stopped is None and int(state.step) == 20
+        steps = [int(p.name) for p in disk.path.iterdir() if p.name.isdigit()]
+        assert set(range(1, 6)) | set(range(14, 21)) <= set(steps) and 10 not in steps
+    said = capsys.readouterr().out
+    assert "warning: step" in said and "No space left on device" in said and "is whole" in said
+
+
+def test_a_damaged_step_is_set_aside_on_request_alone(tmp_path, capsys):
+    state, _ = loop(tmp_path)
+    largest = max(
+        (tmp_path / "checkpoints/20/params").rglob("*"),
+        key=lambda p: p.stat().st_size * p.is_file(),
+    )
+    largest.write_bytes(b"")
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=20)
+    with pytest.raises(
+        CheckpointError, match=r"20: the checkpoint is damaged.*--set_damaged_aside"
+    ):
+        resume(checkpoints, state, set_damaged_aside=False)
+    assert checkpoints.latest() == 20
+    assert int(resume(checkpoints, state, set_damaged_aside=True).step) == 16
+    assert "set aside: " in capsys.readouterr().err
+    assert (tmp_path / "checkpoints/damaged/20").is_dir() and checkpoints.latest() == 16
+    checkpoints.save(state, {})  # the step comes again
+    checkpoints.close()
+    assert Checkpoints(tmp_path / "checkpoints").latest() == 20
+
+
+def test_what_is_compiled_again_is_told(tmp_path, capsys):
+    def growing(state):
+        jax.jit(lambda x: x + 1)(np.zeros(int(state.step)))  # a new shape at every evaluation
+        return VALIDATION | {"loss": 1.0}
+
+    loop(tmp_path / "same")
+    assert "compiled again" not in capsys.readouterr().out
+    loop(tmp_path / "changing", validate=growing)
+    assert "warning: step 16: something was compiled again" in capsys.readouterr().out
+
+
+def test_the_account_of_time_is_whole(tmp_path, capsys):
+    loop(tmp_path, compile_seconds=1e6, profile_steps=(3, 4))
+    [line] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("time: ")]
+    assert "compiling 277:46:40 (100%)" in line and "goodput 0%" in line
+    for bucket in ("steps", "input", "evaluation", "checkpoints"):
+        assert f"{bucket} 0:0" in line
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 def test_report_drops_what_is_about_to_run_again_and_a_line_cut_off(tmp_path):
