@@ -18,7 +18,7 @@ from prelnroberta.params import flatten
 
 pytestmark = pytest.mark.slow
 
-LAST = 10
+LAST = 12
 FLAGS = tiny_flags(
     steps=LAST, accumulate=1, save_every=3, eval_every=5, log_every=3, eval_rows=8, mesh_fsdp=2
 )
@@ -101,7 +101,7 @@ def test_asked_to_stop_and_killed_it_ends_as_if_nothing_had_happened(tmp_path):
     assert job.codes() == [143, 143], job.said()
     assert "SIGTERM: saved step" in job.said()
     steps = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit())
-    assert 3 <= steps[-1] < 9
+    assert 3 <= steps[-1] < 9, steps
 
     job = Job(run_dir)
     job.until_reported(run_dir, 9)
