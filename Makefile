@@ -5,6 +5,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# What must not be in .venv itself: other versions; and libtpu, where jax would look for a TPU.
+OVERLAY := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target
 PROJECT := setup.cfg pyproject.toml constraints.txt
 
 # PyPI's Linux wheel of torch is the CUDA build, gigabytes of it; the local version label +cpu can
@@ -16,7 +18,7 @@ else
 TORCH := torch==2.13.0
 endif
 
-.PHONY: help install bridges demo benchmark test test-fast lint clean
+.PHONY: help install bridges rehearsal demo benchmark test test-fast lint clean
 
 help:
 	@echo "make demo       pretrain a small model on real English (about 6 minutes on 2 cores)"
@@ -26,6 +28,7 @@ help:
 	@echo "make lint       ruff"
 	@echo "make install    only the environment, .venv"
 	@echo "make bridges    the same with PyTorch, TensorFlow and ONNX (CPU builds)"
+	@echo "make rehearsal  only what --rehearse needs: the compiler of TPU programs"
 	@echo "make clean      remove .venv and caches; runs/ stays"
 
 install: $(VENV)/installed
@@ -43,15 +46,21 @@ $(VENV)/bridged: $(VENV)/installed
 	@$(PIP) --editable '.[viz,torch,tf,onnx]'
 	@touch $@
 
-$(VENV)/tested: $(VENV)/bridged tests/oracle/requirements.txt
+$(VENV)/libtpu: $(VENV)/installed
+	@echo "adding the compiler of TPU programs to $(VENV) (once)"
+	@$(OVERLAY) $@ --constraint constraints.txt libtpu
+	@touch $@
+
+$(VENV)/tested: $(VENV)/bridged $(VENV)/libtpu tests/oracle/requirements.txt
 	@echo "adding the test tools to $(VENV) (once)"
-	@$(PIP) --editable '.[viz,torch,tf,onnx,tpu_rehearsal,dev]'
+	@$(PIP) --editable '.[viz,torch,tf,onnx,dev]'
 	@rm -rf $(VENV)/transformers4
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
-		--target $(VENV)/transformers4 --requirement tests/oracle/requirements.txt
+	@$(OVERLAY) $(VENV)/transformers4 --requirement tests/oracle/requirements.txt
 	@touch $@
 
 bridges: $(VENV)/bridged
+
+rehearsal: $(VENV)/libtpu
 
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.demo

@@ -12,12 +12,16 @@ import importlib.util
 import math
 import os
 import re
+import sys
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 from prelnroberta.chips import CHIPS, Chip, chip_of
 from prelnroberta.errors import InputError
 
+# Where `make rehearsal` puts libtpu: beside jax, it would have every program look for a TPU.
+_KEPT_APART = Path(sys.prefix) / "libtpu"
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -36,7 +40,9 @@ def topology_devices(name: str) -> list[Any]:
             f"topology {name!r}, expected a chip of {', '.join(tpus)} and a shape, as v5e:16x16"
         )
     if importlib.util.find_spec("libtpu") is None:
-        raise InputError("a rehearsal needs libtpu: pip install -e '.[tpu_rehearsal]'")
+        if not _KEPT_APART.is_dir():
+            raise InputError(f"topology {name!r}: a rehearsal needs libtpu: make rehearsal")
+        sys.path.append(str(_KEPT_APART))
     for variable, value in {
         "TPU_SKIP_MDS_QUERY": "1",  # nobody to ask which TPU this is
         "TPU_WORKER_HOSTNAMES": "localhost",
