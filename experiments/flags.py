@@ -247,7 +247,7 @@ def _predict() -> None:
         "format", "text", ["text", "json"], "Of filled masks: for eyes, or JSON lines."
     )
     flags.DEFINE_integer("top_k", 5, "Guesses for each mask, or tokens to draw among.")
-    flags.DEFINE_integer("batch_size", 32, "Texts computed at once.")
+    flags.DEFINE_integer("batch_size", 32, "Texts computed at once by fill_mask and generate.")
     flags.DEFINE_enum("pooling", "mean", ["mean", "first"], "Of tokens to a vector, in embed.")
     flags.DEFINE_list("layers", ["-1"], "Whose outputs embed takes: 0 (embeddings) to N, or -1.")
     flags.DEFINE_integer("max_new_tokens", 20, "By how much generate continues, at most.")

@@ -90,7 +90,7 @@ def embedded(folder: Path, layers: list[int]) -> Iterator[tuple[str, np.ndarray]
         examples = [TextExample(line.place, line.text) for line in chunk]
         features = text_features(examples, tokenizer, longest, bad=BadRows())
         found: list[Any] = [None] * len(chunk)
-        for indices, batch in by_length(features, longest, FLAGS.batch_size):
+        for indices, batch in by_length(features, longest):
             rows = np.asarray(compute(params, batch["input_ids"], batch["attention_mask"]))
             for index, row in zip(indices, rows, strict=True):
                 if index != NOTHING:

@@ -81,23 +81,22 @@ class Judge:
         return rows, total
 
 
-def by_length(
-    features: Features, longest: int, batch_size: int
-) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Batches of one shape a length: rows are padded to the next power of two, or `longest`.
+_ROWS = 8  # of each batch of `by_length`
 
-    How a row is padded follows from itself alone, and it is never alone in its batch, for which
-    XLA has other kernels. So on a CPU its numbers are the same to the last bit, whatever stands
-    beside it and whatever the batch size is.
+
+def by_length(features: Features, longest: int) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Batches of one shape a length: `_ROWS` rows padded to the next power of two, or `longest`.
+
+    XLA's kernels differ by shape, and with them the last bits of a row. A row's shape follows here
+    from itself alone, never from how much is asked at once: so its numbers do, too (on a CPU).
     """
     doubled = [16 << i for i in range(32) if 16 << i < longest]
     lengths = np.array([bucket_of(length, [*doubled, longest]) for length in features.lengths])
     for length in np.unique(lengths):
         chosen = np.flatnonzero(lengths == length)
-        rows = max(2, batch_size)
-        for start in range(0, len(chosen), rows):
-            indices = chosen[start : start + rows]
-            indices = np.concatenate([indices, np.full(rows - len(indices), NOTHING)])
+        for start in range(0, len(chosen), _ROWS):
+            indices = chosen[start : start + _ROWS]
+            indices = np.concatenate([indices, np.full(_ROWS - len(indices), NOTHING)])
             yield indices, features.batch(indices, int(length))
 
 

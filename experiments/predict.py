@@ -130,7 +130,7 @@ def answer_examples(folder: Path) -> int:
         placed = layout.put(params)
         while chunk := list(itertools.islice(examples, 1 if reads_keyboard() else _CHUNK)):
             features = task.features(chunk, tokenizer, bad, training=False)
-            batches = by_length(features, settings.max_length, FLAGS.batch_size)
+            batches = by_length(features, settings.max_length)
             rows, _ = judge(placed, features, batches)
             yield from task.answers(features, rows)
 
