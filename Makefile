@@ -44,8 +44,9 @@ $(VENV)/bridged: $(VENV)/installed
 
 $(VENV)/tested: $(VENV)/bridged tests/oracle/requirements.txt
 	@echo "adding the test tools to $(VENV) (once)"
-	@$(PIP) --editable '.[viz,torch,tf,onnx,tpu_rehearsal,dev]'
-	@rm -rf $(VENV)/transformers4
+	@$(PIP) --editable '.[viz,torch,tf,onnx,dev]'
+	@rm -rf $(VENV)/transformers4 $(VENV)/libtpu
+	@$(PIP) --no-deps --target $(VENV)/libtpu libtpu
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target $(VENV)/transformers4 --requirement tests/oracle/requirements.txt
 	@touch $@

@@ -123,8 +123,8 @@ def command(program: str, *arguments: str) -> list[str]:
 
 def call(program: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess:
     """Runs a program to its end; text in, text out."""
-    options = {"capture_output": True, "text": True, "timeout": 300} | options
-    return subprocess.run(command(program, *arguments), cwd=ROOT, env=ENVIRONMENT, **options)
+    defaults = {"capture_output": True, "text": True, "timeout": 300, "env": ENVIRONMENT}
+    return subprocess.run(command(program, *arguments), cwd=ROOT, **defaults | options)
 
 
 @functools.cache
@@ -197,6 +197,8 @@ def filled_disk(mount: Path, size: str = "16m") -> Iterator[Disk]:
         subprocess.run(["umount", "-l", mount], check=True)
 
 
+# Apart: in a process that finds it jax looks for a TPU, and says on stderr that there is none.
+LIBTPU = Path(sys.prefix) / "libtpu"
 TRANSFORMERS_4 = Path(sys.prefix) / "transformers4"
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 
 import pytest
-from support import ROOT, call, tiny_flags
+from support import ENVIRONMENT, LIBTPU, ROOT, call, tiny_flags
 
 from experiments import rehearse
 from prelnroberta import params as parameters
@@ -17,6 +17,15 @@ from prelnroberta.chips import CHIPS, chip_of
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 from prelnroberta.rehearsal import Collective, Rehearsal, collectives, topology_devices
+
+WITH_LIBTPU = ENVIRONMENT | {"PYTHONPATH": str(LIBTPU)}
+
+
+@pytest.fixture(autouse=True)
+def libtpu(monkeypatch):
+    assert LIBTPU.is_dir(), f"{LIBTPU} is missing: run `make test`, which makes it"
+    monkeypatch.syspath_prepend(LIBTPU)
+
 
 HLO = """HloModule jit_step
 
@@ -132,7 +141,13 @@ def test_a_slice_that_is_none_is_named(name):
 
 
 def test_a_rehearsal_writes_nothing(tmp_path):
-    done = call("pretrain", *tiny_flags(), f"--run_dir={tmp_path / 'run'}", "--rehearse=v5e:2x2")
+    done = call(
+        "pretrain",
+        *tiny_flags(),
+        f"--run_dir={tmp_path / 'run'}",
+        "--rehearse=v5e:2x2",
+        env=WITH_LIBTPU,
+    )
     assert done.returncode == 0, done.stderr
     assert "4 devices (TPU v5 lite), jit, mesh data 4" in done.stdout
     assert ": fits" in done.stdout and "all-reduce" in done.stdout
@@ -151,6 +166,7 @@ def large(slice_name, *flags):
         f"--rehearse={slice_name}",
         *flags,
         timeout=1200,
+        env=WITH_LIBTPU,
     )
     assert done.returncode == 0, (done.stdout, done.stderr[-2000:])
     found = {}
@@ -192,6 +208,12 @@ def test_the_large_recipe_fits_v5p_by_tensor_and_fsdp():
 
 
 def test_the_same_command_is_refused_before_anything_is_compiled():
-    done = call("pretrain", *tiny_flags(batch_size=10), "--run_dir=none", "--rehearse=v5e:2x2")
+    done = call(
+        "pretrain",
+        *tiny_flags(batch_size=10),
+        "--run_dir=none",
+        "--rehearse=v5e:2x2",
+        env=WITH_LIBTPU,
+    )
     assert done.returncode == 2, done.stdout
     assert "batch_size=10 does not divide by 4 devices" in done.stderr
