@@ -26,7 +26,8 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 
 
 def topology_devices(name: str) -> list[Any]:
-    """The devices of a topology, to compile for and lay out, not to compute on.
+    """The devices of a topology, to compile for and lay out, not to compute on. This process has
+    CPU devices alone from now on.
 
     Args:
         name: chip and shape, as `v5e:16x16`, `v4:2x2x4`, `v5p:4x4x8`, `v6e:8x8`.
@@ -55,8 +56,10 @@ def topology_devices(name: str) -> list[Any]:
     if "fibers_default_thread_stack_size" not in arguments:
         stack = "--fibers_default_thread_stack_size=4194304"
         os.environ["LIBTPU_INIT_ARGS"] = f"{arguments} {stack}".strip()
+    import jax
     from jax.experimental import topologies
 
+    jax.config.update("jax_platforms", "cpu")  # with libtpu there, jax would look for a TPU
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except Exception as error:
