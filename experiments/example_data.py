@@ -34,7 +34,7 @@ from experiments.flags import FLAGS
 if TYPE_CHECKING:
     from prelnroberta.data.corpus import Document
 
-flags.declare("example_data")
+flags.declare("example_data", "new_folder")
 
 DEV = 0.05  # of the modules: pretraining's --validation_fraction
 PACKAGES = ("python", "numpy", "scipy", "jax", "huggingface_hub", "rich")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Arrays = dict[str, np.ndarray]
     Run = Callable[[Arrays], Arrays]
 
-flags.declare("export")
+flags.declare("export", "new_folder")
 
 TOLERANCE = 1e-4  # of the largest error, over the rms of the outputs; what is wrong is off by 1
 _NEEDS = {

@@ -336,8 +336,11 @@ def _finetuning() -> None:
     FLAGS.set_default("learning_rate", 5e-5)
 
 
-def _example_data() -> None:
+def _new_folder() -> None:
     flags.DEFINE_string("output", None, "The folder to make: new, or empty.", required=True)
+
+
+def _example_data() -> None:
     flags.DEFINE_integer("examples", 500, "Of each task in each file, at most.")
 
 
@@ -388,7 +391,6 @@ def _parity() -> None:
 
 def _export() -> None:
     flags.DEFINE_string("model", None, "A model folder or a finished run.", required=True)
-    flags.DEFINE_string("output", None, "The folder to make: new, or empty.", required=True)
     forms = ["torch", "tensorflow", "onnx", "stablehlo"]
     flags.DEFINE_multi_enum(
         "format",
@@ -421,6 +423,7 @@ _GROUPS: dict[str, Callable[[], None]] = {
     "task_or_use": lambda: _task(USES),
     "evaluate": _evaluate,
     "finetuning": _finetuning,
+    "new_folder": _new_folder,
     "example_data": _example_data,
     "convert": _convert,
     "parity": _parity,
@@ -454,10 +457,15 @@ _FREE = {
 }
 
 
+_declared: set[str] = set()
+
+
 def declare(*groups: str) -> None:
     """Declares the flags of these groups for the program that is running."""
     for group in groups:
-        _GROUPS[group]()
+        if group not in _declared:  # by another program, in a process that imports both
+            _GROUPS[group]()
+            _declared.add(group)
     for flag in _own():
         # --help shows the flags that belong to the program's own file.
         FLAGS.register_key_flag_for_module(sys.argv[0], flag)

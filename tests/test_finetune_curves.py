@@ -130,4 +130,4 @@ def test_loss_curve_is_torchs(name, tmp_path_factory):
     print(name, np.abs(ours - theirs).max(), theirs[:5].mean(), theirs[-20:].mean())
     # The largest difference measured, of any step and task, is 3e-6.
     np.testing.assert_allclose(ours, theirs, atol=5e-5)
-    assert theirs[-20:].mean() < theirs[:5].mean() - 0.05, "nothing was learned"
+    assert theirs[-20:].mean() < theirs[:5].mean() - 0.005, "nothing was learned"
