@@ -47,6 +47,7 @@ def topology_devices(name: str) -> list[Any]:
     for variable, value in {
         "TPU_SKIP_MDS_QUERY": "1",  # nobody to ask which TPU this is
         "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any: it would say that it knows of none
         "TPU_LOG_DIR": "disabled",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # there is no chip to be locked
     }.items():
