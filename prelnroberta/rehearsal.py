@@ -61,8 +61,11 @@ def topology_devices(name: str) -> list[Any]:
     from jax.experimental import topologies
 
     jax.config.update("jax_platforms", "cpu")  # with libtpu there, jax would look for a TPU
+    # A v4 chip's two cores are one device, as they are on a slice.
+    options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+        return list(found.devices)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"topology {name!r} is none that libtpu knows: {reason}") from error

@@ -131,10 +131,12 @@ def test_a_slice_that_is_none_is_named(name):
         topology_devices(name)
 
 
-def test_a_rehearsal_writes_nothing(tmp_path):
-    done = call("pretrain", *tiny_flags(), f"--run_dir={tmp_path / 'run'}", "--rehearse=v5e:2x2")
+@pytest.mark.parametrize(("slice_name", "kind"), [("v5e:2x2", "v5 lite"), ("v4:2x2x1", "v4")])
+def test_a_rehearsal_writes_nothing(slice_name, kind, tmp_path):
+    run_dir = tmp_path / "run"
+    done = call("pretrain", *tiny_flags(), f"--run_dir={run_dir}", f"--rehearse={slice_name}")
     assert done.returncode == 0, done.stderr
-    assert "4 devices (TPU v5 lite), jit, mesh data 4" in done.stdout
+    assert f"4 devices (TPU {kind}), jit, mesh data 4" in done.stdout
     assert ": fits" in done.stdout and "all-reduce" in done.stdout
     assert not (tmp_path / "run").exists()
 
