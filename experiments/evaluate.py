@@ -51,7 +51,8 @@ def main() -> int:
     buckets = bucket_lengths(features.lengths, FLAGS.length_buckets)
     with layout.active():
         judge = Judge(task, MODULES[task.model](config, flags.execution()), layout)
-        batches = evaluation_batches(features, buckets, FLAGS.eval_positions)
+        positions, ways = FLAGS.eval_positions, layout.row_ways
+        batches = evaluation_batches(features, buckets, positions, ways)
         rows, scores = judge(layout.put(params), features, batches)
     if hosts.is_first():
         more = {"model": str(folder), "file": FLAGS.file, "loss": float(scores.mean)}

@@ -67,13 +67,14 @@ def main() -> int:
 def finetune(run_dir: Path) -> int:
     """One run: flags -> data -> model -> steps -> the best model and its report."""
     from prelnroberta import hosts
+    from prelnroberta.data.tokenizer import load_tokenizer
 
     with hosts.first_before_others(f"claim {run_dir}"):
         check_settings(run_dir)
         if (run_dir / "results.json").exists():  # the last file that a run writes
             print(f"{run_dir} is complete\n{described(run_dir)}")
             return 0
-        tokenizer = load_tokenizer()
+        tokenizer = load_tokenizer(flags.given_tokenizer())
         data = read_data(tokenizer)
         config, params = initial_model(data.task, tokenizer)
         plan = make_plan(data, config)
@@ -87,15 +88,9 @@ def check_settings(run_dir: Path) -> None:
     """Refuses whatever flags alone can get wrong, before any work."""
     if FLAGS.task is None:
         raise InputError("--task is missing, expected one of " + ", ".join(flags.TASKS))
-    flags.positive("log_every", "keep_checkpoints", "batch_size", "accumulate", "length_buckets")
-    flags.positive("eval_positions")
+    flags.positive("log_every", "keep_checkpoints", "length_buckets", "eval_positions")
     flags.positive(*(n for n in ("eval_every", "save_every") if FLAGS[n].value is not None))
-    if FLAGS.batch_size % FLAGS.accumulate:
-        raise InputError(
-            f"--accumulate={FLAGS.accumulate} does not divide --batch_size={FLAGS.batch_size}"
-        )
-    if not 0 <= FLAGS.seed < 2**63:
-        raise InputError(f"--seed={FLAGS.seed}, expected 0 or more, below 2^63")
+    flags.check_batches()
     if FLAGS.epochs <= 0:
         raise InputError(f"--epochs={FLAGS.epochs}, expected more than 0")
     for name in ("label_smoothing", "warmup_ratio"):
@@ -113,21 +108,7 @@ def check_settings(run_dir: Path) -> None:
     for name in ("train_file", "eval_file"):
         if not Path(FLAGS[name].value).expanduser().is_file():
             raise InputError(f"--{name}={FLAGS[name].value}: no such file")
-    if (run_dir / "flags.txt").exists():
-        flags.check_same_settings(run_dir / "flags.txt")
-    else:
-        flags.check_room(run_dir)
-
-
-def load_tokenizer() -> tokenizers.Tokenizer:
-    from prelnroberta.data import tokenizer
-
-    if FLAGS.tokenizer is None:
-        return tokenizer.load_tokenizer(flags.model_folder(FLAGS.init_from))
-    source = Path(FLAGS.tokenizer)
-    return tokenizer.load_tokenizer(
-        source / "tokenizer" if (source / "flags.txt").exists() else source
-    )
+    flags.check_run(run_dir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,7 +317,8 @@ def run(
         report = Report(run_dir, steps, start, description(task, trivial))
 
     def judged(state: TrainState) -> tuple[list, Scores]:
-        batches = evaluation_batches(data.dev, data.buckets, FLAGS.eval_positions)
+        positions, ways = FLAGS.eval_positions, layout.row_ways
+        batches = evaluation_batches(data.dev, data.buckets, positions, ways)
         return judge(state.params, data.dev, batches)
 
     def validate(state: TrainState) -> dict[str, float]:

@@ -542,6 +542,33 @@ def positive(*names: str) -> None:
             raise InputError(f"--{name}={FLAGS[name].value}, expected 1 or more")
 
 
+def check_batches() -> None:
+    """Refuses a --batch_size, --accumulate or --seed that no training could use."""
+    positive("batch_size", "accumulate")
+    if FLAGS.batch_size % FLAGS.accumulate:
+        raise InputError(
+            f"--accumulate={FLAGS.accumulate} does not divide --batch_size={FLAGS.batch_size}"
+        )
+    if not 0 <= FLAGS.seed < 2**63:
+        raise InputError(f"--seed={FLAGS.seed}, expected 0 or more, below 2^63")
+
+
+def check_run(run_dir: Path) -> None:
+    """Refuses a folder that is no place for a new run, and holds none of these settings."""
+    if (run_dir / "flags.txt").exists():
+        check_same_settings(run_dir / "flags.txt")
+    else:
+        check_room(run_dir)
+
+
+def given_tokenizer() -> Path | None:
+    """--tokenizer, which may be a run; else that of --init_from, if there is one."""
+    if FLAGS.tokenizer is None:
+        return model_folder(FLAGS.init_from) if FLAGS.init_from else None
+    source = Path(FLAGS.tokenizer)
+    return source / "tokenizer" if (source / "flags.txt").exists() else source
+
+
 def check_room(run_dir: Path) -> None:
     """Makes the folder of a new run; raises InputError where none can be."""
     try:

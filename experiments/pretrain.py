@@ -51,7 +51,7 @@ def main() -> int:
     if FLAGS.rehearse:
         return rehearse(config)
     with hosts.first_before_others("claim"):
-        check_run(run_dir)
+        flags.check_run(run_dir)
         if (run_dir / "model" / "config.json").exists():  # the last file that a run writes
             print(f"{run_dir} is complete: {FLAGS.steps:,} steps of {FLAGS.steps:,}")
             print(use(run_dir))
@@ -98,21 +98,13 @@ def scoring(config: RobertaPreLayerNormConfig) -> ScoreFn:
 
 def check_settings() -> RobertaPreLayerNormConfig:
     """Refuses whatever flags alone can get wrong, before any work; returns the architecture."""
-    flags.positive(
-        "log_every", "eval_every", "eval_rows", "save_every", "keep_checkpoints", "batch_size"
-    )
-    flags.positive("accumulate")
-    if FLAGS.batch_size % FLAGS.accumulate:
-        raise InputError(
-            f"--accumulate={FLAGS.accumulate} does not divide --batch_size={FLAGS.batch_size}"
-        )
+    flags.positive("log_every", "eval_every", "eval_rows", "save_every", "keep_checkpoints")
+    flags.check_batches()
     if not 0 < FLAGS.validation_fraction < 1:
         raise InputError(
             f"--validation_fraction={FLAGS.validation_fraction}, expected a share inside (0, 1): "
             "evaluation needs held-out text, and training the rest"
         )
-    if not 0 <= FLAGS.seed < 2**63:
-        raise InputError(f"--seed={FLAGS.seed}, expected 0 or more, below 2^63")
     flags.optimization()
     flags.corpus()
     config = flags.config(FLAGS.vocab_size)
@@ -126,14 +118,6 @@ def check_settings() -> RobertaPreLayerNormConfig:
     config.check_length(FLAGS.sequence_length, f"--sequence_length={FLAGS.sequence_length}: a row")
     flags.profile_steps()
     return config
-
-
-def check_run(run_dir: Path) -> None:
-    """Refuses a folder that is no place for a new run, and none of these settings."""
-    if (run_dir / "flags.txt").exists():
-        flags.check_same_settings(run_dir / "flags.txt")
-    else:
-        flags.check_room(run_dir)
 
 
 def given_params() -> Tree | None:
@@ -150,11 +134,7 @@ def settle_vocabulary(
     from prelnroberta.data.corpus import is_validation
     from prelnroberta.data.tokenizer import load_tokenizer, train_tokenizer
 
-    source = Path(FLAGS.tokenizer) if FLAGS.tokenizer else None
-    if source and (source / "flags.txt").exists():
-        source = source / "tokenizer"
-    if FLAGS.init_from and not source:
-        source = flags.model_folder(FLAGS.init_from)
+    source = flags.given_tokenizer()
     if (run_dir / "tokenizer").exists():
         tokenizer = load_tokenizer(run_dir / "tokenizer")
     elif source:

@@ -124,7 +124,6 @@ def _rows(case: Case, batch: Batch, mode: str) -> tuple[Packed, np.ndarray]:
     """The batch's sequences, several a row if packed, else one a row; and their labels."""
     lengths = batch["attention_mask"].sum(1)
     sequences = [row[:n] for row, n in zip(batch["input_ids"], lengths, strict=True)]
-    # One by one in rows of their own: what padding does.
     rows = pack(sequences, case.L) if mode == "packed" else _one_a_row(batch, lengths)
     labels = [row[:n] for row, n in zip(batch["labels"], lengths, strict=True)]
     return rows, rows.lay_out(labels, IGNORE, np.int32)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.benchmark.work import Work
+
 
 def main(module: str, weights: str, case_folder: str, *modes: str) -> None:
     # Libraries print what they like; what race.py reads is ours alone.
@@ -33,7 +35,7 @@ def main(module: str, weights: str, case_folder: str, *modes: str) -> None:
     for mode, work in works.items():
         np.save(checked[mode], np.asarray(work.check()))
     for number, (mode, work) in enumerate(works.items()):
-        first = _timed(work)
+        first = _seconds(work, 1)
         work.run()
         peak = _peak_bytes()
         print(
@@ -50,11 +52,7 @@ def main(module: str, weights: str, case_folder: str, *modes: str) -> None:
         )
     for line in sys.stdin:
         asked = json.loads(line)
-        work = works[asked["mode"]]
-        begin = time.perf_counter()
-        for _ in range(asked["times"]):
-            work.run()
-        print(json.dumps((time.perf_counter() - begin) / asked["times"]), file=answers)
+        print(json.dumps(_seconds(works[asked["mode"]], asked["times"])), file=answers)
 
 
 def _peak_bytes() -> int | None:
@@ -66,10 +64,12 @@ def _peak_bytes() -> int | None:
     return int(line.split()[1]) * 1024
 
 
-def _timed(work: object) -> float:
+def _seconds(work: Work, times: int) -> float:
+    """Of one run, by `times` of them."""
     begin = time.perf_counter()
-    work.run()
-    return time.perf_counter() - begin
+    for _ in range(times):
+        work.run()
+    return (time.perf_counter() - begin) / times
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from prelnroberta.data.loader import Batch, Prefetch, permute
+from prelnroberta.data.loader import Batch, Prefetch, check_seed, permute
 from prelnroberta.data.tokenizer import PAD_ID
 from prelnroberta.errors import InputError
 
@@ -138,8 +138,7 @@ class TrainingBatches:
     ):
         if batch_size < 1 or pool < 1:
             raise InputError(f"batch size={batch_size}, pool={pool}: expected 1 or more")
-        if not 0 <= seed < 2**63:
-            raise InputError(f"seed={seed}: expected 0 or more, below 2^63")
+        check_seed(seed)
         self.features = features
         self.batch_size = batch_size
         self.seed = seed

@@ -27,6 +27,12 @@ Batch = dict[str, np.ndarray]
 _ALL = slice(None)
 
 
+def check_seed(seed: int) -> None:
+    """Raises InputError for a seed that is negative or beyond 63 bits."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed={seed}: expected 0 or more, below 2^63")
+
+
 class Loader:
     """Shuffled, freshly masked training batches without end."""
 
@@ -38,8 +44,7 @@ class Loader:
         """
         if batch_size < 1:
             raise InputError(f"batch size={batch_size}: expected 1 or more")
-        if not 0 <= seed < 2**63:
-            raise InputError(f"seed={seed}: expected 0 or more, below 2^63")
+        check_seed(seed)
         self.source = source
         self.masking = masking
         self.batch_size = batch_size
