@@ -53,7 +53,7 @@ def main() -> int:
         judge = Judge(task, MODULES[task.model](config, flags.execution()), layout)
         positions, ways = FLAGS.eval_positions, layout.row_ways
         batches = evaluation_batches(features, buckets, positions, ways)
-        rows, scores = judge(layout.put(params), features, batches)
+        rows, scores = judge(judge.weights(params), features, batches)
     if hosts.is_first():
         more = {"model": str(folder), "file": FLAGS.file, "loss": float(scores.mean)}
         output = Path(FLAGS.output) if FLAGS.output else None

@@ -23,13 +23,13 @@ _CHUNK = 1024  # texts computed at a time
 
 def load_encoder(folder: Path) -> tuple[Any, Any, RobertaPreLayerNormConfig]:
     """(module, params, config) of the encoder of a model with any head, or with none."""
-    import jax
 
     from prelnroberta.huggingface import load_pretrained
     from prelnroberta.modeling import Encoder
 
     params, config = load_pretrained(folder, "encoder")
-    return Encoder(config, flags.execution()), jax.device_put(params), config
+    execution = flags.execution()
+    return Encoder(config, execution), execution.prepared(params), config
 
 
 # ---------------------------------------------------------------------------------------------

@@ -54,7 +54,13 @@ class Judge:
             return task.outputs(module.config, logits, batch), jax.tree.map(jnp.atleast_1d, scores)
 
         self._layout = layout
+        self._execution = module.execution
         self._judge = predict(judge, layout)
+
+    def weights(self, params: Tree) -> Tree:
+        """The host's parameters to where they are read, and as they are read fastest."""
+        several = self._layout.mesh.size > 1
+        return self._layout.put(params) if several else self._execution.prepared(params)
 
     def __call__(
         self,

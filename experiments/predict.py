@@ -127,11 +127,11 @@ def answer_examples(folder: Path) -> int:
 
     def answers() -> Iterator[Answer]:
         judge = Judge(task, MODULES[task.model](config, flags.execution()), layout)
-        placed = layout.put(params)
+        weights = judge.weights(params)
         while chunk := list(itertools.islice(examples, 1 if reads_keyboard() else _CHUNK)):
             features = task.features(chunk, tokenizer, bad, training=False)
             batches = by_length(features, settings.max_length)
-            rows, _ = judge(placed, features, batches)
+            rows, _ = judge(weights, features, batches)
             yield from task.answers(features, rows)
 
     with layout.active():

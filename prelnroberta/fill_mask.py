@@ -55,11 +55,11 @@ class FillMask:
                 f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model "
                 f"{config.vocab_size}: they do not belong together"
             )
-        self._params = jax.device_put(params)
         self._config = config
         self._tokenizer = tokenizer
         self._mask_id = tokenizer.token_to_id(MASK_TOKEN)
         self._module = MaskedLM(config, execution or Execution())
+        self._params = self._module.execution.prepared(params)
 
     def __call__(
         self, texts: Iterable[str], top_k: int = 5, batch_size: int = 32

@@ -4,11 +4,13 @@ where tokens stand and which others they see.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
+from jax.extend.random import threefry_2x32
 
 Array = jax.Array
 
@@ -43,17 +45,36 @@ def project(p: dict, equation: str, x: Array) -> Array:
 
 
 def dropout(x: Array, rate: float, keys: Array | None) -> Array:
-    """Inverted dropout of x [B, ...]; the identity without keys. Every element draws its own bit.
+    """Inverted dropout of x [B, ...]; the identity without keys. Every element draws for itself.
 
     Args:
+        rate: rounded to a multiple of 2^-16, and what is kept is scaled by the rounded rate: the
+            expectation is exact.
         keys: [B], a row's own, so that its bits are the same on whatever device, in whatever part
             of the batch it is computed. Or one for all rows.
     """
-    if keys is None or rate == 0.0:
+    dropped = round(rate * 2**16)
+    if keys is None or dropped == 0:
         return x
-    draw = partial(jax.random.bernoulli, p=1.0 - rate, shape=x.shape[1:])
-    keep = jax.vmap(draw)(row_keys(keys, len(x)))
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+    drawn = jax.vmap(partial(_uniform16, shape=x.shape[1:]))(row_keys(keys, len(x)))
+    kept = x * jnp.asarray(1.0 / (1.0 - dropped / 2**16), x.dtype)
+    return jnp.where(drawn >= dropped, kept, jnp.zeros_like(x))
+
+
+def _uniform16(key: Array, shape: tuple[int, ...]) -> Array:
+    """uint16 [*shape], four from each block of threefry, where jax.random makes one of it."""
+    size = math.prod(shape)
+    counts = jax.lax.iota(jnp.uint32, -(-size // 2))
+    # Of a key of another kind (rbg) the first half, by which it is split and folded.
+    words = threefry_2x32(jax.random.key_data(key)[:2], counts)
+    return jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:size].reshape(shape)
+
+
+def typed_keys(keys: Array) -> Array:
+    """Keys as `jax.random.key` makes them, of those or of `jax.random.PRNGKey`'s [..., 2]."""
+    if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        return keys
+    return jax.random.wrap_key_data(keys)
 
 
 def row_keys(keys: Array, rows: int) -> Array:

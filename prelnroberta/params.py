@@ -17,12 +17,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import operator
 import zlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
 from prelnroberta.config import RobertaPreLayerNormConfig
@@ -215,6 +217,18 @@ def flatten(tree: Tree) -> dict[str, Any]:
 def unflatten(flat: Mapping[str, Any]) -> Tree:
     """The inverse of `flatten`."""
     return traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
+def unstack(tree: Tree) -> Tree:
+    """The tree with `encoder/layers` a tuple of N trees, each layer's own, in place of stacked
+    leaves. Every model takes it so; what trains, checks, shards or saves wants the stacked tree.
+
+    The layers are jax arrays, and on a CPU no copies: they lie in the memory of the given ones.
+    """
+    layers = jax.tree.map(np.asarray, tree["encoder"]["layers"])
+    N = len(jax.tree.leaves(layers)[0])
+    apart = tuple(jax.tree.map(operator.itemgetter(n), layers) for n in range(N))
+    return jax.device_put({**tree, "encoder": {**tree["encoder"], "layers": apart}})
 
 
 def check(

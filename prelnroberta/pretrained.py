@@ -139,7 +139,7 @@ class FlaxRobertaPreLayerNormForCausalLM(FlaxRobertaPreLayerNormPreTrainedModel)
         from prelnroberta.generation import generate
         from prelnroberta.generation_settings import Generation
 
-        tree = self.params if params is None else self._checked(params)
+        tree = self._prepared(self.params if params is None else self._checked(params))
         if prng_key is not None:
             check_key("prng_key", prng_key)
         input_ids = as_array("input_ids", input_ids)

@@ -84,6 +84,7 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
             attention=attention,
         )
         self.swapped = huggingface.Swapped()
+        self._last_prepared: tuple[list[Array], Tree] = ([], {})
         self._params = self.init_weights(jax.random.key(seed)) if _do_init else None
 
     @property
@@ -353,9 +354,22 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
             run = partial(_apply, module, **keep)
             found = jax.eval_shape(run, tree, rng, inputs)[0]
             self._check_targets(targets, found)
-        head, encoded = _apply(module, tree, rng, inputs, **keep)
+        head, encoded = _apply(module, self._prepared(tree), rng, inputs, **keep)
         output = self._output(head, encoded, targets)
         return output if either(return_dict, "return_dict") else output.to_tuple()
+
+    def _prepared(self, tree: Tree) -> Tree:
+        """`Execution.prepared`, once for the same arrays; a tree that is traced, numpy's, or on
+        several devices, as it is."""
+        leaves = jax.tree.leaves(tree)
+        known, prepared = self._last_prepared
+        if len(known) == len(leaves) and all(a is b for a, b in zip(known, leaves, strict=True)):
+            return prepared
+        if not all(map(_lies_on_one_device, leaves)):
+            return tree
+        with jax.ensure_compile_time_eval():  # a caller may be tracing something else
+            self._last_prepared = leaves, self.execution.prepared(tree)
+        return self._last_prepared[1]
 
     def init_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache for `past_key_values`; see `cache.py`."""
@@ -406,6 +420,11 @@ def _apply(
         rngs=None if rng is None else {"dropout": rng},
     )
     return (None, found) if isinstance(found, EncoderOutput) else found
+
+
+def _lies_on_one_device(leaf: Any) -> bool:
+    concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    return concrete and len(leaf.sharding.device_set) == 1
 
 
 def _float_type(dtype: Any) -> jnp.dtype:

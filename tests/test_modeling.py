@@ -14,6 +14,8 @@ import pytest
 from support import ODD, TINY, random_params
 
 from prelnroberta import modeling
+from prelnroberta import params as parameters
+from prelnroberta.errors import InputError
 from prelnroberta.heads import MaskedLM, Scores, cross_entropy, masked_lm_scores
 from prelnroberta.modeling import Encoder, Execution
 
@@ -238,6 +240,53 @@ def test_dropout_draws_for_every_head_and_example_and_keeps_the_mean():
     flat = dropped.reshape(32, -1)
     assert len({row.tobytes() for row in flat}) == 32
     assert modeling.dropout(x, 0.25, None) is x
+
+
+@pytest.mark.parametrize("shape", [(64, 4097), (64, 3, 1367), (4096, 1)])
+def test_dropout_draws_are_independent(shape):
+    """Four draws share a block of random bits: neither they nor neighbours know of each other."""
+    rate, n = 0.1, np.prod(shape)
+    dropped = np.asarray(modeling.dropout(jnp.ones(shape), rate, jax.random.key(1))) == 0
+    spread = 5 / np.sqrt(n)
+    assert abs(dropped.mean() - rate) < spread * np.sqrt(rate * (1 - rate))
+    flat = dropped.reshape(len(dropped), -1) - rate
+    size = flat.shape[1]
+    for lag in {1, 2, 3, size // 4, size // 2, size - 1} - {0}:
+        pairs = flat[:, :-lag] * flat[:, lag:]
+        if pairs.size:
+            assert abs(pairs.mean()) < 5 / np.sqrt(pairs.size) * rate * (1 - rate), lag
+    rows = flat[:-1] * flat[1:]
+    assert abs(rows.mean()) < 5 / np.sqrt(rows.size) * rate * (1 - rate)
+
+
+def test_dropout_takes_keys_of_every_kind():
+    module = Encoder(TINY, Execution())
+    params, ids = random_params(TINY, "encoder"), some_ids(TINY)
+
+    def drawn(key):
+        return module.apply(
+            {"params": params}, ids, deterministic=False, rngs={"dropout": key}
+        ).last_hidden_state
+
+    np.testing.assert_array_equal(drawn(jax.random.PRNGKey(3)), drawn(jax.random.key(3)))
+    rbg = [drawn(jax.random.key(seed, impl="rbg")) for seed in (3, 4)]
+    assert np.isfinite(rbg[0]).all() and not np.array_equal(*rbg)
+
+
+def test_layers_that_stand_apart_are_the_same_layers(case):
+    """Bit for bit; and on a CPU, in the same memory."""
+    config, params, ids = case
+    params = jax.device_put(params)
+    apart = parameters.unstack(params)
+    stacked = params["encoder"]["layers"]["mlp"]["wi"]["kernel"]
+    kernel = apart["encoder"]["layers"][1]["mlp"]["wi"]["kernel"]
+    if stacked[0].nbytes % 64 == 0:
+        offset = kernel.unsafe_buffer_pointer() - stacked.unsafe_buffer_pointer()
+        assert offset == stacked[0].nbytes
+    find = functools.partial(encode, config, ids=ids, keep_residuals=True, keep_attentions=True)
+    jax.tree.map(np.testing.assert_array_equal, find(params=apart), find(params=params))
+    with pytest.raises(InputError, match="unstack"):
+        encode(config, apart, ids, Execution(scan_layers=True))
 
 
 def test_cross_entropy_counts_what_it_is_told_to():

@@ -505,3 +505,27 @@ def test_splash_attention_is_plain_attention():
 def test_saving_refuses_a_tree_of_another_model(tmp_path):
     with pytest.raises(InputError, match="missing pooler/kernel"):
         save_pretrained(tmp_path, random_params(SMALL, "encoder"), SMALL, "base")
+
+
+def test_calls_follow_the_parameters():
+    """What a call prepares of its parameters is never used for others, nor kept from a trace."""
+    model = flax_class("masked_lm")(SMALL)
+    ids = np.array([[0, 5, 6, 2]])
+    first = model(ids).logits
+    other = jax.tree.map(lambda leaf: leaf + 0.1, model.params)
+    assert not np.allclose(model(ids, params=other).logits, first)
+    np.testing.assert_array_equal(model(ids).logits, first)
+
+    fresh = flax_class("masked_lm")(SMALL)
+    np.testing.assert_allclose(jax.jit(lambda ids: fresh(ids).logits)(ids), first, atol=1e-5)
+    np.testing.assert_array_equal(fresh(ids).logits, first)
+    inside = jax.jit(lambda ids: flax_class("masked_lm")(SMALL)(ids).logits)(ids)
+    np.testing.assert_allclose(inside, first, rtol=1e-5, atol=1e-5)
+    gradient = jax.grad(lambda params: model(ids, params=params).logits.sum())(model.params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    model.params = other
+    assert not np.allclose(model(ids).logits, first)
+    host = jax.tree.map(np.array, model.params)
+    before = np.asarray(model(ids, params=host).logits)
+    host["encoder"]["layers"]["mlp"]["wo"]["kernel"][:] = np.arange(SMALL.hidden_size)
+    assert not np.allclose(model(ids, params=host).logits, before)

@@ -149,6 +149,7 @@ def _forward(weights: Path, case: Case, batch: Batch, mode: str) -> Work:
     else:
         rows, inputs = _one_a_row(batch, lengths), {k: batch[k] for k in batch}
     inputs = jax.device_put(inputs)
+    params = model.execution.prepared(model.params)
 
     @jax.jit
     def forward(params: dict, inputs: dict) -> jax.Array:
@@ -156,9 +157,9 @@ def _forward(weights: Path, case: Case, batch: Batch, mode: str) -> Work:
         return output.last_hidden_state if case.model == "base" else logits
 
     def check() -> np.ndarray:
-        return np.concatenate(rows.split(forward(model.params, inputs)))
+        return np.concatenate(rows.split(forward(params, inputs)))
 
-    return Work(check, lambda: jax.block_until_ready(forward(model.params, inputs)))
+    return Work(check, lambda: jax.block_until_ready(forward(params, inputs)))
 
 
 def _generate(weights: Path, case: Case, batch: Batch, mode: str) -> Work:
