@@ -53,6 +53,7 @@ def test_real_tokens_see_what_the_mask_says():
     assert same.any(axis=-1).all()  # splash is wrong where nobody is seen
 
 
+@pytest.mark.slow
 def test_splash_on_eight_devices_is_xla_on_one():
     """A step of gradient descent at rate 1, with remat under a scan: on a mesh and by pmap."""
     done = subprocess.run(
@@ -94,6 +95,7 @@ def test_cudnn_is_called_forward_and_backward(queries, monkeypatch):
     assert "@__cudnn$fmhaScaleBiasSoftmaxBackward(" in backward
     taken = re.findall(r"tensor<[^>]*>", forward.rpartition(": (")[2].partition("->")[0])
     assert taken == [qkv, qkv, qkv, bias]
+    assert re.search(r"fmha_scale\W+1\.0\b", forward)
     assert bias in backward.rpartition(": (")[2].partition("->")[0]
 
 
@@ -124,10 +126,8 @@ def test_what_a_kernel_does_not_do_is_named_all_at_once():
 @pytest.mark.parametrize("mesh", [(), ("--mesh_tensor=2",)])
 def test_splash_is_compiled_for_a_tpu_slice(mesh):
     run = ["--run_dir=none", "--rehearse=v5e:2x2", "--attention=splash", *mesh]
-    kernel = tiny_flags(
-        attention_probs_dropout_prob=0.0, sequence_length=160, max_position_embeddings=162
-    )
-    done = call("pretrain", *kernel, *run)
+    rows = {"sequence_length": 160, "max_position_embeddings": 162}  # two tiles
+    done = call("pretrain", *tiny_flags(attention_probs_dropout_prob=0.0, **rows), *run)
     assert done.returncode == 0, done.stderr
     assert ": fits" in done.stdout and "all-gather" not in done.stdout
 
