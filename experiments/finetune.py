@@ -131,6 +131,7 @@ def read_data(tokenizer: tokenizers.Tokenizer) -> Data:
 
     config = flags.config(tokenizer.get_vocab_size())
     settings = flags.task_settings(config)
+    flags.check_attention(config, settings.max_length)
     task = TASKS[settings.task](settings)
     bad = [BadRows(FLAGS.skip_bad_rows), BadRows(FLAGS.skip_bad_rows)]
     paths = [Path(FLAGS.train_file).expanduser(), Path(FLAGS.eval_file).expanduser()]

@@ -178,6 +178,13 @@ def _compute() -> None:
     flags.DEFINE_enum(
         "remat", "none", ["none", "dots", "full"], "What the backward pass computes again."
     )
+    flags.DEFINE_enum(
+        "attention",
+        "auto",
+        ["auto", "xla", "splash", "cudnn"],
+        "How attention is computed: by XLA, a TPU's splash kernel, a GPU's cuDNN; auto: by the "
+        "kernel where it serves, which needs --attention_probs_dropout_prob=0.",
+    )
     flags.DEFINE_bool("scan_layers", None, "Loop over one compiled layer. Default: not on CPU.")
     flags.DEFINE_integer(
         "logits_at_once", 0, "Masked positions of a row whose logits stand at once; 0: all."
@@ -454,6 +461,7 @@ _FREE = {
     "mesh_fsdp",
     "mesh_tensor",
     "dcn_axis",
+    "attention",
 }
 
 
@@ -745,7 +753,7 @@ def optimization(**counted: int) -> Optimization:
 
 
 def execution() -> Execution:
-    """--dtype, --remat, --scan_layers, --logits_at_once"""
+    """--dtype, --remat, --attention, --scan_layers, --logits_at_once"""
     import jax.numpy as jnp
 
     from prelnroberta.modeling import Execution
@@ -753,9 +761,27 @@ def execution() -> Execution:
     return Execution(
         dtype=jnp.dtype(FLAGS.dtype),
         remat=FLAGS.remat,
+        attention=FLAGS.attention,
         scan_layers=FLAGS.scan_layers,
         logits_at_once=FLAGS.logits_at_once,
     )
+
+
+def check_attention(config: RobertaPreLayerNormConfig, length: int) -> None:
+    """Refuses an --attention that could not serve training rows of this length, before any work."""
+    if FLAGS.attention in ("auto", "xla"):
+        return
+    import jax
+    import jax.numpy as jnp
+
+    from prelnroberta.fused_attention import refusals
+
+    platform = "tpu" if FLAGS.rehearse else jax.default_backend()
+    dtype = jnp.dtype(FLAGS.dtype)
+    if reasons := refusals(FLAGS.attention, config, dtype, length, True, platform):
+        raise InputError(
+            f"--attention={FLAGS.attention} does not serve {', '.join(reasons)}: leave it at auto"
+        )
 
 
 def profile_steps() -> tuple[int, int] | None:

@@ -116,6 +116,7 @@ def check_settings() -> RobertaPreLayerNormConfig:
 
         check_length(config, FLAGS.sequence_length)
     config.check_length(FLAGS.sequence_length, f"--sequence_length={FLAGS.sequence_length}: a row")
+    flags.check_attention(config, FLAGS.sequence_length)
     flags.profile_steps()
     return config
 

@@ -42,7 +42,7 @@ def refusals(
     }
     if kernel == "cudnn":
         found |= {
-            "float32 (choose bfloat16)": dtype == jnp.float32,
+            "dtype=float32, expected bfloat16": dtype == jnp.float32,
             f"heads of {K} dimensions, expected a multiple of 8, 128 at most": K % 8 or K > 128,
             f"rows of {length} positions in training, expected an even number": training
             and length % 2,
@@ -125,7 +125,7 @@ def splash(
 ) -> Array:
     """q [B, L, H, K], scaled, over keys, values [B, L, H, K] -> [B, L, H, K].
 
-    Lengths are padded to whole tiles: pads in a segment of their own.
+    Lengths are filled up to whole tiles: the filling is a segment of its own, -1.
 
     Args:
         segments: [B, L], from `segments_of`.
@@ -142,7 +142,7 @@ def splash(
         def tiled(x: Array) -> Array:
             return jnp.pad(x, ((0, 0), (0, -L % _TILE), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
 
-        segments = jnp.pad(segments, ((0, 0), (0, -L % _TILE)))
+        segments = jnp.pad(segments, ((0, 0), (0, -L % _TILE)), constant_values=-1)
         length = segments.shape[1]
         block = next(size for size in _BLOCKS if length % size == 0)
         mask_type = splash_attention_mask.CausalMask if causal else splash_attention_mask.FullMask

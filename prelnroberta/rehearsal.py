@@ -22,6 +22,8 @@ from prelnroberta.errors import InputError
 
 # Where `make rehearsal` puts libtpu: beside jax, it would have every program look for a TPU.
 _KEPT_APART = Path(sys.prefix) / "libtpu"
+# The compiler's default would search for an hour; memory is then a little more than it will be.
+EFFORT = -1.0
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -248,8 +250,7 @@ def rehearse(
             for leaf in jax.tree.leaves(tree)
         )
 
-    # The default would search for an hour; memory is then a little more than it will be.
-    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    jax.config.update("jax_exec_time_optimization_effort", EFFORT)
     begin = time.monotonic()
     total = activations = None
     needed, moved = "", {}

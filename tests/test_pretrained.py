@@ -485,23 +485,6 @@ def test_fused_attention_is_refused_where_it_cannot_serve():
                 assert part in str(error.value)
 
 
-def test_splash_attention_is_plain_attention():
-    """The kernel itself, interpreted; on real tokens, since pads see other pads there."""
-    from prelnroberta import fused_attention, modeling
-
-    rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal((2, 20, 2, 8)), jnp.float32) for _ in "qkv")
-    mask = np.ones((2, 20), int)
-    mask[1, 13:] = 0
-    segments = fused_attention.segments_of(jnp.asarray(mask), None, (2, 20))
-    for causal in (False, True):
-        found = fused_attention.splash(q, k, v, segments, causal, interpret=True)
-        visible = modeling.visibility(jnp.asarray(mask), causal_length=20 if causal else None)
-        scores = jnp.where(visible[:, None], jnp.einsum("bmhk,blhk->bhml", q, k), -1e30)
-        expected = jnp.einsum("bhml,blhk->bmhk", jax.nn.softmax(scores), v)
-        np.testing.assert_allclose(found[mask == 1], expected[mask == 1], rtol=2e-5, atol=2e-5)
-
-
 def test_saving_refuses_a_tree_of_another_model(tmp_path):
     with pytest.raises(InputError, match="missing pooler/kernel"):
         save_pretrained(tmp_path, random_params(SMALL, "encoder"), SMALL, "base")

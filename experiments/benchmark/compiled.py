@@ -7,7 +7,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prelnroberta.config import RobertaPreLayerNormConfig
+    from prelnroberta.modeling import Execution
+    from prelnroberta.sharding import Layout
 
 
 def measure() -> list[dict[str, Any]]:
@@ -59,37 +64,58 @@ def _compile(B: int, L: int, scan: bool, remat: str, cache: str = "") -> dict[st
 def main(B: int, L: int, scan: bool, remat: str, cache: str) -> None:
     """Compiles the step of roberta-base at 15 % masks, and prints seconds and temporary bytes."""
     import jax
-    import jax.numpy as jnp
 
-    from prelnroberta import params as parameters
     from prelnroberta.config import RobertaPreLayerNormConfig
-    from prelnroberta.heads import MaskedLM, masked_lm_scores
     from prelnroberta.modeling import Execution
-    from prelnroberta.optimizer import Optimization, adamw
     from prelnroberta.sharding import Layout, Parallelism
-    from prelnroberta.train import TrainState, parallel, train_step
 
     if cache:
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     config = RobertaPreLayerNormConfig.preset("roberta-base")
-    module = MaskedLM(config, Execution(scan_layers=scan, remat=remat))
+    step, state, batch = masked_lm_step(
+        config, Execution(scan_layers=scan, remat=remat), Layout(Parallelism(), config), B, L
+    )
+    begin = time.perf_counter()
+    compiled = step.lower(state, batch).compile()
+    seconds = time.perf_counter() - begin
+    print(json.dumps({"seconds": seconds, "temp": compiled.memory_analysis().temp_size_in_bytes}))
+
+
+def masked_lm_step(
+    config: RobertaPreLayerNormConfig, execution: Execution, layout: Layout, B: int, L: int
+) -> tuple[Any, Any, Any]:
+    """The training step at 15 % masks, and the shapes, on the layout's devices, of what it takes:
+    `step.lower(state, batch)`, inside `layout.active()`."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from prelnroberta import params as parameters
+    from prelnroberta.heads import MaskedLM, masked_lm_scores
+    from prelnroberta.optimizer import Optimization, adamw
+    from prelnroberta.sharding import ROWS
+    from prelnroberta.train import TrainState, parallel, train_step
+
+    module = MaskedLM(config, execution)
     optimizer = adamw(Optimization(steps=100, learning_rate=1e-4), config)
 
-    def initial() -> TrainState:
-        return TrainState.create(parameters.init(config, jax.random.key(0)), optimizer)
+    def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
+    state = jax.eval_shape(
+        lambda: TrainState.create(parameters.init(config, jax.random.key(0)), optimizer)
+    )
+    state = jax.tree.map(placed, state, layout.shardings(state))
     rows = jax.ShapeDtypeStruct((B, L), jnp.int32)
     masked = jax.ShapeDtypeStruct((B, round(0.15 * L)), jnp.int32)
     batch = dict.fromkeys(("input_ids", "segment_ids", "position_ids"), rows)
     batch |= {"masked_positions": masked, "masked_labels": masked}
     batch["masked_weights"] = jax.ShapeDtypeStruct(masked.shape, jnp.float32)
+    by_rows = NamedSharding(layout.mesh, PartitionSpec(ROWS))
+    batch = {name: placed(leaf, by_rows) for name, leaf in batch.items()}
     step = train_step(lambda *a: masked_lm_scores(module, *a), optimizer, seed=0)
-    step = parallel(step, Layout(Parallelism(), config))
-    begin = time.perf_counter()
-    compiled = step.lower(jax.eval_shape(initial), batch).compile()
-    seconds = time.perf_counter() - begin
-    print(json.dumps({"seconds": seconds, "temp": compiled.memory_analysis().temp_size_in_bytes}))
+    return parallel(step, layout), state, batch
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""What each way to compute costs in a TPU's program, which is compiled here and not run.
+
+    python -m experiments.benchmark.tpu        # needs `make rehearsal`; a minute a line
+
+roberta-base, 16 rows of 512 at 15 % masks, bfloat16, no dropout of attention, on one v5e chip.
+Temporaries are the whole step's. FLOPs and bytes are the compiler's count, in which the body of a
+loop stands once: two layers (a turn of the loop, and the last), the head, the optimizer. FLOPs and
+bytes inside a kernel it does not see, only what goes in and out.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from prelnroberta.errors import InputError
+
+WAYS: dict[str, dict[str, Any]] = {
+    "scan": {},
+    "logits_at_once=11": {"logits_at_once": 11},
+    "remat=dots": {"remat": "dots"},
+    "remat=full": {"remat": "full"},
+    "attention=splash": {"attention": "splash"},
+    "splash, dots, logits 11": {"attention": "splash", "remat": "dots", "logits_at_once": 11},
+}
+B, L = 16, 512
+
+
+def main() -> None:
+    from prelnroberta import rehearsal
+
+    devices = rehearsal.topology_devices("v5e:2x2")[:1]
+    import jax
+    import jax.numpy as jnp
+
+    from experiments.benchmark.compiled import masked_lm_step
+    from prelnroberta.config import RobertaPreLayerNormConfig
+    from prelnroberta.modeling import Execution
+    from prelnroberta.sharding import Layout, Parallelism
+
+    jax.config.update("jax_exec_time_optimization_effort", rehearsal.EFFORT)
+    config = RobertaPreLayerNormConfig.preset(
+        "roberta-base", vocab_size=50265, attention_probs_dropout_prob=0.0
+    )
+    layout = Layout(Parallelism(), config, devices=devices)
+    print("| way | temporaries, GiB | GFLOPs | GB accessed |\n|---|---|---|---|", flush=True)
+    first: list[float] = []
+    for name, options in WAYS.items():
+        execution = Execution(dtype=jnp.bfloat16, scan_layers=True, **options)
+        with layout.active():
+            step, *shapes = masked_lm_step(config, execution, layout, B, L)
+            compiled = step.lower(*shapes).compile()
+        cost = compiled.cost_analysis()
+        found = [
+            compiled.memory_analysis().temp_size_in_bytes / 2**30,
+            cost["flops"] / 1e9,
+            cost["bytes accessed"] / 1e9,
+        ]
+        first = first or found
+        cells = (f"{x:,.2f} ({x / y:.2f})" for x, y in zip(found, first, strict=True))
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
