@@ -18,6 +18,10 @@ else
 TORCH := torch==2.13.0
 endif
 
+# Linux: memory in huge pages, without which a training step on a CPU spends a tenth of its time
+# on page faults. It is read when a process starts, so no program can set it for itself.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 .PHONY: help install bridges rehearsal demo benchmark test test-fast lint clean
 
 help:

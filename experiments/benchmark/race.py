@@ -26,6 +26,12 @@ from prelnroberta.errors import InputError
 # transformers 4.57.6, the last with Flax and TensorFlow classes, is laid over our own environment.
 TRANSFORMERS_4 = Path(sys.prefix) / "transformers4"
 _OVERLAY = {"PYTHONPATH": str(TRANSFORMERS_4), "TF_USE_LEGACY_KERAS": "1"}
+# All on the CPU, and all with huge pages: which allocator's defaults are better is nobody's merit.
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +180,7 @@ class Worker:
         overlay = _OVERLAY if family.overlay else {}
         self._process = subprocess.Popen(
             [sys.executable, "-m", program, family.module, str(weights), str(folder), *modes],
-            env=os.environ | overlay | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"},
+            env=os.environ | overlay | _ENVIRONMENT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
