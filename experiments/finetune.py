@@ -113,7 +113,7 @@ def check_settings(run_dir: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Both files as features; `sha256` of their bytes."""
+    """Both files as features; `sha256` of their bytes, flag by flag."""
 
     task: Task
     train: Features
@@ -133,8 +133,8 @@ def read_data(tokenizer: tokenizers.Tokenizer) -> Data:
     settings = flags.task_settings(config)
     task = TASKS[settings.task](settings)
     bad = [BadRows(FLAGS.skip_bad_rows), BadRows(FLAGS.skip_bad_rows)]
-    paths = [Path(FLAGS.train_file).expanduser(), Path(FLAGS.eval_file).expanduser()]
-    examples = [task.read(path, True, b) for path, b in zip(paths, bad, strict=True)]
+    paths = {name: Path(FLAGS[name].value).expanduser() for name in ("train_file", "eval_file")}
+    examples = [task.read(path, True, b) for path, b in zip(paths.values(), bad, strict=True)]
     task = TASKS[settings.task](task.settled(examples[0]))
     train, dev = (
         task.features(e, tokenizer, b, training)
@@ -144,11 +144,11 @@ def read_data(tokenizer: tokenizers.Tokenizer) -> Data:
         b.settle()
         if b.bad:
             print(f"left out: {b.summary}")
-    for flag, features in (("train_file", train), ("eval_file", dev)):
+    for flag, features in zip(paths, (train, dev), strict=True):
         if cut := getattr(features, "truncated", 0):
             print(f"--{flag}: {cut:,} of {len(features.lengths):,} cut to {settings.max_length}")
     lengths = np.concatenate([train.lengths, dev.lengths])
-    digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
+    digests = {flag: hashlib.sha256(p.read_bytes()).hexdigest() for flag, p in paths.items()}
     return Data(task, train, dev, bucket_lengths(lengths, FLAGS.length_buckets), digests)
 
 

@@ -117,6 +117,9 @@ def _masking() -> None:
     flags.DEFINE_float(
         "eval_mask_rate", 0.15, "Mask rate of evaluations, the same for all runs that compare."
     )
+    flags.DEFINE_integer(
+        "logits_at_once", 0, "Masked positions of a row whose logits stand at once; 0: all."
+    )
 
 
 def _model() -> None:
@@ -179,9 +182,6 @@ def _compute() -> None:
         "remat", "none", ["none", "dots", "full"], "What the backward pass computes again."
     )
     flags.DEFINE_bool("scan_layers", None, "Loop over one compiled layer. Default: not on CPU.")
-    flags.DEFINE_integer(
-        "logits_at_once", 0, "Masked positions of a row whose logits stand at once; 0: all."
-    )
 
 
 def _scale() -> None:
@@ -744,8 +744,8 @@ def optimization(**counted: int) -> Optimization:
     return Optimization(**{name: FLAGS[name].value for name in names}, **counted)
 
 
-def execution() -> Execution:
-    """--dtype, --remat, --scan_layers, --logits_at_once"""
+def execution(logits_at_once: int = 0) -> Execution:
+    """--dtype, --remat, --scan_layers"""
     import jax.numpy as jnp
 
     from prelnroberta.modeling import Execution
@@ -754,7 +754,7 @@ def execution() -> Execution:
         dtype=jnp.dtype(FLAGS.dtype),
         remat=FLAGS.remat,
         scan_layers=FLAGS.scan_layers,
-        logits_at_once=FLAGS.logits_at_once,
+        logits_at_once=logits_at_once,
     )
 
 
