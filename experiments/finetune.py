@@ -146,7 +146,8 @@ def read_data(tokenizer: tokenizers.Tokenizer) -> Data:
             print(f"left out: {b.summary}")
     for flag, features in zip(paths, (train, dev), strict=True):
         if cut := getattr(features, "truncated", 0):
-            print(f"--{flag}: {cut:,} of {len(features.lengths):,} cut to {settings.max_length}")
+            rows, length = len(features.lengths), settings.max_length
+            print(f"--{flag}: {cut:,} of {rows:,} cut to {length} tokens")
     lengths = np.concatenate([train.lengths, dev.lengths])
     digests = {flag: hashlib.sha256(p.read_bytes()).hexdigest() for flag, p in paths.items()}
     return Data(task, train, dev, bucket_lengths(lengths, FLAGS.length_buckets), digests)
@@ -334,7 +335,9 @@ def run(
         return 0 < FLAGS.patience < len(values) - best
 
     stopped = None
-    tokens = float(data.train.lengths.mean()) * FLAGS.batch_size
+    # Of choices, each is a row to the model.
+    rows = FLAGS.batch_size * getattr(data.train, "choices", 1)
+    tokens = float(data.train.lengths.mean()) * rows
     try:
         if not enough():
             with loader.prefetch(start, rows=layout.rows(FLAGS.batch_size)) as batches:

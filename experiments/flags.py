@@ -341,7 +341,7 @@ def _new_folder() -> None:
 
 
 def _example_data() -> None:
-    flags.DEFINE_integer("examples", 1000, "Of each task in each file, at most.")
+    flags.DEFINE_integer("examples", 2000, "Of each task in each file, at most.")
 
 
 def _convert() -> None:

@@ -1,8 +1,8 @@
 """200 steps on real data against transformers' own torch models under torch's own AdamW.
 
-Same initial weights and batches, for each task: without dropout losses agree step by step, with it
-the metrics at the end agree as far as seeds do. Data is what `experiments.example_data` makes, from
-three packages' documentation.
+Same initial weights, same batches, no dropout, for each task: losses agree step by step. Data is
+what `experiments.example_data` makes, from three packages' documentation. With dropout the metrics
+at the end are compared over seeds by oracle/dropout_seeds.py.
 """
 
 import dataclasses
@@ -14,19 +14,17 @@ import torch
 import transformers
 from task_support import corpus, example_file
 
-from experiments.judge import Judge
 from experiments.tasks import TASKS, TaskSettings
 from prelnroberta import heads
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.data.bad_rows import BadRows
-from prelnroberta.data.bucketing import bucket_lengths, evaluation_batches
+from prelnroberta.data.bucketing import bucket_lengths
 from prelnroberta.huggingface import ARCHITECTURES, load_pretrained, save_pretrained
 from prelnroberta.optimizer import Optimization, adamw, learning_rate
-from prelnroberta.sharding import Layout, Parallelism
 from prelnroberta.train import TrainState, train_step
 
-STEPS, B, L, SEEDS = 200, 8, 48, 5
+STEPS, B, L = 200, 8, 48
 SETTINGS = Optimization(
     steps=STEPS, learning_rate=1e-3, warmup_steps=20, weight_decay=0.1, clip_norm=1.0
 )
@@ -147,34 +145,3 @@ def test_loss_curve_is_torchs(name, tmp_path):
     # The largest difference measured, of any step and task, is 3e-6.
     np.testing.assert_allclose(ours, theirs, atol=5e-5)
     assert theirs[-20:].mean() < theirs[:5].mean() - 0.02, "nothing was learned"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TASKS)
-def test_metrics_with_dropout_differ_from_torchs_no_more_than_seeds_do(name, tmp_path):
-    """Of the training file, evaluated by us: dropout's random bits are all that differs."""
-    task, features, config, params = prepared(name, dropout=0.1)
-    train = our_training(task, config)
-    buckets = bucket_lengths(features.lengths, 1)
-    layout = Layout(Parallelism(), config, task.model)
-    judge = Judge(task, heads.MODULES[task.model](config), layout)
-
-    def metric(params):
-        with layout.active():
-            rows, _ = judge(params, features, evaluation_batches(features, buckets, 2048))
-        return task.measure(features, rows).metrics[task.metric]
-
-    ours, theirs = [], []
-    for seed in range(SEEDS):
-        batches = drawn(task, features, seed)
-        ours.append(metric(train(params, batches, seed)[1]))
-        folder = tmp_path / str(seed)
-        theirs.append(metric(torch_training(task, config, params, batches, seed, folder)[1]))
-    before, (a, b) = metric(params), (np.array(ours), np.array(theirs))
-    spread = np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2)
-    print(
-        f"{name} {task.metric}: before {before:.4g}, ours {a.mean():.4g} +- {a.std(ddof=1):.2g}, "
-        f"torch {b.mean():.4g} +- {b.std(ddof=1):.2g}"
-    )
-    assert abs(a.mean() - b.mean()) <= spread, (ours, theirs)
-    assert min(abs(a.mean() - before), abs(b.mean() - before)) > 5 * spread, "nothing was learned"
