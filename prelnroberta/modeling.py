@@ -40,7 +40,7 @@ from prelnroberta.layers import (
     take_positions,
     visibility,
 )
-from prelnroberta.sharding import constrain
+from prelnroberta.sharding import constrain, platform
 
 Array = jax.Array
 
@@ -57,7 +57,7 @@ class Execution:
         remat: what the backward pass computes again instead of storing it: nothing, everything
             but matrix products, or whole blocks.
         attention: einsum and softmax by XLA, or a fused kernel (`fused_attention.py`), which is
-            refused where it cannot serve.
+            refused where it cannot serve; auto: the backend's kernel where it can.
         logits_at_once: positions of a row whose logits stand in memory at the same time in
             `masked_lm_scores`; 0: all. Less memory for a third more work in the head.
     """
@@ -65,11 +65,11 @@ class Execution:
     dtype: Any = jnp.float32
     scan_layers: bool | None = None
     remat: Literal["none", "dots", "full"] = "none"
-    attention: fused_attention.Implementation = "xla"
+    attention: fused_attention.Choice = "xla"
     logits_at_once: int = 0
 
     def __post_init__(self) -> None:
-        allowed = {"remat": ("none", "dots", "full"), "attention": ("xla", "cudnn", "splash")}
+        allowed = {"remat": ("none", "dots", "full"), "attention": fused_attention.CHOICES}
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise InputError(f"{name}={getattr(self, name)!r}, expected one of {values}")
@@ -80,7 +80,7 @@ class Execution:
     def scans(self) -> bool:
         if self.scan_layers is not None:
             return self.scan_layers
-        return self.remat != "none" or jax.default_backend() != "cpu"
+        return self.remat != "none" or platform() != "cpu"
 
 
 @flax.struct.dataclass
@@ -128,7 +128,8 @@ class Context:
 
     Attributes:
         visible: bool, [B, 1, T] or [B, L, T]: which keys a query sees; None: all.
-        segments: [B, L] int, the same for the kernel that wants it so.
+        fused: the kernel that computes attention; None: einsum and softmax.
+        segments: [B, L] int, `visible` as splash wants it.
         encoder_visible: bool, [B, 1, S] or [B, L, S]: which encoder states a query sees.
         index: [] int32, the column of the cache where new keys go.
         keep_attentions: whether to return probabilities.
@@ -138,6 +139,7 @@ class Context:
     segments: Array | None = None
     encoder_visible: Array | None = None
     index: Array | None = None
+    fused: fused_attention.Kernel | None = flax.struct.field(pytree_node=False, default=None)
     keep_attentions: bool = flax.struct.field(pytree_node=False, default=False)
 
     def narrowed(self, positions: Array) -> Context:
@@ -150,7 +152,7 @@ class Context:
 
         # Few queries: not worth a kernel that wants whole tiles of them.
         return self.replace(
-            visible=rows(self.visible), encoder_visible=rows(self.encoder_visible), segments=None
+            visible=rows(self.visible), encoder_visible=rows(self.encoder_visible), fused=None
         )
 
 
@@ -189,7 +191,6 @@ def keys_and_values(p: dict, x: Array) -> tuple[Array, Array]:
 def attention(
     p: dict,
     config: RobertaPreLayerNormConfig,
-    execution: Execution,
     queries: Array,
     keys: Array,
     values: Array,
@@ -207,9 +208,9 @@ def attention(
     """
     q = constrain(project(p["query"], "bmd,dhk->bmhk", queries), "BMHK") * config.head_dim**-0.5
     probabilities = None
-    if execution.attention == "cudnn":
+    if context.fused == "cudnn":
         mixed = fused_attention.cudnn(q, keys, values, context.visible)
-    elif context.segments is not None:
+    elif context.fused == "splash":
         mixed = fused_attention.splash(q, keys, values, context.segments, config.is_decoder)
     else:
         scores = jnp.einsum("bmhk,blhk->bhml", q, keys, preferred_element_type=jnp.float32)
@@ -233,7 +234,6 @@ def mlp(p: dict, config: RobertaPreLayerNormConfig, x: Array) -> Array:
 def block(
     layer: Layer,
     config: RobertaPreLayerNormConfig,
-    execution: Execution,
     x: Array,
     context: Context,
     read_positions: Array | None = None,
@@ -259,7 +259,7 @@ def block(
         queries, x = take_positions(queries, read_positions), take_positions(x, read_positions)
         context = context.narrowed(read_positions)
     mixed, probabilities = attention(
-        p["attention"], config, execution, queries, keys, values, context, k_scores, layer.head_mask
+        p["attention"], config, queries, keys, values, context, k_scores, layer.head_mask
     )
     x = constrain(x + dropout(mixed, rate, k_attention), "BMD")
 
@@ -290,7 +290,7 @@ def cross_attention(
     keys, values = cache["cross_keys"], cache["cross_values"]
     seen = Context(visible=context.encoder_visible)
     mixed, probabilities = attention(
-        p, config, Execution(), queries, keys, values, seen, k_scores, layer.head_mask
+        p, config, queries, keys, values, seen, k_scores, layer.head_mask
     )
     return x + dropout(mixed, config.hidden_dropout_prob, k_output), probabilities
 
@@ -334,7 +334,7 @@ def run_layers(
     N = config.num_hidden_layers
 
     def step(layer: Layer, x: Array, read_positions: Array | None = None) -> tuple[Array, Kept]:
-        return block(layer, config, execution, x, context, read_positions)
+        return block(layer, config, x, context, read_positions)
 
     if execution.remat != "none":
         saved = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
@@ -414,11 +414,11 @@ def encode(
         "attention probabilities": keep_attentions,
         "a cache": cache is not None,
     }
-    fused_attention.check(
-        execution.attention, config, execution.dtype, attention_mask, key is not None, asked
+    fused = fused_attention.choose(
+        execution.attention, config, execution.dtype, L, attention_mask, key is not None, asked
     )
     segments = None
-    if execution.attention == "splash":
+    if fused == "splash":
         segments = fused_attention.segments_of(attention_mask, segment_ids, (B, L))
 
     k_embeddings, k_layers = (None, None) if key is None else split_keys(row_keys(key, B), 2)
@@ -436,6 +436,7 @@ def encode(
     )
     context = Context(
         visible=visible,
+        fused=fused,
         segments=segments,
         encoder_visible=visibility(memory.get("cross_valid")),
         index=memory.get("index"),

@@ -166,15 +166,48 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
 
     A dimension that does not divide is left whole; `Layout` has told of those.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.axis_names != AXES or mesh.size == 1:
+    if not _cuts():
         return x
-    size = dict(zip(letters, x.shape, strict=True))
+    return jax.lax.with_sharding_constraint(x, _computed([x], [letters])[0])
 
-    def divides(letter: str, axes: tuple[str, ...]) -> bool:
-        return size[letter] % math.prod(mesh.shape[axis] for axis in axes) == 0
 
-    return jax.lax.with_sharding_constraint(x, spec(letters, RULES.computed, divides))
+def on_parts(function: Callable, arrays: list[jax.Array], letters: list[str]) -> jax.Array:
+    """function(*arrays), each device on its part of them: for a kernel that no partitioner can cut.
+
+    Rows and heads must not depend on one another, and the result lies as the first array does.
+    """
+    if not _cuts():
+        return function(*arrays)
+    specs = tuple(_computed(arrays, letters))
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+
+
+def platform() -> str:
+    """cpu, gpu or tpu: of the mesh that is set, whose devices a rehearsal only describes, or else
+    of this process."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _cuts() -> bool:
+    """Whether a mesh of ours is set, and one of several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.axis_names == AXES and mesh.size > 1
+
+
+def _computed(arrays: list[jax.Array], letters: list[str]) -> list[PartitionSpec]:
+    """How activations whose dimensions are named so lie on the mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def lies(x: jax.Array, names: str) -> PartitionSpec:
+        size = dict(zip(names, x.shape, strict=True))
+
+        def divides(letter: str, axes: tuple[str, ...]) -> bool:
+            return size[letter] % math.prod(mesh.shape[axis] for axis in axes) == 0
+
+        return spec(names, RULES.computed, divides)
+
+    return [lies(x, names) for x, names in zip(arrays, letters, strict=True)]
 
 
 class Layout:

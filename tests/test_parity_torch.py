@@ -117,9 +117,9 @@ def test_parts(case):
         assert_close(normed, seen[f"{name}.attention.LayerNorm"], f"norm {n}", 5e-7, 5e-6)
         p, context = layer["attention"], modeling.Context(visible=visible)
         keys = modeling.keys_and_values(p, normed)
-        mixed, _ = modeling.attention(p, config, PLAIN, normed, *keys, context)
+        mixed, _ = modeling.attention(p, config, normed, *keys, context)
         assert_close(mixed, seen[f"{name}.attention.output.dense"], f"attention {n}", 1e-6, 1e-5)
-        y, _ = modeling.block(modeling.Layer(layer), config, PLAIN, x, context)
+        y, _ = modeling.block(modeling.Layer(layer), config, x, context)
         assert_close(y, seen[name], f"block {n}", 1e-6, 1e-5)
 
 
