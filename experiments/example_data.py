@@ -8,7 +8,7 @@ what the authors of the documentation wrote, and nobody's guess:
     sequence_classification/{train,dev}.csv     text,label: which package a sentence comes from
     token_classification/{train,dev}.conll      the words set as code, functions or classes (BIO)
     question_answering/{train,dev}.json         "What is the type of x?" in a list of parameters
-    multiple_choice/{train,dev}.csv             which of four sentences comes next (SWAG's columns)
+    multiple_choice/{train,dev}.csv             how a sentence ends, of four (SWAG's columns)
     language_modeling/{train,dev}.txt           prose
 
 Modules are divided as `experiments.pretrain` divides them: dev is text that a model pretrained on
@@ -21,7 +21,6 @@ import csv
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import re
 from collections import defaultdict
@@ -55,7 +54,7 @@ def main() -> int:
         "sequence_classification.csv": (packages, documents),
         "token_classification.conll": (markup, strings),
         "question_answering.json": (parameters, strings),
-        "multiple_choice.csv": (next_sentences, documents),
+        "multiple_choice.csv": (endings, documents),
         "language_modeling.txt": (paragraphs, documents),
     }
     with written_whole(FLAGS.output) as partial:
@@ -170,19 +169,24 @@ def parameters(strings: list[Document], most: int) -> tuple[str, int]:
     return json.dumps({"version": "1.1", "data": entries}, indent=1) + "\n", len(kept)
 
 
-def next_sentences(documents: list[Document], most: int) -> tuple[str, int]:
-    """Three other sentences are of other documents; hashes say which, and the place of the true."""
-    pairs = []
+def endings(documents: list[Document], most: int) -> tuple[str, int]:
+    """Each ending is right once and wrong three times: read alone, it tells nothing.
+
+    The wrong ones end other sentences; hashes say which, and the place of the right one.
+    """
+    halves = {}
     for document in documents:
         for line in document.text.split("\n"):
-            found = sentences(line)
-            pairs += itertools.pairwise(found)
-    pairs = chosen(pairs, most)
-    rows = []
-    for number, (first, true) in enumerate(pairs):
-        others = [pairs[(number + step) % len(pairs)][1] for step in (1, 2, 3)]
-        label = int(hashlib.sha256(first.encode()).hexdigest(), 16) % 4
-        rows.append((first, "", *others[:label], true, *others[label:], label))
+            for sentence in sentences(line):
+                words = sentence.split()
+                if 8 <= len(words) <= 16:
+                    middle = len(words) // 2
+                    halves[" ".join(words[middle:])] = " ".join(words[:middle])
+    kept, rows = chosen(halves.items(), most), []
+    for number, (true, beginning) in enumerate(kept):
+        others = [kept[(number + step) % len(kept)][0] for step in (1, 2, 3)]
+        label = int(hashlib.sha256(beginning.encode()).hexdigest(), 16) % 4
+        rows.append(("", beginning, *others[:label], true, *others[label:], label))
     return table(rows, ("sent1", "sent2", "ending0", "ending1", "ending2", "ending3", "label"))
 
 

@@ -113,7 +113,7 @@ def check_settings(run_dir: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Both files as features; `sha256` of their bytes."""
+    """Both files as features; `sha256` of their bytes, flag by flag."""
 
     task: Task
     train: Features
@@ -134,8 +134,8 @@ def read_data(tokenizer: tokenizers.Tokenizer) -> Data:
     flags.check_attention(config, settings.max_length)
     task = TASKS[settings.task](settings)
     bad = [BadRows(FLAGS.skip_bad_rows), BadRows(FLAGS.skip_bad_rows)]
-    paths = [Path(FLAGS.train_file).expanduser(), Path(FLAGS.eval_file).expanduser()]
-    examples = [task.read(path, True, b) for path, b in zip(paths, bad, strict=True)]
+    paths = {name: Path(FLAGS[name].value).expanduser() for name in ("train_file", "eval_file")}
+    examples = [task.read(path, True, b) for path, b in zip(paths.values(), bad, strict=True)]
     task = TASKS[settings.task](task.settled(examples[0]))
     train, dev = (
         task.features(e, tokenizer, b, training)
@@ -145,11 +145,12 @@ def read_data(tokenizer: tokenizers.Tokenizer) -> Data:
         b.settle()
         if b.bad:
             print(f"left out: {b.summary}")
-    for flag, features in (("train_file", train), ("eval_file", dev)):
+    for flag, features in zip(paths, (train, dev), strict=True):
         if cut := getattr(features, "truncated", 0):
-            print(f"--{flag}: {cut:,} of {len(features.lengths):,} cut to {settings.max_length}")
+            rows, length = len(features.lengths), settings.max_length
+            print(f"--{flag}: {cut:,} of {rows:,} cut to {length} tokens")
     lengths = np.concatenate([train.lengths, dev.lengths])
-    digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
+    digests = {flag: hashlib.sha256(p.read_bytes()).hexdigest() for flag, p in paths.items()}
     return Data(task, train, dev, bucket_lengths(lengths, FLAGS.length_buckets), digests)
 
 
@@ -335,7 +336,9 @@ def run(
         return 0 < FLAGS.patience < len(values) - best
 
     stopped = None
-    tokens = float(data.train.lengths.mean()) * FLAGS.batch_size
+    # Of choices, each is a row to the model.
+    rows = FLAGS.batch_size * getattr(data.train, "choices", 1)
+    tokens = float(data.train.lengths.mean()) * rows
     try:
         if not enough():
             with loader.prefetch(start, rows=layout.rows(FLAGS.batch_size)) as batches:

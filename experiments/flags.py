@@ -117,6 +117,9 @@ def _masking() -> None:
     flags.DEFINE_float(
         "eval_mask_rate", 0.15, "Mask rate of evaluations, the same for all runs that compare."
     )
+    flags.DEFINE_integer(
+        "logits_at_once", 0, "Masked positions of a row whose logits stand at once; 0: all."
+    )
 
 
 def _model() -> None:
@@ -186,9 +189,6 @@ def _compute() -> None:
         "kernel where it serves, which needs --attention_probs_dropout_prob=0.",
     )
     flags.DEFINE_bool("scan_layers", None, "Loop over one compiled layer. Default: not on CPU.")
-    flags.DEFINE_integer(
-        "logits_at_once", 0, "Masked positions of a row whose logits stand at once; 0: all."
-    )
 
 
 def _scale() -> None:
@@ -348,7 +348,7 @@ def _new_folder() -> None:
 
 
 def _example_data() -> None:
-    flags.DEFINE_integer("examples", 500, "Of each task in each file, at most.")
+    flags.DEFINE_integer("examples", 2000, "Of each task in each file, at most.")
 
 
 def _convert() -> None:
@@ -752,8 +752,8 @@ def optimization(**counted: int) -> Optimization:
     return Optimization(**{name: FLAGS[name].value for name in names}, **counted)
 
 
-def execution() -> Execution:
-    """--dtype, --remat, --attention, --scan_layers, --logits_at_once"""
+def execution(logits_at_once: int = 0) -> Execution:
+    """--dtype, --remat, --attention, --scan_layers"""
     import jax.numpy as jnp
 
     from prelnroberta.modeling import Execution
@@ -763,7 +763,7 @@ def execution() -> Execution:
         remat=FLAGS.remat,
         attention=FLAGS.attention,
         scan_layers=FLAGS.scan_layers,
-        logits_at_once=FLAGS.logits_at_once,
+        logits_at_once=logits_at_once,
     )
 
 

@@ -88,7 +88,7 @@ def scoring(config: RobertaPreLayerNormConfig) -> ScoreFn:
     """The masked-LM loss as steps and evaluations take it."""
     from prelnroberta.heads import MaskedLM, masked_lm_scores
 
-    module = MaskedLM(config, flags.execution())
+    module = MaskedLM(config, flags.execution(FLAGS.logits_at_once))
 
     def score(params: Tree, batch: dict, dropout_keys: Any) -> Any:
         return masked_lm_scores(module, params, batch, dropout_keys)

@@ -26,7 +26,7 @@ def example_file(task, count=300):
         "sequence_classification": (".csv", example_data.packages, documents),
         "token_classification": (".conll", example_data.markup, strings),
         "question_answering": (".json", example_data.parameters, strings),
-        "multiple_choice": (".csv", example_data.next_sentences, documents),
+        "multiple_choice": (".csv", example_data.endings, documents),
         "causal_lm": (".txt", example_data.paragraphs, documents),
         "masked_lm": (".txt", example_data.paragraphs, documents),
     }

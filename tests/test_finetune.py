@@ -1,6 +1,7 @@
 """Fine-tuning as a program: what a run holds, resuming, seeds and sweeps, refusals."""
 
 import csv
+import hashlib
 import json
 import shutil
 import signal
@@ -25,7 +26,8 @@ WORDS = {"good": ["fine", "great", "nice", "super"], "bad": ["awful", "poor", "s
 def reviews(name, count, seed):
     """A CSV that is easy to learn."""
     rng = np.random.default_rng(seed)
-    path = SCRATCH / f"{name}.csv"
+    path = SCRATCH / name / "reviews.csv"
+    path.parent.mkdir()
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
@@ -75,6 +77,10 @@ def test_a_run_holds_what_it_says():
         *("flags.txt", "data.json", "metrics.jsonl", "loss.png", "checkpoints", "model"),
         *("predictions.jsonl", "classes.txt", "confusion.png", "results.json"),
     }
+    # By what they are for: here both have the same name.
+    files = {"train_file": reviews("train", 120, 1), "eval_file": reviews("dev", 40, 2)}
+    digests = {flag: hashlib.sha256(path.read_bytes()).hexdigest() for flag, path in files.items()}
+    assert json.loads((run_dir / "data.json").read_text()) == digests
     results = json.loads((run_dir / "results.json").read_text())
     validations = [r for r in records(run_dir) if r["kind"] == "validation"]
     assert [r["step"] for r in validations] == [9, 18, 27, 36, 45]

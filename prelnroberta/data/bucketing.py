@@ -12,7 +12,7 @@ nowhere.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -219,23 +219,3 @@ def evaluation_batches(
             yield indices, features.batch(indices, bucket)
         if last:
             return
-
-
-def in_order(results: Iterable[tuple[np.ndarray, np.ndarray]], n: int) -> list[np.ndarray]:
-    """What a model made of `evaluation_batches`, in the order of the n examples.
-
-    Args:
-        results: (indices [B], values [B, ...]) of each batch.
-
-    Returns:
-        The values of example i at i, each [...] as its batch has it.
-    """
-    found: list[np.ndarray | None] = [None] * n
-    for indices, values in results:
-        for index, value in zip(indices, np.asarray(values), strict=True):
-            if index != NOTHING:
-                found[index] = value
-    missing = sum(value is None for value in found)
-    if missing:
-        raise ValueError(f"{missing} of {n} examples have no result")
-    return found  # type: ignore[return-value]
