@@ -15,23 +15,26 @@ Batch = dict[str, np.ndarray]
 
 
 def build(weights: Path, case: Case, batch: Batch, modes: list[str]) -> dict[str, Work]:
-    """modes: sdpa, eager; or those of our twin: twin, and skip_padding on ragged rows."""
+    """modes: sdpa, eager; and those of our twin: twin, and skip_padding on ragged rows."""
+    import transformers
+
+    import bridges.pytorch
+
     torch.set_num_threads(2)
-    if modes[0] in ("sdpa", "eager"):
-        import transformers
-
-        model = getattr(transformers, case.architecture).from_pretrained(weights)
-    else:
-        import bridges.pytorch
-
-        model = getattr(bridges.pytorch, case.architecture).from_pretrained(weights)
     tensors = {name: torch.from_numpy(rows).long() for name, rows in batch.items()}
     make = {"train": _train, "forward": _forward, "generate": _generate}[case.work]
-    return {mode: make(model, case, tensors, mode) for mode in modes}
+    works = {}
+    for package, its in ((bridges.pytorch, ("skip_padding", "twin")), (transformers, _THEIRS)):
+        model = getattr(package, case.architecture).from_pretrained(weights)
+        works |= {mode: make(model, case, tensors, mode) for mode in its if mode in modes}
+    return {mode: works[mode] for mode in modes}
+
+
+_THEIRS = ("sdpa", "eager")
 
 
 def _options(model: Any, mode: str) -> dict[str, Any]:
-    if mode in ("sdpa", "eager"):
+    if mode in _THEIRS:
         model.set_attn_implementation(mode)
     return {"skip_padding": True} if mode == "skip_padding" else {}
 

@@ -36,21 +36,25 @@ _ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Contenders that share a process, so that a framework is in memory once.
+    """Contenders that share a process: a framework is in memory once, and lies the same for all of
+    them. Of two processes with the same kernels one may be a third slower, for as long as it lives.
 
     Attributes:
         module: of this package.
-        modes: mode -> the name it is reported by.
-        peer: whether it is another project's.
+        ours, peers: this project's and others'; mode -> the name it is reported by.
         own_weights: the file it reads them from, if not model.safetensors; it makes it first.
         overlay: whether it runs on transformers 4.57.6.
     """
 
     module: str
-    modes: dict[str, str]
-    peer: bool
+    ours: dict[str, str] = dataclasses.field(default_factory=dict)
+    peers: dict[str, str] = dataclasses.field(default_factory=dict)
     own_weights: str | None = None
     overlay: bool = False
+
+    @property
+    def modes(self) -> dict[str, str]:
+        return self.ours | self.peers
 
 
 FLAX = "transformers 4.57 Flax"
@@ -69,15 +73,14 @@ def families(case: Case) -> list[Family]:
     if case.work == "generate":
         del tensorflow["xla"]  # its loop is traced by itself
     found = [
-        Family("ours_flax", ours, peer=False),
-        Family("peer_flax", {"flax": FLAX}, True, "flax_model.msgpack", overlay=True),
-        Family("peer_torch", torch, peer=True),
-        Family("peer_tensorflow", tensorflow, True, "tf_model.h5", overlay=True),
-        Family("peer_torch", twin, peer=False),
+        Family("ours_flax", ours=ours),
+        Family("peer_flax", {}, {"flax": FLAX}, "flax_model.msgpack", overlay=True),
+        Family("peer_torch", twin, torch),
+        Family("peer_tensorflow", {}, tensorflow, "tf_model.h5", overlay=True),
     ]
     if case.work == "forward":
         ours_tf = {"twin graph": "our TensorFlow", "twin xla": "our TensorFlow XLA"}
-        found.append(Family("peer_tensorflow", ours_tf, peer=False))
+        found.append(Family("peer_tensorflow", ours=ours_tf))
     return found
 
 
@@ -132,7 +135,8 @@ def race(
                 checked = np.load(told.pop("checked")).astype(np.float64)
                 reference = checked if reference is None else reference
                 difference = _difference(case, name, checked, reference)
-                results[name] = Result(name, family.peer, difference=difference, **told)
+                peer = mode in family.peers
+                results[name] = Result(name, peer, difference=difference, **told)
                 turns.append((worker, mode, results[name]))
         # Long enough for the clock and the scheduler, whatever the case.
         quickest = min(worker.run(mode, 1) for worker, mode, _ in turns)
