@@ -359,8 +359,10 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
         return output if either(return_dict, "return_dict") else output.to_tuple()
 
     def _prepared(self, tree: Tree) -> Tree:
-        """`Execution.prepared`, once for the same arrays; a tree that is traced, numpy's, or on
-        several devices, as it is."""
+        """`Execution.prepared`, once for the same arrays; what is scanned, traced, numpy's or
+        on several devices, as it is."""
+        if self.execution.scans:  # enable_gradient_checkpointing may have changed it since
+            return tree
         leaves = jax.tree.leaves(tree)
         known, prepared = self._last_prepared
         if len(known) == len(leaves) and all(a is b for a, b in zip(known, leaves, strict=True)):

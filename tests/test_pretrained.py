@@ -506,6 +506,8 @@ def test_calls_follow_the_parameters():
     np.testing.assert_allclose(inside, first, rtol=1e-5, atol=1e-5)
     gradient = jax.grad(lambda params: model(ids, params=params).logits.sum())(model.params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    model.enable_gradient_checkpointing()  # which scans layers, of the same arrays
+    np.testing.assert_allclose(model(ids).logits, first, rtol=1e-5, atol=1e-5)
     model.params = other
     assert not np.allclose(model(ids).logits, first)
     host = jax.tree.map(np.array, model.params)
