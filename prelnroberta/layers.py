@@ -10,7 +10,7 @@ from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
-from jax.extend.random import threefry_2x32
+from jax.extend.random import threefry2x32_p
 
 Array = jax.Array
 
@@ -62,12 +62,22 @@ def dropout(x: Array, rate: float, keys: Array | None) -> Array:
 
 
 def _uniform16(key: Array, shape: tuple[int, ...]) -> Array:
-    """uint16 [*shape], four from each block of threefry, where jax.random makes one of it."""
-    size = math.prod(shape)
-    counts = jax.lax.iota(jnp.uint32, -(-size // 2))
+    """uint16 [*shape], four from each block of threefry, where jax.random makes one of it.
+
+    Blocks are counted over the last axis in fours and over all others one by one, so that a device
+    that holds some heads draws for those alone.
+    """
+    blocks = (*shape[:-1], -(-shape[-1] // 4))
+    strides = [math.prod(blocks[axis + 1 :]) for axis in range(len(blocks))]
+    counts = sum(
+        jax.lax.broadcasted_iota(jnp.uint32, blocks, axis) * jnp.uint32(stride)
+        for axis, stride in enumerate(strides)
+    )
     # Of a key of another kind (rbg) the first half, by which it is split and folded.
-    words = threefry_2x32(jax.random.key_data(key)[:2], counts)
-    return jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:size].reshape(shape)
+    first, second = jax.random.key_data(key)[:2]
+    words = threefry2x32_p.bind(first, second, counts, jnp.zeros_like(counts))
+    halves = jax.lax.bitcast_convert_type(jnp.stack(words, axis=-1), jnp.uint16)
+    return halves.reshape(*blocks[:-1], -1)[..., : shape[-1]]
 
 
 def typed_keys(keys: Array) -> Array:

@@ -15,6 +15,7 @@ from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.heads import MaskedLM, masked_lm_scores
 from prelnroberta.modeling import Execution
 from prelnroberta.optimizer import Optimization, adamw
+from prelnroberta.rehearsal import collectives
 from prelnroberta.sharding import Layout, Parallelism
 from prelnroberta.train import TrainState, evaluate, parallel, train_step
 
@@ -72,6 +73,7 @@ def run(parallelism, devices, accumulate, scan):
         "norm": float(state.gradient_norm),
         "held": held,
         "specs": placed,
+        "collectives": sorted(collectives(compiled.as_text())),
     }
 
 

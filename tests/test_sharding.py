@@ -66,6 +66,12 @@ def test_no_array_is_made_whole_for_want_of_a_rule():
     assert "full rematerialization" not in eight_devices()[1]
 
 
+@pytest.mark.parametrize("mesh", MESHES)
+def test_nothing_moves_from_all_to_all(mesh):
+    """As it did where dropout's bits were drawn in one line over heads and positions."""
+    assert "all-to-all" not in eight_devices()[0][mesh]["collectives"]
+
+
 def test_state_falls_as_one_by_fsdp():
     found = eight_devices()[0]
     for kind in ("params", "optimizer"):
