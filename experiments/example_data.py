@@ -11,8 +11,8 @@ what the authors of the documentation wrote, and nobody's guess:
     multiple_choice/{train,dev}.csv             how a sentence ends, of four (SWAG's columns)
     language_modeling/{train,dev}.txt           prose
 
-Modules are divided as `experiments.pretrain` divides them: dev is text that a model pretrained on
-the docstrings has never seen.
+A fifth of the modules is dev, as in `experiments.pretrain --validation_fraction=0.2`, without what
+stands in a train module as well: a model pretrained so has seen nothing of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import io
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from experiments import flags
@@ -35,14 +35,12 @@ if TYPE_CHECKING:
 
 flags.declare("example_data", "new_folder")
 
-DEV = 0.05  # of the modules: pretraining's --validation_fraction
+DEV = 0.2  # of the modules; to be held out of pretraining, too
 PACKAGES = ("python", "numpy", "scipy", "jax", "huggingface_hub", "rich")
-
-Split = dict[str, list[str]]  # name of the split -> lines or JSON texts, in the order of the corpus
 
 
 def main() -> int:
-    flags.positive("examples")
+    flags.positive("train_examples", "dev_examples")
     flags.check_new_folder(FLAGS.output)
 
     from prelnroberta.data.corpus import DocstringCorpus
@@ -50,21 +48,18 @@ def main() -> int:
 
     corpus = DocstringCorpus()
     documents, strings = list(corpus.documents()), list(corpus.strings())
-    makers = {
-        "sequence_classification.csv": (packages, documents),
-        "token_classification.conll": (markup, strings),
-        "question_answering.json": (parameters, strings),
-        "multiple_choice.csv": (endings, documents),
-        "language_modeling.txt": (paragraphs, documents),
-    }
+    most = {"train": FLAGS.train_examples, "dev": FLAGS.dev_examples}
     with written_whole(FLAGS.output) as partial:
-        for name, (make, source) in makers.items():
+        for name, (find, write, from_strings) in FILES.items():
             task, _, suffix = name.partition(".")
             (partial / task).mkdir(parents=True)
-            for split, inside in divided(source).items():
-                text, count = make(inside, FLAGS.examples)
-                (partial / task / f"{split}.{suffix}").write_text(text, encoding="utf-8")
-                print(f"{task}/{split}.{suffix}: {count:,} examples")
+            modules = divided(strings if from_strings else documents)
+            found = {split: set(find(inside)) for split, inside in modules.items()}
+            found["dev"] -= found["train"]
+            for split, examples in found.items():
+                kept = chosen(examples, most[split])
+                (partial / task / f"{split}.{suffix}").write_text(write(kept), encoding="utf-8")
+                print(f"{task}/{split}.{suffix}: {len(kept):,} examples")
     print(f"written: {FLAGS.output}")
     return 0
 
@@ -78,11 +73,9 @@ def divided(documents: Iterable[Document]) -> dict[str, list[Document]]:
     return splits
 
 
-def chosen(items: Iterable, most: int) -> list:
+def chosen(examples: Iterable, most: int) -> list:
     """At most so many different ones, in an order of their hashes: no one's choice."""
-    return sorted(set(items), key=lambda item: hashlib.sha256(repr(item).encode()).hexdigest())[
-        :most
-    ]
+    return sorted(set(examples), key=lambda e: hashlib.sha256(repr(e).encode()).hexdigest())[:most]
 
 
 def sentences(text: str) -> list[str]:
@@ -91,21 +84,25 @@ def sentences(text: str) -> list[str]:
     return [s for s in found if 30 <= len(s) <= 250 and s[0].isupper() and s[-1] == "."]
 
 
-def table(rows: list[tuple], columns: tuple[str, ...]) -> tuple[str, int]:
+def table(rows: Iterable[tuple], *columns: str) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(rows)
-    return file.getvalue(), len(rows)
+    return file.getvalue()
 
 
-def packages(documents: list[Document], most: int) -> tuple[str, int]:
-    rows = []
+def packages(documents: list[Document]) -> Iterator[tuple[str, str]]:
+    """(sentence, package)"""
     for document in documents:
         package = document.key.partition("/")[0]
         if package in PACKAGES:
-            rows += [(s, package) for line in document.text.split("\n") for s in sentences(line)]
-    return table(chosen(rows, most), ("text", "label"))
+            for line in document.text.split("\n"):
+                yield from ((sentence, package) for sentence in sentences(line))
+
+
+def write_packages(examples: list[tuple]) -> str:
+    return table(examples, "text", "label")
 
 
 _MARKUP = re.compile(r":(?P<role>func|meth|class):`~?(?P<role_text>[\w.]+)`|``(?P<code>[\w.]+)``")
@@ -113,48 +110,53 @@ _KINDS = {"func": "function", "meth": "function", "class": "class", None: "code"
 _WORD = re.compile(r"\w+(?:[.']\w+)*|[^\w\s]")
 
 
-def markup(strings: list[Document], most: int) -> tuple[str, int]:
-    found = []
+def markup(strings: list[Document]) -> Iterator[tuple[tuple[str, str], ...]]:
+    """A sentence's words, each with its label."""
     for string in strings:
         for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(string.text)):
-            text = " ".join(paragraph.split())
-            if not _MARKUP.search(text) or text[-1:] != "." or ">>>" in text:
+            if ">>>" in paragraph:
                 continue
-            words, end = [], 0
-            for match in [*_MARKUP.finditer(text), None]:
-                plain = text[end : match.start() if match else len(text)]
-                words += [(word, "O") for word in _WORD.findall(plain)]
-                if match:
-                    end = match.end()
-                    name = match["role_text"] or match["code"]
-                    words.append((name.rpartition(".")[2] or name, f"B-{_KINDS[match['role']]}"))
-            if 8 <= len(words) <= 60 and not any(word in "`*_:" for word, _ in words):
-                found.append(tuple(words))
-    kept = chosen(found, most)
-    lines = ("\n".join(f"{word}\t{label}" for word, label in words) for words in kept)
-    return "\n\n".join(lines) + "\n", len(kept)
+            for text in filter(_MARKUP.search, sentences(" ".join(paragraph.split()))):
+                words, end = [], 0
+                for match in [*_MARKUP.finditer(text), None]:
+                    plain = text[end : match.start() if match else len(text)]
+                    words += [(word, "O") for word in _WORD.findall(plain)]
+                    if match:
+                        end = match.end()
+                        name = match["role_text"] or match["code"]
+                        label = f"B-{_KINDS[match['role']]}"
+                        words.append((name.rpartition(".")[2] or name, label))
+                if not any(word in "`*_" for word, _ in words):
+                    yield tuple(words)
+
+
+def write_markup(examples: list[tuple]) -> str:
+    lines = ("\n".join(f"{word}\t{label}" for word, label in words) for words in examples)
+    return "\n\n".join(lines) + "\n"
 
 
 _PARAMETER = re.compile(r"^([a-z]\w*) : (\w[^\n]{1,60})$", re.MULTILINE)
 
 
-def parameters(strings: list[Document], most: int) -> tuple[str, int]:
-    """SQuAD 1.1: a paragraph is one docstring's parameters; each of them is asked for."""
-    asked = []
+def parameters(strings: list[Document]) -> Iterator[tuple[str, str, str, int]]:
+    """(context, name, type, where the type begins): one docstring's parameters, each asked for."""
     for string in strings:
         text = inspect.cleandoc(string.text)
         matches = list(_PARAMETER.finditer(text))
         if not 3 <= len({match[1] for match in matches}) == len(matches) <= 8:
             continue
-        context, answers = "", []
+        context, starts = "", []
         for match in matches:
-            context += f"{match[1]} : "
-            answers.append((match[1], match[2], len(context)))
-            context += f"{match[2]}\n"
-        asked += [(context, name, kind, start) for name, kind, start in answers]
+            starts.append(len(context) + len(f"{match[1]} : "))
+            context += f"{match[1]} : {match[2]}\n"
+        for match, start in zip(matches, starts, strict=True):
+            yield context, match[1], match[2], start
+
+
+def write_parameters(examples: list[tuple]) -> str:
+    """SQuAD 1.1"""
     by_context = defaultdict(list)
-    kept = chosen(asked, most)
-    for context, name, kind, start in kept:
+    for context, name, kind, start in examples:
         by_context[context].append(
             {
                 "id": hashlib.sha256(f"{name}\n{context}".encode()).hexdigest()[:16],
@@ -166,14 +168,11 @@ def parameters(strings: list[Document], most: int) -> tuple[str, int]:
         {"title": "", "paragraphs": [{"context": context, "qas": questions}]}
         for context, questions in by_context.items()
     ]
-    return json.dumps({"version": "1.1", "data": entries}, indent=1) + "\n", len(kept)
+    return json.dumps({"version": "1.1", "data": entries}, indent=1) + "\n"
 
 
-def endings(documents: list[Document], most: int) -> tuple[str, int]:
-    """Each ending is right once and wrong three times: read alone, it tells nothing.
-
-    The wrong ones end other sentences; hashes say which, and the place of the right one.
-    """
+def endings(documents: list[Document]) -> Iterable[tuple[str, str]]:
+    """(second half of a sentence, first half); no second half comes twice."""
     halves = {}
     for document in documents:
         for line in document.text.split("\n"):
@@ -182,17 +181,38 @@ def endings(documents: list[Document], most: int) -> tuple[str, int]:
                 if 8 <= len(words) <= 16:
                     middle = len(words) // 2
                     halves[" ".join(words[middle:])] = " ".join(words[:middle])
-    kept, rows = chosen(halves.items(), most), []
-    for number, (true, beginning) in enumerate(kept):
-        others = [kept[(number + step) % len(kept)][0] for step in (1, 2, 3)]
+    return halves.items()
+
+
+def write_endings(examples: list[tuple]) -> str:
+    """Each ending is right once and wrong three times: read alone, it tells nothing.
+
+    The wrong ones end other sentences; hashes say which, and the place of the right one.
+    """
+    rows = []
+    for number, (true, beginning) in enumerate(examples):
+        others = [examples[(number + step) % len(examples)][0] for step in (1, 2, 3)]
         label = int(hashlib.sha256(beginning.encode()).hexdigest(), 16) % 4
         rows.append(("", beginning, *others[:label], true, *others[label:], label))
-    return table(rows, ("sent1", "sent2", "ending0", "ending1", "ending2", "ending3", "label"))
+    return table(rows, "sent1", "sent2", "ending0", "ending1", "ending2", "ending3", "label")
 
 
-def paragraphs(documents: list[Document], most: int) -> tuple[str, int]:
-    kept = chosen((document.text for document in documents), most)
-    return "\n\n".join(kept) + "\n", len(kept)
+def paragraphs(documents: list[Document]) -> Iterator[str]:
+    return (document.text for document in documents)
+
+
+def write_paragraphs(examples: list[str]) -> str:
+    return "\n\n".join(examples) + "\n"
+
+
+# File of a task -> how examples are found and written, and whether they need the strings' markup.
+FILES = {
+    "sequence_classification.csv": (packages, write_packages, False),
+    "token_classification.conll": (markup, write_markup, True),
+    "question_answering.json": (parameters, write_parameters, True),
+    "multiple_choice.csv": (endings, write_endings, False),
+    "language_modeling.txt": (paragraphs, write_paragraphs, False),
+}
 
 
 if __name__ == "__main__":

@@ -348,7 +348,8 @@ def _new_folder() -> None:
 
 
 def _example_data() -> None:
-    flags.DEFINE_integer("examples", 2000, "Of each task in each file, at most.")
+    flags.DEFINE_integer("train_examples", 500, "Of each task to learn from, at most.")
+    flags.DEFINE_integer("dev_examples", 1000, "Of each task to evaluate on, at most.")
 
 
 def _convert() -> None:

@@ -22,16 +22,13 @@ def corpus():
 @cache
 def example_file(task, count=300):
     documents, strings, _ = corpus()
-    makers = {
-        "sequence_classification": (".csv", example_data.packages, documents),
-        "token_classification": (".conll", example_data.markup, strings),
-        "question_answering": (".json", example_data.parameters, strings),
-        "multiple_choice": (".csv", example_data.endings, documents),
-        "causal_lm": (".txt", example_data.paragraphs, documents),
-        "masked_lm": (".txt", example_data.paragraphs, documents),
-    }
-    suffix, make, source = makers[task]
-    text, _ = make(source, count)
+    name = "language_modeling" if task in ("causal_lm", "masked_lm") else task
+    [(suffix, (find, write, from_strings))] = [
+        (file.removeprefix(name), how)
+        for file, how in example_data.FILES.items()
+        if file.startswith(name)
+    ]
+    examples = example_data.chosen(find(strings if from_strings else documents), count)
     path = SCRATCH / f"{task}-{count}{suffix}"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(write(examples), encoding="utf-8")
     return path
