@@ -59,10 +59,10 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def our_training(task, config):
+def our_training(task, config, settings=SETTINGS):
     """(initial values, batches, seed) -> losses and final values; compiled once."""
     module = heads.MODULES[task.model](config)
-    optimizer = adamw(SETTINGS, config, task.model)
+    optimizer = adamw(settings, config, task.model)
 
     def score(params, batch, keys):
         return task.loss(config, task.logits(module, params, batch, keys), batch, heads.PLAIN)
@@ -98,7 +98,7 @@ def torch_inputs(batch):
     return {name: torch.tensor(value.astype(np.int64)) for name, value in named.items()}
 
 
-def torch_training(task, config, params, batches, seed, folder):
+def torch_training(task, config, params, batches, seed, folder, settings=SETTINGS):
     """Losses and final values, those in our tree."""
     save_pretrained(folder / "first", jax.tree.map(np.asarray, params), config, task.model)
     model = getattr(transformers, ARCHITECTURES[task.model]).from_pretrained(folder / "first")
@@ -112,8 +112,8 @@ def torch_training(task, config, params, batches, seed, folder):
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
-    s = dataclasses.asdict(SETTINGS)
-    betas, rate = (s["adam_beta1"], s["adam_beta2"]), learning_rate(SETTINGS)
+    s = dataclasses.asdict(settings)
+    betas, rate = (s["adam_beta1"], s["adam_beta2"]), learning_rate(settings)
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=s["adam_epsilon"])
     losses = []
     for number, batch in enumerate(batches):
@@ -122,16 +122,16 @@ def torch_training(task, config, params, batches, seed, folder):
         loss = model(**torch_inputs(batch)).loss
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS.clip_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
         optimizer.step()
         losses.append(loss.item())
     model.save_pretrained(folder / "last")
     return np.array(losses), load_pretrained(folder / "last", task.model)[0]
 
 
-def drawn(task, features, seed):
+def drawn(task, features, seed, steps=STEPS):
     loader = task.batches(features, B, seed, bucket_lengths(features.lengths, 2))
-    return [loader.batch(step) for step in range(STEPS)]
+    return [loader.batch(step) for step in range(steps)]
 
 
 @pytest.mark.slow
