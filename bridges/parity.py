@@ -48,9 +48,6 @@ BOUNDS = {
     "bfloat16": (Bound(3e-2, 3e-1), Bound(3e-1, 5e-1)),
 }
 _HEAD_OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
-# A gradient this much below the others is zero but for rounding: that of what only shifts a softmax
-# (key biases, the bias of choices and spans). It is measured in units of the others.
-_ZERO = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +60,7 @@ class Error:
         name: of the array: "logits", "hidden_states[3]", "encoder/layers/mlp/wi/kernel[2]".
         rms: of the difference, over the rms of the expected values. NaN where it has any.
         largest: difference, over the same; over the largest expected value of a gradient.
+            Gradients are in units of their module's largest leaf: see `_units`.
         bound: what passes.
     """
 
@@ -130,15 +128,33 @@ def _compare(found: Found, expected: Found, who: tuple[str, str, str]) -> Iterat
         if ours.keys() != theirs.keys():
             raise ValueError(f"{who}: {sorted(ours)} against {sorted(theirs)}")
         bound = BOUNDS[who[2]][kind == "gradient"]
-        zero = _ZERO * max(map(_rms, theirs.values()), default=0.0)
+        units = _units(theirs) if kind == "gradient" else {n: (_rms(x),) * 2 for n, x in theirs.items()}
         for name, value in theirs.items():
-            # Tables' gradients are mostly rows that no token touched: their largest is the measure.
-            scales = _rms(value), float(np.abs(value).max()) if kind == "gradient" else _rms(value)
-            if kind == "gradient" and scales[0] < zero:
-                scales = (zero / _ZERO,) * 2
             difference = np.float64(ours[name]) - np.float64(value)
-            measured = _rms(difference) / scales[0], float(np.abs(difference).max()) / scales[1]
-            yield Error(*who, kind, name, *measured, bound)
+            measured = _rms(difference), float(np.abs(difference).max())
+            yield Error(*who, kind, name, *np.divide(measured, units[name]).tolist(), bound)
+
+
+def _units(gradients: Values) -> dict[str, tuple[float, float]]:
+    """The rms and the largest value of each gradient, or of its module's largest leaf if that is more.
+
+    A bias sums over tokens what its kernel sums times the inputs, and that sum may cancel: always
+    where the bias only shifts a softmax (keys, choices, spans), by chance where the labels happen to
+    be as frequent as the model thinks. Rounding is of the size of the terms, which the kernel shows.
+
+    The largest value, since tables' gradients are mostly rows that no token touched.
+    """
+    sizes = {name: (_rms(x), float(np.abs(x).max())) for name, x in gradients.items()}
+    modules: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for name, size in sizes.items():
+        modules.setdefault(_module(name), []).append(size)
+    return {name: tuple(map(max, zip(*modules[_module(name)], strict=True))) for name in sizes}
+
+
+def _module(name: str) -> tuple[str, str]:
+    """Of "encoder/layers/mlp/wi/kernel[2]": its module and the number of its layer."""
+    path, _, leaf = name.rpartition("/")
+    return path, leaf.partition("[")[2]
 
 
 def _rms(value: np.ndarray) -> float:
