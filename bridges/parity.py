@@ -128,7 +128,9 @@ def _compare(found: Found, expected: Found, who: tuple[str, str, str]) -> Iterat
         if ours.keys() != theirs.keys():
             raise ValueError(f"{who}: {sorted(ours)} against {sorted(theirs)}")
         bound = BOUNDS[who[2]][kind == "gradient"]
-        units = _units(theirs) if kind == "gradient" else {n: (_rms(x),) * 2 for n, x in theirs.items()}
+        units = (
+            _units(theirs) if kind == "gradient" else {n: (_rms(x),) * 2 for n, x in theirs.items()}
+        )
         for name, value in theirs.items():
             difference = np.float64(ours[name]) - np.float64(value)
             measured = _rms(difference), float(np.abs(difference).max())
@@ -136,11 +138,12 @@ def _compare(found: Found, expected: Found, who: tuple[str, str, str]) -> Iterat
 
 
 def _units(gradients: Values) -> dict[str, tuple[float, float]]:
-    """The rms and the largest value of each gradient, or of its module's largest leaf if that is more.
+    """The rms and the largest value of each gradient, or of its module's largest leaf if more.
 
     A bias sums over tokens what its kernel sums times the inputs, and that sum may cancel: always
-    where the bias only shifts a softmax (keys, choices, spans), by chance where the labels happen to
-    be as frequent as the model thinks. Rounding is of the size of the terms, which the kernel shows.
+    where the bias only shifts a softmax (keys, choices, spans), by chance where the labels happen
+    to be as frequent as the model thinks. Rounding is of the size of the terms, which the kernel
+    shows.
 
     The largest value, since tables' gradients are mostly rows that no token touched.
     """

@@ -69,8 +69,8 @@ def test_a_damaged_weight_fails_and_is_placed(path, layer, said):
 
 
 def test_a_gradient_that_cancels_is_measured_against_its_terms():
-    """Two labels, in this batch as frequent as the head thinks: the gradient of the last norm's bias
-    is what is left of a sum, and the rounding of its terms is 2e-5 of that."""
+    """Two labels, in this batch as frequent as the head thinks: the gradient of the last norm's
+    bias is what is left of a sum, and the rounding of its terms is 2e-5 of that."""
     config = SMALL.replace(num_labels=2)
     params = random_params(config, "token_classification", scale=0.02)
     batch = make_batch(config, "token_classification", 17, seed=63)
