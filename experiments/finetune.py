@@ -113,7 +113,7 @@ def check_settings(run_dir: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Both files as features; `sha256` of their bytes, flag by flag."""
+    """Both files as features; lengths that evaluation pads to; `sha256` of the files, by flag."""
 
     task: Task
     train: Features
@@ -123,8 +123,6 @@ class Data:
 
 
 def read_data(tokenizer: tokenizers.Tokenizer) -> Data:
-    import numpy as np
-
     from experiments.tasks import TASKS
     from prelnroberta.data.bad_rows import BadRows
     from prelnroberta.data.bucketing import bucket_lengths
@@ -149,9 +147,8 @@ def read_data(tokenizer: tokenizers.Tokenizer) -> Data:
         if cut := getattr(features, "truncated", 0):
             rows, length = len(features.lengths), settings.max_length
             print(f"--{flag}: {cut:,} of {rows:,} cut to {length} tokens")
-    lengths = np.concatenate([train.lengths, dev.lengths])
     digests = {flag: hashlib.sha256(p.read_bytes()).hexdigest() for flag, p in paths.items()}
-    return Data(task, train, dev, bucket_lengths(lengths, FLAGS.length_buckets), digests)
+    return Data(task, train, dev, bucket_lengths(dev.lengths, FLAGS.length_buckets), digests)
 
 
 def initial_model(
@@ -282,7 +279,10 @@ def run(
     begin = time.monotonic()
     task, losses, steps, optimizer = data.task, plan.losses, plan.settings.steps, plan.optimizer
     module = MODULES[task.model](config, flags.execution())
-    loader = task.batches(data.train, FLAGS.batch_size, FLAGS.seed, data.buckets)
+    ways = layout.row_ways
+    loader = task.batches(
+        data.train, FLAGS.batch_size, FLAGS.seed, steps, multiple=ways * FLAGS.accumulate
+    )
     judge = Judge(task, module, layout, losses)
 
     def score(params: Tree, batch: dict, dropout_keys: jax.Array | None) -> Scores:
@@ -298,8 +298,7 @@ def run(
     print(
         f"{parameters.parameter_count(config, task.model):,} parameters, "
         f"{len(data.train.lengths):,} rows to train on, {len(data.dev.lengths):,} to evaluate, "
-        f"padded to {', '.join(map(str, data.buckets))} tokens; {steps:,} steps, "
-        f"{plan.epoch:,} an epoch",
+        f"{loader.describe()}; {steps:,} steps, {plan.epoch:,} an epoch",
         flush=True,
     )
 
@@ -319,8 +318,7 @@ def run(
         report = Report(run_dir, steps, start, description(task, trivial))
 
     def judged(state: TrainState) -> tuple[list, Scores]:
-        positions, ways = FLAGS.eval_positions, layout.row_ways
-        batches = evaluation_batches(data.dev, data.buckets, positions, ways)
+        batches = evaluation_batches(data.dev, data.buckets, FLAGS.eval_positions, ways)
         return judge(state.params, data.dev, batches)
 
     def validate(state: TrainState) -> dict[str, float]:
@@ -336,12 +334,10 @@ def run(
         return 0 < FLAGS.patience < len(values) - best
 
     stopped = None
-    # Of choices, each is a row to the model.
-    rows = FLAGS.batch_size * getattr(data.train, "choices", 1)
-    tokens = float(data.train.lengths.mean()) * rows
+    tokens = float(data.train.sizes.mean()) * FLAGS.batch_size
     try:
         if not enough():
-            with loader.prefetch(start, rows=layout.rows(FLAGS.batch_size)) as batches:
+            with loader.prefetch(start, rows=layout.rows(loader.rows)) as batches:
                 state, stopped = train(
                     state,
                     parallel(train_step(score, optimizer, FLAGS.seed, FLAGS.accumulate), layout),
@@ -359,7 +355,6 @@ def run(
                     tokens_per_step=tokens,
                     objective=lambda metrics: -worth(metrics),
                     enough=enough,
-                    fixed_shapes=len(data.buckets) == 1,
                     failed_save=FLAGS.failed_save,
                     profile_steps=flags.profile_steps(),
                 )

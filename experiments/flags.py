@@ -284,7 +284,9 @@ def _task(more: tuple[str, ...] = ()) -> None:
     )
     flags.DEFINE_integer("max_length", None, "Tokens in a row, at most. Default: the model's most.")
     flags.DEFINE_bool("skip_bad_rows", False, "Go on without rows that cannot be used; count them.")
-    flags.DEFINE_integer("length_buckets", 4, "Lengths to pad to: so many shapes are compiled.")
+    flags.DEFINE_integer(
+        "length_buckets", 4, "Lengths that evaluation pads to: so many shapes are compiled."
+    )
     flags.DEFINE_integer("eval_positions", 8192, "Tokens, with pads, in a batch of an evaluation.")
     flags.DEFINE_string(
         "text_column",

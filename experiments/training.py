@@ -92,7 +92,6 @@ def train(
     tokens_per_step: float,
     objective: Callable[[dict[str, float]], float] = itemgetter("loss"),
     enough: Callable[[], bool] = lambda: False,
-    fixed_shapes: bool = True,
     flops_per_step: float = 0.0,
     compile_seconds: float = 0.0,
     failed_save: str = "stop",
@@ -107,7 +106,6 @@ def train(
     Args:
         objective: validation metrics -> what is least for the best.
         enough: whether the evaluations so far are, asked after each.
-        fixed_shapes: whether all batches have one shape, so that nothing is compiled later on.
         tokens_per_step, flops_per_step: of all devices; the model's own FLOPs, for MFU.
         compile_seconds: spent on the step before this call, for the account of time.
         failed_save: "continue" tells of a checkpoint that could not be written, and goes on.
@@ -163,7 +161,7 @@ def train(
                 _check_finite(state, number)
                 loss = objective(validation) if validation else None
                 clock.paused("checkpoints", lambda state=state, loss=loss: save(state, loss))
-            if validation and fixed_shapes and warm is None:
+            if validation and warm is None:
                 warm = compilations.count
             elif warm is not None and compilations.count > warm:
                 report.say(

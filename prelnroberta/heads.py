@@ -24,6 +24,9 @@ from prelnroberta.sharding import constrain
 Array = jax.Array
 
 IGNORE = -100  # the label of a target that does not count, as in torch's cross entropy
+# The logit of what is no class of this target: another segment's token, a choice that is not there.
+# Finite, so that a target without any class has a finite loss. Label smoothing passes it by.
+IMPOSSIBLE = -1e30
 
 
 @flax.struct.dataclass
@@ -86,10 +89,12 @@ def cross_entropy(
         weights = weights * by_class[labels]
     loss = ((log_normalizer - label_logits) * weights).sum()
     if smoothing:
-        surprise = log_normalizer[..., None] - logits
+        possible = logits > IMPOSSIBLE / 2
+        surprise = jnp.where(possible, log_normalizer[..., None] - logits, 0.0)
         if settings.class_weights is not None:
             surprise = surprise * by_class
-        spread = (surprise.mean(axis=-1) * counted).sum()
+        mean = surprise.sum(axis=-1) / jnp.maximum(possible.sum(axis=-1), 1)
+        spread = (mean * counted).sum()
         loss = (1.0 - smoothing) * loss + smoothing * spread
     return Scores(
         loss=loss,
@@ -113,9 +118,9 @@ def lm_logits(p: dict, config: RobertaPreLayerNormConfig, hidden: Array) -> Arra
     return constrain(logits, "BMV") + head["bias"]
 
 
-def pool(p: dict, hidden: Array) -> Array:
-    """hidden [B, L, D] -> [B, D]: tanh of a dense layer over the first position."""
-    return jnp.tanh(project(p["pooler"], "bd,de->be", hidden[:, 0]))
+def pool(p: dict, first: Array) -> Array:
+    """[..., D] -> [..., D]: tanh of a dense layer, over what stands at a sequence's first token."""
+    return jnp.tanh(project(p["pooler"], "...d,de->...e", first))
 
 
 def classifier_dropout(x: Array, config: RobertaPreLayerNormConfig, key: Array | None) -> Array:
@@ -134,7 +139,7 @@ class Base(TableModule):
         p = self.tree("base")
         [key] = self.keys(1, deterministic, named)
         output = self.encode(p, *inputs, key=key, **named)
-        return pool(p, output.last_hidden_state), output
+        return pool(p, output.last_hidden_state[:, 0]), output
 
 
 class MaskedLM(TableModule):
@@ -182,8 +187,11 @@ class CausalLM(TableModule):
 
 
 def _narrowed(named: dict[str, Any]) -> dict[str, Any]:
-    """Arguments that compute the last block at position 0 alone, if no one sees the difference."""
+    """Arguments that compute the last block at position 0 alone, if no one sees the difference;
+    those that say themselves where, as they are."""
     if named.get("keep_residuals") or named.get("keep_attentions"):
+        return named
+    if named.get("read_positions") is not None:
         return named
     return {**named, "read_positions": jnp.zeros((1, 1), jnp.int32)}
 
@@ -195,20 +203,22 @@ class SequenceClassification(TableModule):
     def __call__(
         self, *inputs: Any, deterministic: bool = True, **named: Any
     ) -> tuple[Array, EncoderOutput]:
-        """Arguments as `Encoder`'s, without read_positions.
+        """Arguments as `Encoder`'s.
 
         Returns:
             logits [B, C], and the encoder's output. Its last block computes position 0 alone,
-            which is exact, unless residuals or attentions are kept.
+            which is exact, unless residuals or attentions are kept. Of packed rows: logits
+            [B, S, C] at `read_positions` [B, S], where their segments begin.
         """
         p = self.tree("sequence_classification")
         key, k_dense, k_output = self.keys(3, deterministic, named)
+        packed = named.get("read_positions") is not None
         output = self.encode(p, *inputs, key=key, **_narrowed(named))
-        x = output.last_hidden_state[:, 0]
+        x = output.last_hidden_state if packed else output.last_hidden_state[:, 0]
         x = classifier_dropout(x, self.config, k_dense)
-        x = jnp.tanh(project(p["classifier"]["dense"], "bd,de->be", x))
+        x = jnp.tanh(project(p["classifier"]["dense"], "...d,de->...e", x))
         x = classifier_dropout(x, self.config, k_output)
-        return project(p["classifier"]["output"], "be,ec->bc", x), output
+        return project(p["classifier"]["output"], "...e,ec->...c", x), output
 
 
 class MultipleChoice(TableModule):
@@ -221,9 +231,16 @@ class MultipleChoice(TableModule):
         """Arguments as `Encoder`'s, those of a row with an axis of choices after B: [B, C, L].
 
         Returns:
-            logits [B, C], and the encoder's output over B * C rows.
+            logits [B, C], and the encoder's output over B * C rows. Of packed rows, whose
+            arguments have no axis of choices: logits [B, S, C] at `read_positions` [B, S, C],
+            where the choices of up to S questions begin.
         """
         p = self.tree("multiple_choice")
+        if (read := named.get("read_positions")) is not None:
+            key, k_output = self.keys(2, deterministic, named)
+            named["read_positions"] = read.reshape(len(read), -1)
+            output = self.encode(p, *inputs, key=key, **named)
+            return self._score(p, output.last_hidden_state, k_output).reshape(read.shape), output
         rows = {name: named.pop(name) for name in _BY_CHOICE & named.keys()}
         shapes = [x.shape[:2] for x in (*inputs, *rows.values()) if x is not None]
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (inputs, rows))
@@ -232,9 +249,13 @@ class MultipleChoice(TableModule):
             named["dropout_keys"] = by_choice.T.reshape(-1)
         key, k_output = self.keys(2, deterministic, named)
         output = self.encode(p, *flat[0], key=key, **_narrowed({**named, **flat[1]}))
-        x = pool(p, output.last_hidden_state)
-        x = dropout(x, self.config.hidden_dropout_prob, k_output)
-        return project(p["classifier"], "bd,dc->bc", x).reshape(shapes[0]), output
+        scores = self._score(p, output.last_hidden_state[:, 0], k_output)
+        return scores.reshape(shapes[0]), output
+
+    def _score(self, p: dict, first: Array, key: Array | None) -> Array:
+        """[..., D] -> [..., 1]"""
+        x = dropout(pool(p, first), self.config.hidden_dropout_prob, key)
+        return project(p["classifier"], "...d,dc->...c", x)
 
 
 _BY_CHOICE = {
@@ -308,16 +329,16 @@ def causal_lm_scores(logits: Array, labels: Array, settings: LossSettings = PLAI
 def regression_scores(outputs: Array, labels: Array, weights: Array | None = None) -> Scores:
     """Squared errors of outputs [B] or [B, C] against labels of as many numbers.
 
-    `weights` [B] float32 counts rows; None: each once.
+    `weights` [B] float32 counts examples; None: each once. Of packed rows, [B, S] for [B].
     """
     squares = jnp.square(outputs.astype(jnp.float32).reshape(labels.shape) - labels)
     return _weighted(squares, jnp.zeros_like(squares), weights)
 
 
 def multi_label_scores(logits: Array, labels: Array, weights: Array | None = None) -> Scores:
-    """Binary cross entropy of logits [B, C] against labels [B, C] in [0, 1], C decisions a row.
+    """Binary cross entropy of logits [B, C] against labels [B, C] in [0, 1], C decisions each.
 
-    `weights` [B] float32 counts rows; None: each once.
+    `weights` [B] float32 counts examples; None: each once. Of packed rows, [B, S] for [B].
     """
     logits, labels = logits.astype(jnp.float32), labels.astype(jnp.float32)
     loss = jax.nn.softplus(logits) - labels * logits
@@ -325,10 +346,10 @@ def multi_label_scores(logits: Array, labels: Array, weights: Array | None = Non
 
 
 def _weighted(loss: Array, correct: Array, weights: Array | None) -> Scores:
-    """Sums over all axes of `loss` and `correct` [B, ...], each row counted by weights [B]."""
-    by_row = jnp.ones(loss.shape[0], jnp.float32) if weights is None else weights
-    by_row = by_row.reshape(-1, *(1 for _ in loss.shape[1:]))
-    counted = jnp.broadcast_to(by_row, loss.shape)
+    """Sums over all axes of `loss` and `correct` [B, ...], weighted along their first axes."""
+    weights = jnp.ones((), jnp.float32) if weights is None else weights
+    weights = weights.reshape(weights.shape + (1,) * (loss.ndim - weights.ndim))
+    counted = jnp.broadcast_to(weights, loss.shape)
     return Scores((loss * counted).sum(), (correct * counted).sum(), counted.sum())
 
 
@@ -351,7 +372,8 @@ def sequence_scores(
 ) -> Scores:
     """Scores of logits [B, C]: against labels [B] int, [B, C] float, or in regression [B(, C)].
 
-    `settings` is of single labels, whose -100 does not count; `weights` [B] counts rows of others.
+    `settings` is of single labels, whose -100 does not count; `weights` [B] counts the others. Of
+    packed rows, [B, S] for [B] everywhere.
     """
     kind = problem_type(config, labels)
     if kind == "single_label_classification":
@@ -362,18 +384,32 @@ def sequence_scores(
 
 
 def span_scores(
-    logits: Array, starts: Array, ends: Array, settings: LossSettings = PLAIN
+    logits: Array,
+    starts: Array,
+    ends: Array,
+    settings: LossSettings = PLAIN,
+    segment_ids: Array | None = None,
 ) -> tuple[Scores, Scores]:
     """Of logits [B, L, 2] against positions [B]: scores of the starts and of the ends.
 
     Positions outside of the row do not count. transformers' loss is the mean of the two means;
     training adds the two up.
+
+    Args:
+        segment_ids: [B, L] int. Positions are then [B, S], those of segments 1 to S, and are
+            sought among the tokens of their segment alone: neither among others nor among pads,
+            which transformers' loss takes for possible answers.
     """
     L = logits.shape[1]
 
     def score(side: int, positions: Array) -> Scores:
         inside = (positions >= 0) & (positions < L)
-        return label_scores(logits[:, :, side], jnp.where(inside, positions, IGNORE), settings)
+        among = logits[:, :, side].astype(jnp.float32)
+        if segment_ids is not None:
+            segments = 1 + jnp.arange(positions.shape[1])
+            own = segment_ids[:, None] == segments[:, None]  # [B, S, L]
+            among = jnp.where(own, among[:, None], IMPOSSIBLE)
+        return label_scores(among, jnp.where(inside, positions, IGNORE), settings)
 
     return score(0, starts), score(1, ends)
 

@@ -47,10 +47,49 @@ class Packed(NamedTuple):
         return out
 
 
+class Places(NamedTuple):
+    """Where sequences go: int [n] each, and how many rows that takes.
+
+    Attributes:
+        rows, starts: the row of each sequence and its first position there.
+        numbers: of each sequence among those of its row, from 0.
+        count: of rows.
+    """
+
+    rows: np.ndarray
+    starts: np.ndarray
+    numbers: np.ndarray
+    count: int
+
+
+def place(lengths: np.ndarray, length: int, most: int | None = None) -> Places:
+    """Finds room for sequences in rows of `length`: the longest first, each where it fits most
+    tightly (best fit decreasing: at most 11/9 of the fewest rows there can be, and one).
+
+    Args:
+        lengths: int [n], each from 1 to `length`.
+        most: sequences that a row may hold; None: any number.
+    """
+    rows, starts, numbers = (np.zeros(len(lengths), np.int64) for _ in range(3))
+    free: list[tuple[int, int]] = []  # (space, row), tightest first
+    held: list[int] = []  # sequences in each row
+    order = np.argsort(-lengths, kind="stable")
+    for index, size in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        fitting = bisect_left(free, (size, -1))
+        space, row = free.pop(fitting) if fitting < len(free) else (length, len(held))
+        if row == len(held):
+            held.append(0)
+        rows[index], starts[index], numbers[index] = row, length - space, held[row]
+        held[row] += 1
+        if held[row] != most:
+            insort(free, (space - size, row))
+    return Places(rows, starts, numbers, len(held))
+
+
 def pack(
     sequences: Sequence[Sequence[int]], length: int, pad_token_id: int = 1, multiple: int = 1
 ) -> Packed:
-    """Packs token ids into rows of `length`: the longest first, each where it fits most tightly.
+    """Packs token ids into rows of `length`, as `place` finds room for them.
 
     Args:
         multiple: R is rounded up to a multiple of it with rows of pads, so that batches of nearly
@@ -62,28 +101,18 @@ def pack(
     lengths = np.array([len(sequence) for sequence in sequences], np.int64)
     for index in np.flatnonzero((lengths < 1) | (lengths > length)):
         raise InputError(f"sequence {index} has {lengths[index]} tokens, expected 1 to {length}")
-    rows, starts, segments = (np.zeros(len(lengths), np.int64) for _ in range(3))
-    free: list[tuple[int, int]] = []  # (space, row), tightest first
-    held: list[int] = []  # sequences in each row
-    for index in np.argsort(-lengths, kind="stable"):
-        fitting = bisect_left(free, (lengths[index], -1))
-        space, row = free.pop(fitting) if fitting < len(free) else (length, len(held))
-        if row == len(held):
-            held.append(0)
-        held[row] += 1
-        rows[index], starts[index], segments[index] = row, length - space, held[row]
-        insort(free, (space - int(lengths[index]), row))
-    R = -(-len(held) // multiple) * multiple
+    rows, starts, numbers, count = place(lengths, length)
+    R = -(-count // multiple) * multiple
     inputs = {
         "input_ids": np.full((R, length), pad_token_id, np.int32),
         "segment_ids": np.zeros((R, length), np.int32),
         "position_ids": np.full((R, length), pad_token_id, np.int32),
     }
-    for sequence, row, start, size, segment in zip(
-        sequences, rows, starts, lengths, segments, strict=True
+    for sequence, row, start, size, number in zip(
+        sequences, rows, starts, lengths, numbers, strict=True
     ):
-        place = np.s_[row, start : start + size]
-        inputs["input_ids"][place] = sequence
-        inputs["segment_ids"][place] = segment
-        inputs["position_ids"][place] = pad_token_id + 1 + np.arange(size)
+        its = np.s_[row, start : start + size]
+        inputs["input_ids"][its] = sequence
+        inputs["segment_ids"][its] = number + 1
+        inputs["position_ids"][its] = pad_token_id + 1 + np.arange(size)
     return Packed(inputs, rows, starts, lengths)

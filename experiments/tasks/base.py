@@ -29,9 +29,10 @@ import numpy as np
 from prelnroberta import heads
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.data.bad_rows import BadRows
-from prelnroberta.data.bucketing import Features, TrainingBatches
+from prelnroberta.data.bucketing import Features
 from prelnroberta.data.classification import SINGLE
 from prelnroberta.data.loader import Loader
+from prelnroberta.data.training_batches import TrainingBatches
 from prelnroberta.heads import IGNORE, LossSettings, Scores
 from prelnroberta.modeling import TableModule
 from prelnroberta.params import Tree
@@ -117,11 +118,13 @@ class Measured:
 
 class Task:
     """What the tasks share. `metric` is what models are compared by; `target` is in the batches of
-    examples whose answers are known."""
+    examples whose answers are known; `inputs` are those of the model's arguments that its batches
+    may have, padded (to evaluate) or packed (to train)."""
 
     model: ClassVar[str]
     metric: str = "accuracy"
     target: ClassVar[str] = "labels"
+    inputs: ClassVar[tuple[str, ...]] = ("attention_mask", "segment_ids", "position_ids")
 
     def __init__(self, settings: TaskSettings):
         self.settings = settings
@@ -155,9 +158,10 @@ class Task:
         raise NotImplementedError
 
     def batches(
-        self, features: Features, batch_size: int, seed: int, buckets: Sequence[int]
+        self, features: Features, batch_size: int, seed: int, steps: int, multiple: int
     ) -> TrainingBatches | Loader:
-        return TrainingBatches(features, batch_size, seed, buckets)
+        """`steps` batches of `batch_size` examples, in a `multiple` of rows."""
+        return TrainingBatches(features, batch_size, seed, steps, multiple)
 
     # The model: pure.
 
@@ -165,12 +169,8 @@ class Task:
         self, module: TableModule, params: Tree, batch: dict[str, Array], keys: Array | None = None
     ) -> Array:
         """Of rows [B]; `keys` [B] are their dropout keys, None evaluates."""
-        logits, _ = module.apply(
-            {"params": params},
-            batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            dropout_keys=keys,
-        )
+        given = {name: batch[name] for name in self.inputs if name in batch}
+        logits, _ = module.apply({"params": params}, batch["input_ids"], **given, dropout_keys=keys)
         return logits
 
     def loss(

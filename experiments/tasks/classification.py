@@ -69,6 +69,7 @@ class SequenceClassification(Task):
     """Texts or pairs of texts: one label, several labels, or a number."""
 
     model = "sequence_classification"
+    inputs = (*Task.inputs, "read_positions")
 
     @property
     def metric(self) -> str:
@@ -263,6 +264,7 @@ class MultipleChoice(Task):
     """Which of several continuations is right."""
 
     model = "multiple_choice"
+    inputs = (*Task.inputs, "read_positions")
 
     def read(self, path: str | Path, labelled: bool, bad: BadRows) -> list:
         context, prefix, label = self._columns

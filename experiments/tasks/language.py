@@ -22,7 +22,7 @@ from prelnroberta import heads
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.data.bad_rows import BadRows
 from prelnroberta.data.blocks import Blocks, token_stream
-from prelnroberta.data.bucketing import NOTHING, Features, TrainingBatches
+from prelnroberta.data.bucketing import NOTHING, Features
 from prelnroberta.data.corpus import FileCorpus
 from prelnroberta.data.loader import Batch, Loader
 from prelnroberta.data.masking import Masking
@@ -117,7 +117,7 @@ class CausalLM(_LanguageModel):
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedBlocks:
+class MaskedBlocks(Features):
     """Blocks under the masks of epoch 0: the same at every evaluation."""
 
     blocks: Blocks
@@ -152,8 +152,8 @@ class MaskedLM(_LanguageModel):
         return MaskedBlocks(Blocks(token_stream(examples, tokenizer), s.max_length), masking)
 
     def batches(
-        self, features: Features, batch_size: int, seed: int, buckets: Sequence[int]
-    ) -> TrainingBatches | Loader:
+        self, features: Features, batch_size: int, seed: int, steps: int, multiple: int
+    ) -> Loader:
         return Loader(features.blocks, features.masking, batch_size, seed)
 
     def logits(

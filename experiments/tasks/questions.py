@@ -72,8 +72,15 @@ class QuestionAnswering(Task):
         batch: dict[str, Array],
         settings: LossSettings,
     ) -> Scores:
+        """Answers are sought among a window's tokens, not among pads, which a packed batch has not.
+        (transformers' padded loss has them compete.)"""
+        rows = len(logits)
         starts, ends = heads.span_scores(
-            logits, batch["start_positions"], batch["end_positions"], settings
+            logits,
+            batch["start_positions"].reshape(rows, -1),
+            batch["end_positions"].reshape(rows, -1),
+            settings,
+            batch["segment_ids"] if "segment_ids" in batch else batch["attention_mask"],
         )
         return starts + ends
 

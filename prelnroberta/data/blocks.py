@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from prelnroberta.data.bucketing import IGNORE, NOTHING, padded, row_batch
+from prelnroberta.data.bucketing import IGNORE, NOTHING, Features, padded, row_batch
 from prelnroberta.data.encoding import token_ids
 from prelnroberta.data.loader import Batch
 from prelnroberta.data.packing import Row
@@ -43,7 +43,7 @@ def token_stream(documents: Iterable[str], tokenizer: tokenizers.Tokenizer) -> n
     return np.concatenate(parts, dtype=np.int32)
 
 
-class Blocks:
+class Blocks(Features):
     """Rows of `length` tokens of a stream, each beginning `length - overlap` after the one before.
 
     `overlap=0` are the blocks of transformers' run_clm and run_mlm (group_texts), with a shorter
@@ -54,6 +54,8 @@ class Blocks:
     Raises:
         InputError: a length below 2, or an overlap not inside [0, length).
     """
+
+    by_token = ("labels",)
 
     def __init__(self, stream: np.ndarray, length: int, overlap: int = 0):
         if length < 2 or not 0 <= overlap < length:
@@ -98,7 +100,7 @@ class Blocks:
         rows = {int(index): self._tokens(index) for index in indices if index != NOTHING}
         batch = row_batch(rows, indices, length)
         batch["labels"] = labels = padded(rows, indices, length, IGNORE)
-        if self.overlap:
-            # The first row has no predecessor; its first token is dropped by the shift.
-            labels[np.asarray(indices) > 0, : self.overlap] = IGNORE
+        # A row's first token has no predecessor there; those of an overlap were predicted before.
+        labels[:, 0] = IGNORE
+        labels[np.asarray(indices) > 0, : self.overlap] = IGNORE
         return batch

@@ -1,8 +1,9 @@
-"""Batches of examples of different lengths in a handful of shapes.
+"""Evaluation: batches of examples of different lengths in a handful of shapes.
 
 jit compiles a program for each shape, and a padded position costs as much as a real one. So a few
 lengths are chosen for the examples at hand, every batch is padded to one of them, and examples of
-like length share batches. Order follows from (seed, step): the whole state of a loader is its step.
+like length share batches. (`training_batches.py` packs: there, no one asks for numbers that are
+the same whatever else is in the batch.)
 
 Features of every task have `lengths` [n] int and `batch(indices, length)`, which pads the examples
 of `indices` to one dict of arrays; index -1 stands for a row that fills the batch up and counts
@@ -11,29 +12,40 @@ nowhere.
 
 from __future__ import annotations
 
-import functools
+import abc
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
 
-from prelnroberta.data.loader import Batch, Prefetch, check_seed, permute
+from prelnroberta.data.loader import Batch
 from prelnroberta.data.tokenizer import PAD_ID
 from prelnroberta.errors import InputError
 
 NOTHING = -1  # the index of a row that only fills a batch up
 IGNORE = -100  # the label of what does not count: that of `heads`, without loading jax for it
 
-_ALL = slice(None)
 
+class Features(abc.ABC):
+    """Examples as token ids, read at random.
 
-class Features(Protocol):
-    """Examples as token ids, read at random."""
+    Attributes:
+        by_token: which arrays of a batch have a value for each token, beside the ids.
+    """
+
+    by_token: ClassVar[tuple[str, ...]] = ()
 
     @property
+    @abc.abstractmethod
     def lengths(self) -> np.ndarray:
         """int [n]: tokens of each example, specials included (the longest choice, of choices)."""
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """int [n]: all tokens of each example: those of its choices together."""
+        return self.lengths
+
+    @abc.abstractmethod
     def batch(self, indices: np.ndarray, length: int) -> Batch:
         """The examples of `indices` [B], padded to `length`; -1 is a row without weight."""
 
@@ -108,86 +120,6 @@ def bucket_of(length: int, buckets: Sequence[int]) -> int:
         if length <= bucket:
             return bucket
     raise InputError(f"an example of {length} tokens is longer than the longest of {buckets}")
-
-
-class TrainingBatches:
-    """Shuffled batches of B examples without end; batch `step` is a function of (seed, step).
-
-    Every example comes once an epoch; its last batch is filled up with rows without weight, so that
-    epochs begin at multiples of `steps_per_epoch`. Batches are padded to the bucket of their
-    longest example.
-
-    Args:
-        features: of any task.
-        batch_size: B, over all hosts.
-        buckets: lengths to pad to, ascending (`bucket_lengths`).
-        pool: batches that are drawn together and parted by length, as Hugging Face's
-            `group_by_length` does with 50. 1 leaves the order to chance alone.
-
-    Raises:
-        InputError: a batch size or pool below 1, a seed out of range, or buckets too short.
-    """
-
-    def __init__(
-        self,
-        features: Features,
-        batch_size: int,
-        seed: int,
-        buckets: Sequence[int],
-        pool: int = 50,
-    ):
-        if batch_size < 1 or pool < 1:
-            raise InputError(f"batch size={batch_size}, pool={pool}: expected 1 or more")
-        check_seed(seed)
-        self.features = features
-        self.batch_size = batch_size
-        self.seed = seed
-        self.buckets = tuple(buckets)
-        self.pool = pool
-        self._lengths = np.asarray(features.lengths)
-        # Kept for the steps that follow; what it holds is a function of its arguments.
-        self._drawn = functools.lru_cache(maxsize=2)(self._draw)
-        self.steps_per_epoch = -(-len(self._lengths) // batch_size)
-        if not self.steps_per_epoch:
-            raise InputError("no examples to train on")
-        bucket_of(int(self._lengths.max()), self.buckets)
-
-    def indices(self, step: int) -> np.ndarray:
-        """int64 [B]: the examples of a batch, -1 where an epoch's last one is not full."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        pool, turn = divmod(within, self.pool)
-        return self._drawn(epoch, pool)[turn]
-
-    def _draw(self, epoch: int, pool: int) -> np.ndarray:
-        """int64 [batches, B]: a pool's batches, in turn."""
-        B, n = self.batch_size, len(self._lengths)
-        start = pool * self.pool * B
-        examples = permute(np.arange(start, min(start + self.pool * B, n)), n, self.seed, epoch)
-        missing = np.full(-len(examples) % B, NOTHING)
-        if self.pool == 1:
-            return np.concatenate([examples, missing]).reshape(-1, B)
-        examples = examples[np.argsort(self._lengths[examples], kind="stable")]
-        batches = np.concatenate([examples, missing]).reshape(-1, B)
-        # Without this every pool would go from its shortest batch to its longest.
-        generator = np.random.Generator(
-            np.random.Philox(
-                key=np.array([self.seed, 1], np.uint64),
-                counter=np.array([0, 0, pool, epoch], np.uint64),
-            )
-        )
-        return batches[generator.permutation(len(batches))]
-
-    def batch(self, step: int, rows: slice | np.ndarray = _ALL) -> Batch:
-        """Batch `step`, or the part of it that `rows` selects (a host's share)."""
-        indices = self.indices(step)
-        longest = int(self._lengths[indices[indices != NOTHING]].max())
-        return self.features.batch(indices[rows], bucket_of(longest, self.buckets))
-
-    def prefetch(
-        self, start_step: int, depth: int = 2, rows: slice | np.ndarray = _ALL
-    ) -> Prefetch:
-        """Batches from `start_step` on, made ahead by a thread; close it when done."""
-        return Prefetch(lambda step: self.batch(step, rows), start_step, depth)
 
 
 def evaluation_batches(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 
 from prelnroberta.data.bad_rows import BadRows, settled
-from prelnroberta.data.bucketing import IGNORE, NOTHING
+from prelnroberta.data.bucketing import IGNORE, NOTHING, Features
 from prelnroberta.data.encoding import check_max_length, pair_row, token_ids
 from prelnroberta.data.loader import Batch
 from prelnroberta.data.tables import stream_table, text_problem
@@ -133,7 +133,7 @@ def _number(value: Any, choices: int) -> tuple[int | None, str | None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class ChoiceFeatures:
+class ChoiceFeatures(Features):
     """Rows `<s> context </s></s> prefix choice </s>`, one a choice.
 
     Attributes:
@@ -153,6 +153,10 @@ class ChoiceFeatures:
     @property
     def lengths(self) -> np.ndarray:
         return np.array([max(map(len, rows)) for rows in self.input_ids], np.int64)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return np.array([sum(map(len, rows)) for rows in self.input_ids], np.int64)
 
     def batch(self, indices: np.ndarray, length: int) -> Batch:
         """The module's batch of the examples at `indices` [B]; -1 fills up."""

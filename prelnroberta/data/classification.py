@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 
 from prelnroberta.data.bad_rows import BadRows, settled
-from prelnroberta.data.bucketing import IGNORE, NOTHING, row_batch
+from prelnroberta.data.bucketing import IGNORE, NOTHING, Features, row_batch
 from prelnroberta.data.encoding import check_max_length, pair_row, single_row, token_ids
 from prelnroberta.data.labels import LabelIds
 from prelnroberta.data.loader import Batch
@@ -120,7 +120,7 @@ def label_names(label: Any) -> list[Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class TextFeatures:
+class TextFeatures(Features):
     """Token ids of each example, `<s> A </s>` or `<s> A </s></s> B </s>`, and its label.
 
     Attributes:

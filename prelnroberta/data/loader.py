@@ -61,6 +61,15 @@ class Loader:
         pairs = zip(epochs.tolist(), places.tolist(), strict=True)
         return _assemble(self.source, self.masking, self.seed, pairs)
 
+    @property
+    def rows(self) -> int:
+        """Of every batch."""
+        return self.batch_size
+
+    def describe(self) -> str:
+        """Half a line for whoever starts a run."""
+        return f"{self.batch_size} a step"
+
     def prefetch(
         self, start_step: int, depth: int = 2, rows: slice | np.ndarray = _ALL
     ) -> "Prefetch":

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from prelnroberta.data.bad_rows import BadRows, settled
-from prelnroberta.data.bucketing import IGNORE, NOTHING, row_batch
+from prelnroberta.data.bucketing import IGNORE, NOTHING, Features, row_batch
 from prelnroberta.data.encoding import PAIR_SPECIALS, encodings, plain, token_ids, windows
 from prelnroberta.data.loader import Batch
 from prelnroberta.data.squad import Question
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class QuestionFeatures:
+class QuestionFeatures(Features):
     """Rows of questions, each question's one after another.
 
     Attributes:

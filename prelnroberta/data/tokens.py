@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from prelnroberta.data.bad_rows import BadRows, settled
-from prelnroberta.data.bucketing import IGNORE, padded, row_batch
+from prelnroberta.data.bucketing import IGNORE, Features, padded, row_batch
 from prelnroberta.data.conll import Sentence
 from prelnroberta.data.encoding import check_max_length, encodings, windows, with_prefix_space
 from prelnroberta.data.labels import LabelIds
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenFeatures:
+class TokenFeatures(Features):
     """Rows `<s> words </s>`: one a sentence, or several overlapping windows of a long one.
 
     Attributes:
@@ -44,6 +44,8 @@ class TokenFeatures:
         labels: int32 [tokens] each, or None.
         asked: int [k, 2] each: position in the row and number of the word that is answered there.
     """
+
+    by_token = ("labels",)
 
     examples: list[Sentence]
     owners: np.ndarray
