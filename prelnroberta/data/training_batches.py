@@ -36,12 +36,12 @@ class TrainingBatches:
     Args:
         features: of any task.
         batch_size: B, over all hosts.
-        steps: how many batches there are; R is what the fullest of them needs.
+        steps: how many batches there are; the fullest of them settles R and L.
         multiple: of which R is one: the devices, say.
         pool: batches that are drawn together.
 
     Attributes:
-        rows, length: R and L, the longest example rounded up to a multiple of 8.
+        rows, length: R and L, at most half again as long as the longest example.
 
     Raises:
         InputError: a batch size, pool or number of steps below 1, a seed out of range.
@@ -68,13 +68,9 @@ class TrainingBatches:
         if not len(self._sizes):
             raise InputError("no examples to train on")
         self.steps_per_epoch = -(-len(self._sizes) // batch_size)
-        self.length = -(-int(self._sizes.max()) // 8) * 8
-        choices = getattr(features, "choices", 1)
-        self._most = max(self.length // (_TOKENS_A_PLACE * choices), 1)
         # Kept for the steps that follow; what it holds is a function of its arguments.
         self._drawn = functools.lru_cache(maxsize=2)(self._draw)
-        fullest = max(self._placed(step)[1].count for step in range(steps))
-        self.rows = -(-fullest // multiple) * multiple
+        self.rows, self.length = self._shape(steps, multiple)
 
     @property
     def fill(self) -> float:
@@ -91,15 +87,34 @@ class TrainingBatches:
 
     def indices(self, step: int) -> np.ndarray:
         """int64 [B or fewer]: the examples of a batch."""
-        return self._placed(step)[0]
-
-    def _placed(self, step: int) -> tuple[np.ndarray, Places]:
-        """The examples of a batch, and where they go."""
         epoch, within = divmod(step, self.steps_per_epoch)
         pool, turn = divmod(within, self.pool)
         dealt = self._drawn(epoch, pool)[turn]
-        indices = dealt[dealt != NOTHING]
-        return indices, place(self._sizes[indices], self.length, self._most)
+        return dealt[dealt != NOTHING]
+
+    def _shape(self, steps: int, multiple: int) -> tuple[int, int]:
+        """R and L of the fewest positions that every step's examples fit in.
+
+        A batch of few rows may leave most of the last one empty: somewhat longer rows, fewer of
+        them, then hold the same examples in less.
+        """
+        longest = -(-int(self._sizes.max()) // 8) * 8
+        lengths = np.arange(longest, longest * 3 // 2 + 1, -(-longest // 128) * 8)
+        needed = [
+            [self._places(indices, length).count for length in lengths]
+            for indices in map(self.indices, range(steps))
+        ]
+        rows = -(-np.max(needed, axis=0) // multiple) * multiple
+        best = int(np.argmin(rows * lengths))
+        return int(rows[best]), int(lengths[best])
+
+    def _places(self, indices: np.ndarray, length: int) -> Places:
+        return place(self._sizes[indices], length, self._most(length))
+
+    def _most(self, length: int) -> int:
+        """S: the most examples that a row of this length holds."""
+        choices = getattr(self.features, "choices", 1)
+        return max(length // (_TOKENS_A_PLACE * choices), 1)
 
     def _draw(self, epoch: int, pool: int) -> np.ndarray:
         """int64 [batches, B]: a pool's batches, in turn."""
@@ -132,7 +147,8 @@ class TrainingBatches:
         Raises:
             InputError: a step so late that it needs more rows than R.
         """
-        indices, places = self._placed(step)
+        indices = self.indices(step)
+        places = self._places(indices, self.length)
         if places.count > self.rows:
             raise InputError(f"step {step}: needs {places.count} rows, planned were {self.rows}")
         wanted = np.arange(self.rows)[rows]
@@ -143,7 +159,7 @@ class TrainingBatches:
             np.searchsorted(wanted, places.rows[here]),
             places.starts[here],
             places.numbers[here],
-            (len(wanted), self.length, self._most),
+            (len(wanted), self.length, self._most(self.length)),
             self.features.by_token,
         )
 
