@@ -7,7 +7,7 @@ import pytest
 from support import call
 
 from experiments.benchmark import race, report
-from experiments.benchmark.cases import TASKS, Case, all_cases, read, write, write_weights
+from experiments.benchmark.cases import TASKS, Case, all_cases, checked, read, write, write_weights
 from experiments.benchmark.race import Result
 from prelnroberta.errors import InputError
 
@@ -51,8 +51,8 @@ def test_all_contenders_agree(folder):
 @pytest.mark.parametrize("model", ["question_answering", "multiple_choice"])
 def test_losses_of_tasks_agree(folder, model):
     [case] = [case for case in CASES if case.model == model]
-    results = run(case, folder, {"ours bucketed", race.TORCH_SDPA})
-    assert {"ours bucketed", "ours padded", race.TORCH_SDPA} <= {r.name for r in results}
+    results = run(case, folder, {"ours packed", race.TORCH_SDPA})
+    assert {"ours packed", "ours padded", race.TORCH_SDPA} <= {r.name for r in results}
 
 
 def test_another_function_is_refused(folder, monkeypatch):
@@ -68,7 +68,7 @@ def test_every_real_token_is_worked_on_and_no_pad_is_counted(folder):
         write(case, folder / "rows", TEXTS)
         case, batch = read(folder / "rows")
         ids = batch["input_ids"][batch["attention_mask"] == 1]
-        for mode in ("packed", "bucketed", "padded"):
+        for mode in ("packed", "padded"):
             parts = _batches(case, batch, mode)
             found = np.concatenate(
                 [
@@ -77,6 +77,26 @@ def test_every_real_token_is_worked_on_and_no_pad_is_counted(folder):
                 ]
             )
             np.testing.assert_array_equal(np.sort(found), np.sort(ids))
+
+
+def test_packed_answers_are_those_of_the_case_and_the_check_has_no_pads(folder):
+    from experiments.benchmark.ours_flax import _batches
+
+    [case] = [case for case in CASES if case.model == "question_answering"]
+    write(case, folder / "answers", TEXTS)
+    case, batch = read(folder / "answers")
+    for side in ("start_positions", "end_positions"):
+        expected = np.take_along_axis(batch["input_ids"], batch[side][:, None], 1)
+        found = []
+        for part in _batches(case, batch, "packed"):
+            rows, places = np.nonzero(part[side] >= 0)
+            at = part[side][rows, places]
+            np.testing.assert_array_equal(part["segment_ids"][rows, at], 1 + places)
+            found.extend(part["input_ids"][rows, at])
+        np.testing.assert_array_equal(np.sort(found), np.sort(expected[:, 0]))
+    first = checked(case, batch)
+    assert len(first["input_ids"]) == case.B and first["attention_mask"].all()
+    assert (first["end_positions"] < first["input_ids"].shape[1]).all()
 
 
 def test_ratios_are_taken_within_rounds():

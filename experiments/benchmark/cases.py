@@ -148,6 +148,22 @@ def read(folder: Path) -> tuple[Case, dict[str, np.ndarray]]:
         return Case(**json.loads((folder / "case.json").read_text())), dict(batch)
 
 
+def checked(case: Case, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The B examples whose loss all contenders must agree on.
+
+    Of question answering they are cut to the shortest, answers too: transformers' loss takes pads
+    for possible answers, ours of packed rows does not.
+    """
+    first = {name: rows[: case.B] for name, rows in batch.items()}
+    if case.model != "question_answering":
+        return first
+    shortest = int(first["attention_mask"].sum(1).min())
+    return {
+        name: rows[:, :shortest] if rows.ndim > 1 else np.minimum(rows, shortest - 1)
+        for name, rows in first.items()
+    }
+
+
 def write_weights(case: Case, folder: Path) -> None:
     """config.json and weights that every contender starts from: initial values, for none of this
     depends on what a model has learnt."""

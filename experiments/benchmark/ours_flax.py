@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.benchmark.cases import IGNORE, Case
+from experiments.benchmark.cases import IGNORE, Case, checked
 from experiments.benchmark.work import Work
 from prelnroberta import heads, pretrained
+from prelnroberta.data.bucketing import Features
+from prelnroberta.data.training_batches import TrainingBatches
 from prelnroberta.heads import MODULES, Scores
 from prelnroberta.huggingface import load_pretrained
 from prelnroberta.optimizer import Optimization, adamw
@@ -19,12 +22,10 @@ from prelnroberta.sharding import Layout, Parallelism
 from prelnroberta.train import TrainState, parallel, train_step
 
 Batch = dict[str, np.ndarray]
-# Rows of a batch are cut to the length of its longest, rounded up to this: few compiled shapes.
-_BUCKET = 16
 
 
 def build(weights: Path, case: Case, batch: Batch, modes: list[str]) -> dict[str, Work]:
-    """modes: padded, as peers do it; and where the case is ragged, packed or bucketed."""
+    """modes: padded, as peers do it; and where the case is ragged, packed."""
     make = {"train": _train, "forward": _forward, "generate": _generate}[case.work]
     return {mode: make(weights, case, batch, mode) for mode in modes}
 
@@ -39,12 +40,11 @@ def _train(weights: Path, case: Case, batch: Batch, mode: str) -> Work:
 
     layout = Layout(Parallelism(), config, case.model)
     step = parallel(train_step(score, optimizer, seed=0), layout)
-    first = {name: rows[: case.B] for name, rows in batch.items()}
     state = layout.born(lambda given: TrainState.create(given, optimizer), params)
     batches = [layout.place(part) for part in _batches(case, batch, mode)]
 
     def check() -> float:
-        part = jax.device_put(_batches(case, first, mode)[0])
+        part = jax.device_put(_batches(case, checked(case, batch), mode)[0])
         scores = jax.jit(score)(params, part, None)
         return float(scores.mean)
 
@@ -62,43 +62,66 @@ def _scores(
 ) -> Scores:
     if model == "masked_lm":
         return heads.masked_lm_scores(module, params, batch, dropout_keys)
-    inputs = {k: v for k, v in batch.items() if k not in ("labels", "starts", "ends")}
+    names = ["input_ids", "attention_mask", "segment_ids", "position_ids"]
+    if model in ("sequence_classification", "multiple_choice"):  # the others read every token
+        names.append("read_positions")
+    inputs = {name: batch[name] for name in names if name in batch}
     logits, _ = module.apply({"params": params}, **inputs, dropout_keys=dropout_keys)
     if model == "question_answering":
-        starts, ends = heads.span_scores(logits, batch["starts"], batch["ends"])
+        spans = batch["start_positions"], batch["end_positions"]
+        starts, ends = heads.span_scores(logits, *spans, segment_ids=batch.get("segment_ids"))
         return starts + ends
     score = heads.causal_lm_scores if model == "causal_lm" else heads.label_scores
     return score(logits, batch["labels"])
 
 
 def _batches(case: Case, batch: Batch, mode: str) -> list[Batch]:
-    """The case's rows as the mode trains on them."""
-    if case.model in ("masked_lm", "causal_lm"):
-        return [
-            _language_model_rows(case, {k: v[at : at + case.B] for k, v in batch.items()}, mode)
-            for at in range(0, len(batch["input_ids"]), case.B)
-        ]
-    longest = batch["attention_mask"].sum(-1)
-    while longest.ndim > 1:
-        longest = longest.max(-1)
-    # As data/bucketing.py: rows of like length share a batch.
-    order = np.argsort(longest, kind="stable") if mode == "bucketed" else np.arange(len(longest))
-    parts = []
-    for at in range(0, len(order), case.B):
-        rows = order[at : at + case.B]
-        part = {name: values[rows] for name, values in batch.items()}
-        L = -(-int(longest[rows].max()) // _BUCKET) * _BUCKET if mode == "bucketed" else case.L
-        names = {"start_positions": "starts", "end_positions": "ends"}
-        by_token = {"input_ids", "attention_mask"} | (
-            {"labels"} if case.model == "token_classification" else set()
-        )
-        parts.append(
-            {
-                names.get(name, name): values[..., :L] if name in by_token else values
-                for name, values in part.items()
-            }
-        )
-    return parts
+    """The case's examples as the mode trains on them."""
+    n = len(batch["input_ids"])
+    language = case.model in ("masked_lm", "causal_lm")
+    if mode == "packed" and not language:
+        steps = n // case.B
+        packed = TrainingBatches(_Examples(batch), case.B, seed=0, steps=steps)
+        return [packed.batch(step) for step in range(steps)]
+    parts = [
+        {name: values[at : at + case.B] for name, values in batch.items()}
+        for at in range(0, n, case.B)
+    ]
+    return [_language_model_rows(case, part, mode) for part in parts] if language else parts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Examples(Features):
+    """The case's padded examples for `TrainingBatches`: arrays [n], [n, L] or [n, C, L]."""
+
+    arrays: Batch
+
+    @property
+    def by_token(self) -> tuple[str, ...]:
+        return tuple(name for name, values in self.arrays.items() if values.ndim > 1)
+
+    @property
+    def choices(self) -> int:
+        return self._counts.shape[1]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self._counts.max(1)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return self._counts.sum(1)
+
+    @property
+    def _counts(self) -> np.ndarray:
+        """[n, C]: tokens of each choice; one, where there are none to choose from."""
+        return self.arrays["attention_mask"].sum(-1).reshape(len(self.arrays["input_ids"]), -1)
+
+    def batch(self, indices: np.ndarray, length: int) -> Batch:
+        return {
+            name: values[indices, ..., :length] if name in self.by_token else values[indices]
+            for name, values in self.arrays.items()
+        }
 
 
 def _language_model_rows(case: Case, batch: Batch, mode: str) -> Batch:

@@ -13,7 +13,7 @@ import optax
 import transformers
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from experiments.benchmark.cases import IGNORE, Case
+from experiments.benchmark.cases import IGNORE, Case, checked
 from experiments.benchmark.work import Work
 
 Batch = dict[str, np.ndarray]
@@ -120,7 +120,8 @@ def _train(model: Any, params: dict, case: Case, batch: Batch) -> Work:
         return optax.apply_updates(params, updates), opt_state, key
 
     def check() -> float:
-        return float(jax.jit(lambda p, part: _loss(model, p, part, None))(params, parts[0]))
+        loss = jax.jit(lambda params, part: _loss(model, params, part, None))
+        return float(loss(params, checked(case, batch)))
 
     def run() -> None:
         nonlocal state

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from experiments.benchmark.cases import Case
+from experiments.benchmark.cases import Case, checked
 from experiments.benchmark.work import Work
 
 Batch = dict[str, np.ndarray]
@@ -24,7 +24,6 @@ def prepare(weights: Path, case: Case) -> None:
 
 def build(weights: Path, case: Case, batch: Batch, modes: list[str]) -> dict[str, Work]:
     """modes: graph, xla; or the same of our twin: twin graph, twin xla."""
-    tensors = {name: tf.constant(rows) for name, rows in batch.items()}
     if "twin" in modes[0]:
         import bridges.tensorflow
 
@@ -37,31 +36,38 @@ def build(weights: Path, case: Case, batch: Batch, modes: list[str]) -> dict[str
         model.build_in_name_scope()
         model.load_weights(str(weights / "tf_model.h5"))
     make = {"train": _train, "forward": _forward, "generate": _generate}[case.work]
-    return {mode: make(model, case, tensors, mode) for mode in modes}
+    return {mode: make(model, case, batch, mode) for mode in modes}
 
 
-def _forward(model: Any, case: Case, batch: dict[str, tf.Tensor], mode: str) -> Work:
-    real = np.asarray(batch["attention_mask"]) == 1
+def _tensors(batch: Batch) -> dict[str, tf.Tensor]:
+    return {name: tf.constant(rows) for name, rows in batch.items()}
+
+
+def _forward(model: Any, case: Case, batch: Batch, mode: str) -> Work:
+    tensors = _tensors(batch)
+    real = batch["attention_mask"] == 1
 
     @tf.function(jit_compile="xla" in mode)
     def forward(inputs: dict[str, tf.Tensor]) -> tf.Tensor:
         return model(**inputs, training=False)[0]
 
     def run() -> np.ndarray:
-        return forward(batch).numpy()
+        return forward(tensors).numpy()
 
     return Work(lambda: run()[real], run)
 
 
-def _generate(model: Any, case: Case, batch: dict[str, tf.Tensor], mode: str) -> Work:
+def _generate(model: Any, case: Case, batch: Batch, mode: str) -> Work:
+    prompts = tf.constant(batch["input_ids"])
+
     def generate() -> np.ndarray:
-        output = model.generate(batch["input_ids"], max_new_tokens=case.new_tokens)
+        output = model.generate(prompts, max_new_tokens=case.new_tokens)
         return np.asarray(getattr(output, "sequences", output))
 
     return Work(generate, generate)
 
 
-def _train(model: Any, case: Case, batch: dict[str, tf.Tensor], mode: str) -> Work:
+def _train(model: Any, case: Case, batch: Batch, mode: str) -> Work:
     import tf_keras
 
     optimizer = tf_keras.optimizers.AdamW(
@@ -70,9 +76,10 @@ def _train(model: Any, case: Case, batch: dict[str, tf.Tensor], mode: str) -> Wo
     optimizer.exclude_from_weight_decay(var_names=["bias", "LayerNorm"])
     optimizer.build(model.trainable_variables)
     parts = [
-        {name: rows[at : at + case.B] for name, rows in batch.items()}
+        _tensors({name: rows[at : at + case.B] for name, rows in batch.items()})
         for at in range(0, len(batch["input_ids"]), case.B)
     ]
+    first = _tensors(checked(case, batch))
 
     @tf.function(jit_compile="xla" in mode)
     def step(part: dict[str, tf.Tensor]) -> None:
@@ -85,7 +92,7 @@ def _train(model: Any, case: Case, batch: dict[str, tf.Tensor], mode: str) -> Wo
         optimizer.apply_gradients(pairs)
 
     def check() -> float:
-        return float(tf.reduce_mean(model(**parts[0], training=False).loss))
+        return float(tf.reduce_mean(model(**first, training=False).loss))
 
     def run() -> None:
         for part in parts:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.benchmark.cases import Case
+from experiments.benchmark.cases import Case, checked
 from experiments.benchmark.work import Work
 
 Batch = dict[str, np.ndarray]
@@ -21,16 +21,19 @@ def build(weights: Path, case: Case, batch: Batch, modes: list[str]) -> dict[str
     import bridges.pytorch
 
     torch.set_num_threads(2)
-    tensors = {name: torch.from_numpy(rows).long() for name, rows in batch.items()}
     make = {"train": _train, "forward": _forward, "generate": _generate}[case.work]
     works = {}
     for package, its in ((bridges.pytorch, ("skip_padding", "twin")), (transformers, _THEIRS)):
         model = getattr(package, case.architecture).from_pretrained(weights)
-        works |= {mode: make(model, case, tensors, mode) for mode in its if mode in modes}
+        works |= {mode: make(model, case, batch, mode) for mode in its if mode in modes}
     return {mode: works[mode] for mode in modes}
 
 
 _THEIRS = ("sdpa", "eager")
+
+
+def _tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(rows).long() for name, rows in batch.items()}
 
 
 def _options(model: Any, mode: str) -> dict[str, Any]:
@@ -39,14 +42,15 @@ def _options(model: Any, mode: str) -> dict[str, Any]:
     return {"skip_padding": True} if mode == "skip_padding" else {}
 
 
-def _forward(model: Any, case: Case, batch: dict[str, torch.Tensor], mode: str) -> Work:
+def _forward(model: Any, case: Case, batch: Batch, mode: str) -> Work:
     model.eval()
-    real = batch["attention_mask"] == 1
+    tensors = _tensors(batch)
+    real = tensors["attention_mask"] == 1
 
     def forward() -> torch.Tensor:
         options = _options(model, mode)
         with torch.no_grad():
-            return model(**batch, **options)[0]
+            return model(**tensors, **options)[0]
 
     def run() -> None:
         forward()
@@ -54,15 +58,16 @@ def _forward(model: Any, case: Case, batch: dict[str, torch.Tensor], mode: str) 
     return Work(lambda: forward()[real].numpy(), run)
 
 
-def _generate(model: Any, case: Case, batch: dict[str, torch.Tensor], mode: str) -> Work:
+def _generate(model: Any, case: Case, batch: Batch, mode: str) -> Work:
     model.eval()
+    tensors = _tensors(batch)
 
     def generate() -> np.ndarray:
         _options(model, mode)
         with torch.no_grad():
             output = model.generate(
-                batch["input_ids"],
-                attention_mask=batch["attention_mask"],
+                tensors["input_ids"],
+                attention_mask=tensors["attention_mask"],
                 max_new_tokens=case.new_tokens,
                 do_sample=False,
             )
@@ -71,22 +76,23 @@ def _generate(model: Any, case: Case, batch: dict[str, torch.Tensor], mode: str)
     return Work(generate, generate)
 
 
-def _train(model: Any, case: Case, batch: dict[str, torch.Tensor], mode: str) -> Work:
+def _train(model: Any, case: Case, batch: Batch, mode: str) -> Work:
     named = dict(model.named_parameters())
     decays = [p for n, p in named.items() if "norm" not in n.lower() and not n.endswith("bias")]
     others = [p for n, p in named.items() if "norm" in n.lower() or n.endswith("bias")]
     groups = [{"params": decays, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.98), eps=1e-6, fused=True)
     parts = [
-        {name: rows[at : at + case.B] for name, rows in batch.items()}
+        _tensors({name: rows[at : at + case.B] for name, rows in batch.items()})
         for at in range(0, len(batch["input_ids"]), case.B)
     ]
+    first = _tensors(checked(case, batch))
 
     def check() -> float:
         model.eval()
         options = _options(model, mode)
         with torch.no_grad():
-            return float(model(**parts[0], **options).loss)
+            return float(model(**first, **options).loss)
 
     def run() -> None:
         model.train()

@@ -63,8 +63,9 @@ TORCH_SDPA = "transformers 5 torch SDPA"
 
 def families(case: Case) -> list[Family]:
     """Who can do the case."""
-    rows = {"packed": "ours packed"} if case.model in _PACKED else {"bucketed": "ours bucketed"}
-    ours = rows | {"padded": "ours padded"} if case.ragged else {"padded": "ours"}
+    ours = {"padded": "ours"}
+    if case.ragged:
+        ours = {"packed": "ours packed", "padded": "ours padded"}
     twin = {"twin": "our PyTorch"}
     if case.ragged and case.model != "question_answering":  # whose loss runs over pads, too
         twin = {"skip_padding": "our PyTorch, padding skipped"} | twin
@@ -82,9 +83,6 @@ def families(case: Case) -> list[Family]:
         ours_tf = {"twin graph": "our TensorFlow", "twin xla": "our TensorFlow XLA"}
         found.append(Family("peer_tensorflow", ours=ours_tf))
     return found
-
-
-_PACKED = ("masked_lm", "causal_lm", "base")
 
 
 @dataclasses.dataclass

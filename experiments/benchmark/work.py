@@ -10,7 +10,7 @@ class Work(NamedTuple):
     """One contender's way to do one case.
 
     Attributes:
-        check: without dropout: the loss of the first B rows, the vectors or logits of all real
+        check: without dropout: the loss of `cases.checked`, the vectors or logits of all real
             tokens [n, ...] in the order of the rows, or generated ids. What must agree.
         run: does the case's work once, and returns when it is done.
     """
