@@ -41,10 +41,10 @@ def compare(name: str, folder: Path) -> None:
 
     found = []
     for seed in range(SEEDS):
-        batches = drawn(task, features, seed, settings.steps)
+        batches, padded = drawn(task, features, seed, settings.steps)
         _, ours = train(params, batches, seed)
         place = folder / f"{name}{seed}"
-        _, theirs = torch_training(task, config, params, batches, seed, place, settings)
+        _, theirs = torch_training(task, config, params, padded, seed, place, settings)
         found.append((metric(ours), metric(theirs)))
     before, means, deviations = metric(params), np.mean(found, 0), np.std(found, 0, ddof=1)
     ours, theirs = (f"{m:.4g} +- {d:.2g}" for m, d in zip(means, deviations, strict=True))
