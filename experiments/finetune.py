@@ -81,7 +81,9 @@ def finetune(run_dir: Path) -> int:
         layout = flags.layout(config, data.task.model, FLAGS.batch_size, FLAGS.accumulate)
         claim(run_dir, data)
     with layout.active():
-        return run(run_dir, tokenizer, config, layout, params, data, plan)
+        state = first_state(layout, params, plan)
+        del params  # the state has its own: a second copy would last as long as the run
+        return run(run_dir, tokenizer, config, layout, state, data, plan)
 
 
 def check_settings(run_dir: Path) -> None:
@@ -250,12 +252,19 @@ def loss_settings(data: Data) -> LossSettings:
     return LossSettings(class_weights=weights, label_smoothing=FLAGS.label_smoothing)
 
 
+def first_state(layout: Layout, params: Tree, plan: Plan) -> TrainState:
+    """The state before the first step, where its parts lie."""
+    from prelnroberta.train import TrainState
+
+    return layout.born(lambda given: TrainState.create(given, plan.optimizer), layout.put(params))
+
+
 def run(
     run_dir: Path,
     tokenizer: tokenizers.Tokenizer,
     config: RobertaPreLayerNormConfig,
     layout: Layout,
-    params: Tree,
+    state: TrainState,
     data: Data,
     plan: Plan,
 ) -> int:
@@ -265,7 +274,7 @@ def run(
     from experiments.judge import Judge, write_results
     from experiments.pictures import draw_curves
     from experiments.report import NoReport, Report, duration, read_records
-    from experiments.training import Cadence, resume, train
+    from experiments.training import Cadence, compiled, resume, train
     from prelnroberta import hosts
     from prelnroberta import params as parameters
     from prelnroberta.checkpoint import Checkpoints
@@ -274,7 +283,7 @@ def run(
     from prelnroberta.heads import MODULES, Scores
     from prelnroberta.huggingface import save_pretrained
     from prelnroberta.optimizer import learning_rate
-    from prelnroberta.train import TrainState, parallel, train_step
+    from prelnroberta.train import parallel, train_step
 
     begin = time.monotonic()
     task, losses, steps, optimizer = data.task, plan.losses, plan.settings.steps, plan.optimizer
@@ -289,8 +298,6 @@ def run(
         return task.loss(config, task.logits(module, params, batch, dropout_keys), batch, losses)
 
     checkpoints = Checkpoints(run_dir / "checkpoints", FLAGS.keep_checkpoints)
-    given = layout.put(params)
-    state = layout.born(lambda given: TrainState.create(given, optimizer), given)
     if checkpoints.latest() is not None:
         state = resume(checkpoints, state, FLAGS.set_damaged_aside)
         print(f"resuming {run_dir} at step {int(state.step):,} of {steps:,}, bit for bit")
@@ -336,11 +343,15 @@ def run(
     stopped = None
     tokens = float(data.train.sizes.mean()) * FLAGS.batch_size
     try:
-        if not enough():
-            with loader.prefetch(start, rows=layout.rows(loader.rows)) as batches:
+        if start < steps and not enough():
+            rows = layout.rows(loader.rows)
+            step = parallel(train_step(score, optimizer, FLAGS.seed, FLAGS.accumulate), layout)
+            first = layout.place(loader.batch(start, rows))
+            step, compile_seconds = compiled(step, state, first)
+            with loader.prefetch(start, rows=rows) as batches:
                 state, stopped = train(
                     state,
-                    parallel(train_step(score, optimizer, FLAGS.seed, FLAGS.accumulate), layout),
+                    step,
                     map(layout.place, batches),
                     cadence=Cadence(
                         steps=steps,
@@ -355,6 +366,7 @@ def run(
                     tokens_per_step=tokens,
                     objective=lambda metrics: -worth(metrics),
                     enough=enough,
+                    compile_seconds=compile_seconds,
                     failed_save=FLAGS.failed_save,
                     profile_steps=flags.profile_steps(),
                 )

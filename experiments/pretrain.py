@@ -62,7 +62,9 @@ def main() -> int:
         loader, validation_rows, files = load_rows(tokenizer, config)
         claim(run_dir, tokenizer, config, files)
     with layout.active():
-        return run(run_dir, tokenizer, config, layout, params, loader, validation_rows, files[0])
+        state = first_state(config, layout, params, files[0])
+        del params  # the state has its own: a second copy would last as long as the run
+        return run(run_dir, tokenizer, config, layout, state, loader, validation_rows, files[0])
 
 
 def rehearse(config: RobertaPreLayerNormConfig) -> int:
@@ -208,32 +210,21 @@ def claim(
         partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def run(
-    run_dir: Path,
-    tokenizer: tokenizers.Tokenizer,
+def first_state(
     config: RobertaPreLayerNormConfig,
     layout: Layout,
     params: Tree | None,
-    loader: Loader,
-    validation_rows: Rows,
     train_files: TokenFiles,
-) -> int:
-    """State -> steps -> report -> model."""
+) -> TrainState:
+    """The state before the first step, where its parts lie: of --init_from, or of new values."""
     import jax
 
-    from experiments.report import NoReport, Report, duration
-    from experiments.training import Cadence, resume, train
-    from prelnroberta import hosts
     from prelnroberta import optimizer as optimizers
     from prelnroberta import params as parameters
-    from prelnroberta.checkpoint import Checkpoints
     from prelnroberta.fast_start import fast_start
-    from prelnroberta.optimizer import learning_rate
-    from prelnroberta.train import TrainState, parallel, train_step
+    from prelnroberta.train import TrainState
 
-    settings = flags.optimization()
-    score = scoring(config)
-    optimizer = optimizers.make(settings, config)
+    optimizer = optimizers.make(flags.optimization(), config)
 
     def new_state() -> TrainState:
         new = parameters.init(config, jax.random.key(FLAGS.seed))
@@ -241,13 +232,37 @@ def run(
             new = fast_start(new, config, unigram_baseline(train_files).log_probabilities)
         return TrainState.create(new, optimizer)
 
-    # 1. this run's own checkpoint  2. --init_from  3. new values
-    checkpoints = Checkpoints(run_dir / "checkpoints", FLAGS.keep_checkpoints)
     if params is None:
-        state = layout.born(new_state)
-    else:
-        given = layout.put(params)
-        state = layout.born(lambda given: TrainState.create(given, optimizer), given)
+        return layout.born(new_state)
+    return layout.born(lambda given: TrainState.create(given, optimizer), layout.put(params))
+
+
+def run(
+    run_dir: Path,
+    tokenizer: tokenizers.Tokenizer,
+    config: RobertaPreLayerNormConfig,
+    layout: Layout,
+    state: TrainState,
+    loader: Loader,
+    validation_rows: Rows,
+    train_files: TokenFiles,
+) -> int:
+    """State -> steps -> report -> model."""
+    from experiments.report import NoReport, Report, duration
+    from experiments.training import Cadence, compiled, resume, train
+    from prelnroberta import hosts
+    from prelnroberta import optimizer as optimizers
+    from prelnroberta import params as parameters
+    from prelnroberta.checkpoint import Checkpoints
+    from prelnroberta.optimizer import learning_rate
+    from prelnroberta.train import parallel, train_step
+
+    settings = flags.optimization()
+    score = scoring(config)
+    optimizer = optimizers.make(settings, config)
+
+    # the run's own checkpoint comes before --init_from and new values
+    checkpoints = Checkpoints(run_dir / "checkpoints", FLAGS.keep_checkpoints)
     if checkpoints.latest() is not None:
         state = resume(checkpoints, state, FLAGS.set_damaged_aside)
         print(
@@ -257,17 +272,16 @@ def run(
     start = int(state.step)
 
     begin = time.monotonic()
-    rows = layout.rows(loader.batch_size)
-    step = parallel(train_step(score, optimizer, FLAGS.seed, FLAGS.accumulate), layout)
-    step = step.lower(state, layout.place(loader.batch(start, rows))).compile()
-    compile_seconds = time.monotonic() - begin
     print(
         f"{parameters.parameter_count(config):,} parameters, {len(loader.source):,} rows of "
         f"{FLAGS.sequence_length} tokens ({loader.source.fill:.0%} full), "
-        f"{settings.steps * loader.batch_size / len(loader.source):.1f} epochs; "
-        f"compiled in {compile_seconds:.1f} s",
+        f"{settings.steps * loader.batch_size / len(loader.source):.1f} epochs",
         flush=True,
     )
+    rows = layout.rows(loader.batch_size)
+    step = parallel(train_step(score, optimizer, FLAGS.seed, FLAGS.accumulate), layout)
+    first = layout.place(loader.batch(start, rows))
+    step, compile_seconds = compiled(step, state, first)
     report = Report(run_dir, settings.steps, start) if hosts.is_first() else NoReport()
     try:
         with loader.prefetch(start, rows=rows) as batches:

@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from functools import cache
 
@@ -195,3 +196,36 @@ def test_bad_input_is_one_line(changes, part, tmp_path):
     assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
     assert part in done.stderr and "validation loss" not in done.stdout, done.stderr
     assert not (tmp_path / "run" / "flags.txt").exists()
+
+
+def test_the_weights_are_in_memory_once(tmp_path):
+    """On an accelerator a second copy of them would take its memory for as long as the run."""
+    program = """
+import sys
+import jax
+import experiments.training as training
+from experiments import finetune, flags
+
+train = training.train
+
+def weighed(state, *args, **others):
+    own = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    print("held", sum(array.nbytes for array in jax.live_arrays()) / own)
+    return train(state, *args, **others)
+
+training.train = weighed
+flags.launch(finetune.main)
+"""
+    given = finetune_flags(steps=1, run_dir=tmp_path / "run")
+    result = subprocess.run(
+        [sys.executable, "-c", program, *given],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    [held] = [
+        float(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("held")
+    ]
+    assert 1 <= held < 1.1

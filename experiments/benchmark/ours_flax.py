@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from experiments.benchmark.cases import IGNORE, Case, checked
 from experiments.benchmark.work import Work
+from experiments.training import compiled
 from prelnroberta import heads, pretrained
 from prelnroberta.data.bucketing import Features
 from prelnroberta.data.training_batches import TrainingBatches
@@ -42,16 +44,20 @@ def _train(weights: Path, case: Case, batch: Batch, mode: str) -> Work:
     step = parallel(train_step(score, optimizer, seed=0), layout)
     state = layout.born(lambda given: TrainState.create(given, optimizer), params)
     batches = [layout.place(part) for part in _batches(case, batch, mode)]
+    programs: dict[int, Callable] = {}  # by rows, which packed language models' batches differ in
 
     def check() -> float:
         part = jax.device_put(_batches(case, checked(case, batch), mode)[0])
-        scores = jax.jit(score)(params, part, None)
+        scores = jax.jit(score)(state.params, part, None)
         return float(scores.mean)
 
     def run() -> None:
         nonlocal state
         for part in batches:
-            state, _ = step(state, part)
+            rows = len(part["input_ids"])
+            if rows not in programs:
+                programs[rows], _ = compiled(step, state, part)
+            state, _ = programs[rows](state, part)
         jax.block_until_ready(state)
 
     return Work(check, run)

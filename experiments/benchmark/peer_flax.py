@@ -104,8 +104,7 @@ def _decays(params: dict) -> dict:
 
 def _train(model: Any, params: dict, case: Case, batch: Batch) -> Work:
     optimizer = optax.adamw(1e-4, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.01, mask=_decays)
-    # The step's state is given away; the check keeps its own.
-    state = (jax.tree.map(jnp.copy, params), optimizer.init(params), jax.random.key(0))
+    state = (params, optimizer.init(params), jax.random.key(0))
     parts = [
         jax.device_put({name: rows[at : at + case.B] for name, rows in batch.items()})
         for at in range(0, len(batch["input_ids"]), case.B)
@@ -121,7 +120,7 @@ def _train(model: Any, params: dict, case: Case, batch: Batch) -> Work:
 
     def check() -> float:
         loss = jax.jit(lambda params, part: _loss(model, params, part, None))
-        return float(loss(params, checked(case, batch)))
+        return float(loss(state[0], checked(case, batch)))
 
     def run() -> None:
         nonlocal state
