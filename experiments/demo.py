@@ -62,6 +62,7 @@ def fill_masks(run_dir: Path) -> None:
     from prelnroberta.fill_mask import FillMask
     from prelnroberta.huggingface import load_pretrained
 
+    print("\nlooking for sentences in the documentation that was held out", flush=True)
     params, config = load_pretrained(run_dir / "model")
     tokenizer = load_tokenizer(run_dir / "model")
     fill = FillMask(params, config, tokenizer)

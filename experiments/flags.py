@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
 
-from prelnroberta.config import RobertaPreLayerNormConfig
+from prelnroberta.config import PRESETS, RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 from prelnroberta.files import written_whole
 
@@ -123,7 +123,7 @@ def _masking() -> None:
 
 
 def _model() -> None:
-    flags.DEFINE_string("preset", "small", "Named architecture (prelnroberta.config.PRESETS).")
+    flags.DEFINE_string("preset", "small", f"Named architecture: {', '.join(PRESETS)}.")
     flags.DEFINE_string(
         "init_from", None, "A model folder or a run to start from: config, weights, tokenizer."
     )

@@ -148,6 +148,8 @@ def settle_vocabulary(
         fraction = FLAGS.validation_fraction
         train = (d.text for d in documents if not is_validation(d.key, fraction))
         tokenizer = train_tokenizer(train, FLAGS.vocab_size)
+        if (found := tokenizer.get_vocab_size()) < FLAGS.vocab_size:
+            print(f"the text has no more than {found:,} tokens in it", flush=True)
     size = tokenizer.get_vocab_size()
     if FLAGS.init_from and size != config.vocab_size:
         raise InputError(
