@@ -10,6 +10,7 @@ what the authors of the documentation wrote, and nobody's guess:
     question_answering/{train,dev}.json         "What is the type of x?" in a list of parameters
     multiple_choice/{train,dev}.csv             how a sentence ends, of four (SWAG's columns)
     language_modeling/{train,dev}.txt           prose
+    language_modeling/pretraining.txt           all the prose that is not dev's
 
 A fifth of the modules is dev, as in `experiments.pretrain --validation_fraction=0.2`, without what
 stands in a train module as well: a model pretrained so has seen nothing of it.
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 flags.declare("example_data", "new_folder")
 
 DEV = 0.2  # of the modules; to be held out of pretraining, too
+PRETRAINING = "language_modeling/pretraining.txt"
 PACKAGES = ("python", "numpy", "scipy", "jax", "huggingface_hub", "rich")
 
 
@@ -60,6 +62,9 @@ def main() -> int:
                 kept = chosen(examples, most[split])
                 (partial / task / f"{split}.{suffix}").write_text(write(kept), encoding="utf-8")
                 print(f"{task}/{split}.{suffix}: {len(kept):,} examples")
+        texts = list(paragraphs(divided(documents)["train"]))
+        (partial / PRETRAINING).write_text(write_paragraphs(texts), encoding="utf-8")
+        print(f"{PRETRAINING}: {len(texts):,} documents")
     print(f"written: {FLAGS.output}")
     return 0
 

@@ -3,6 +3,7 @@
 import csv
 from collections import Counter
 
+from support import call
 from task_support import example_file
 
 
@@ -17,3 +18,15 @@ def test_an_ending_read_alone_tells_nothing():
     assert set(shown.values()) == {4} and shown.keys() == right.keys(), "and wrong three times"
     places = Counter(row["label"] for row in rows)
     assert len(places) == 4 and min(places.values()) > len(rows) / 6
+
+
+def test_what_a_model_may_read_before_holds_nothing_of_dev(tmp_path):
+    done = call("example_data", f"--output={tmp_path / 'data'}", "--train_examples=50")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "data" / "language_modeling"
+    read = folder.joinpath("pretraining.txt").read_text(encoding="utf-8")
+    for text in folder.joinpath("train.txt").read_text(encoding="utf-8").split("\n\n"):
+        assert text.strip() in read
+    known = set(read.split("\n\n"))
+    dev = folder.joinpath("dev.txt").read_text(encoding="utf-8").strip().split("\n\n")
+    assert len(dev) >= 1000 and not known & set(dev)
