@@ -7,7 +7,7 @@ what the authors of the documentation wrote, and nobody's guess:
 
     sequence_classification/{train,dev}.csv     text,label: which package a sentence comes from
     token_classification/{train,dev}.conll      the words set as code, functions or classes (BIO)
-    question_answering/{train,dev}.json         "What is the type of x?" in a list of parameters
+    question_answering/{train,dev}.json         "What happens if x is None?", in prose
     multiple_choice/{train,dev}.csv             how a sentence ends, of four (SWAG's columns)
     language_modeling/{train,dev}.txt           prose
     language_modeling/pretraining.txt           all the prose that is not dev's
@@ -83,9 +83,12 @@ def chosen(examples: Iterable, most: int) -> list:
     return sorted(set(examples), key=lambda e: hashlib.sha256(repr(e).encode()).hexdigest())[:most]
 
 
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+
+
 def sentences(text: str) -> list[str]:
     """Whole sentences of one line, 30 to 250 characters."""
-    found = re.split(r"(?<=[.!?])\s+(?=[A-Z])", text)
+    found = _SENTENCE_END.split(text)
     return [s for s in found if 30 <= len(s) <= 250 and s[0].isupper() and s[-1] == "."]
 
 
@@ -140,33 +143,44 @@ def write_markup(examples: list[tuple]) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-_PARAMETER = re.compile(r"^([a-z]\w*) : (\w[^\n]{1,60})$", re.MULTILINE)
+_CONDITION = re.compile(r"((?:If|When) [^,;:()]{4,40}), (?:then )?(.{10,150})\.")
+_CONTEXT = 180  # characters: nine of ten fit a row of 64 tokens, question and all
 
 
-def parameters(strings: list[Document]) -> Iterator[tuple[str, str, str, int]]:
-    """(context, name, type, where the type begins): one docstring's parameters, each asked for."""
-    for string in strings:
-        text = inspect.cleandoc(string.text)
-        matches = list(_PARAMETER.finditer(text))
-        if not 3 <= len({match[1] for match in matches}) == len(matches) <= 8:
-            continue
-        context, starts = "", []
-        for match in matches:
-            starts.append(len(context) + len(f"{match[1]} : "))
-            context += f"{match[1]} : {match[2]}\n"
-        for match, start in zip(matches, starts, strict=True):
-            yield context, match[1], match[2], start
+def conditions(documents: list[Document]) -> Iterator[tuple[str, str, str, int]]:
+    """(context, question, answer, where the answer begins): what follows from a condition.
+
+    The context is the sentence that says it among others of its docstring: whoever does not look
+    for the condition has several to choose from.
+    """
+    for document in documents:
+        texts = [text for line in document.text.split("\n") for text in _SENTENCE_END.split(line)]
+        for place, text in enumerate(texts):
+            match = _CONDITION.fullmatch(text)
+            if not match or match[2].startswith(("and ", "or ", "but ")):  # the condition goes on
+                continue
+            first, end = place, place + 1
+            while end < len(texts) and len(" ".join(texts[first : end + 1])) <= _CONTEXT:
+                end += 1
+            while first > 0 and len(" ".join(texts[first - 1 : end])) <= _CONTEXT:
+                first -= 1
+            context = " ".join(texts[first:end])
+            condition = match[1][0].lower() + match[1][1:]
+            # "If True" may stand there of two parameters, and has two answers then.
+            if end - first > 1 and context.lower().count(f"{condition.lower()},") == 1:
+                start = len(" ".join([*texts[first:place], ""])) + match.start(2)
+                yield context, f"What happens {condition}?", match[2], start
 
 
-def write_parameters(examples: list[tuple]) -> str:
+def write_conditions(examples: list[tuple]) -> str:
     """SQuAD 1.1"""
     by_context = defaultdict(list)
-    for context, name, kind, start in examples:
+    for context, question, answer, start in examples:
         by_context[context].append(
             {
-                "id": hashlib.sha256(f"{name}\n{context}".encode()).hexdigest()[:16],
-                "question": f"What is the type of {name}?",
-                "answers": [{"text": kind, "answer_start": start}],
+                "id": hashlib.sha256(f"{question}\n{context}".encode()).hexdigest()[:16],
+                "question": question,
+                "answers": [{"text": answer, "answer_start": start}],
             }
         )
     entries = [
@@ -214,7 +228,7 @@ def write_paragraphs(examples: list[str]) -> str:
 FILES = {
     "sequence_classification.csv": (packages, write_packages, False),
     "token_classification.conll": (markup, write_markup, True),
-    "question_answering.json": (parameters, write_parameters, True),
+    "question_answering.json": (conditions, write_conditions, False),
     "multiple_choice.csv": (endings, write_endings, False),
     "language_modeling.txt": (paragraphs, write_paragraphs, False),
 }
