@@ -29,7 +29,7 @@ def main() -> int:
     folder = flags.model_folder(FLAGS.model)
 
     from experiments.judge import Judge, write_results
-    from experiments.tasks import TASKS
+    from experiments.tasks import TASKS, cut
     from prelnroberta import hosts
     from prelnroberta.config import RobertaPreLayerNormConfig
     from prelnroberta.data.bad_rows import BadRows
@@ -46,6 +46,8 @@ def main() -> int:
     bad.settle()
     if bad.bad:
         print(f"left out: {bad.summary}")
+    if told := cut(features, settings.max_length):
+        print(told)
     params, config = load_pretrained(folder, task.model)
     layout = flags.layout(config, task.model, FLAGS.eval_positions, 1)
     buckets = bucket_lengths(features.lengths, FLAGS.length_buckets)

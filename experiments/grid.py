@@ -72,7 +72,10 @@ def flags_of(point: Point, run_dir: Path) -> Iterator[None]:
 
 
 def write_table(run_dir: Path, points: Sequence[Point]) -> str:
-    """`table.txt` and `table.json`: each combination, its seeds' mean and standard deviation."""
+    """`table.txt` and `table.json`: each combination, its seeds' mean and standard deviation.
+
+    One seed has none: not a deviation of 0.
+    """
     groups: dict[str, list[dict]] = {}
     for point in points:
         results = json.loads((run_dir / name(point) / "results.json").read_text(encoding="utf-8"))
@@ -86,17 +89,18 @@ def write_table(run_dir: Path, points: Sequence[Point]) -> str:
             "trivial": results[0]["trivial"],
             "values": (values := [r["metrics"][r["metric"]] for r in results]),
             "mean": statistics.fmean(values),
-            "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
+            "deviation": statistics.stdev(values) if len(values) > 1 else None,
         }
         for group, results in groups.items()
     ]
     width = max(3, *(len(row["run"]) for row in table))
     lines = [f"{'run':{width}}  seeds  {table[0]['metric']:>12}  deviation  trivial"]
-    lines += [
-        f"{row['run']:{width}}  {row['seeds']:5}  {row['mean']:12.4f}  {row['deviation']:9.4f}"
-        f"  {row['trivial']:7.4f}"
-        for row in table
-    ]
+    for row in table:
+        spread = "-" if row["deviation"] is None else f"{row['deviation']:.4f}"
+        lines.append(
+            f"{row['run']:{width}}  {row['seeds']:5}  {row['mean']:12.4f}  {spread:>9}"
+            f"  {row['trivial']:7.4f}"
+        )
     for file, text in (
         ("table.json", json.dumps(table, indent=2)),
         ("table.txt", "\n".join(lines)),

@@ -18,6 +18,7 @@ from support import ENVIRONMENT, ROOT, SCRATCH, call, command, finished_run
 from test_bad_input import refused
 from test_resume import records
 
+from experiments import grid
 from prelnroberta.data.tokenizer import load_tokenizer
 
 WORDS = {"good": ["fine", "great", "nice", "super"], "bad": ["awful", "poor", "sad", "worse"]}
@@ -152,6 +153,25 @@ def test_seeds_and_sweeps_make_a_table_and_patience_ends_a_run(tmp_path):
     # At a rate of almost nothing the first evaluation is never beaten.
     idle = records(tmp_path / "run" / "learning_rate=1e-9,seed=1")
     assert max(r["step"] for r in idle) == 6
+
+
+def test_evaluate_tells_what_it_cut():
+    file = reviews("dev", 40, 2)
+    done = call("evaluate", f"--model={finished()[0]}", f"--file={file}", "--max_length=8")
+    assert done.returncode == 0, done.stderr
+    assert " of 40 cut to 8 tokens\n" in done.stdout
+
+
+def test_one_seed_has_no_deviation(tmp_path):
+    points = [{"learning_rate": rate} for rate in ("1e-3", "3e-3")]
+    for point in points:
+        (tmp_path / grid.name(point)).mkdir()
+        results = {"metric": "accuracy", "trivial": 0.5, "metrics": {"accuracy": 0.75}}
+        (tmp_path / grid.name(point) / "results.json").write_text(json.dumps(results))
+    rows = grid.write_table(tmp_path, points).splitlines()[1:]
+    assert [row.split() for row in rows] == [
+        [f"learning_rate={rate}", "1", "0.7500", "-", "0.5000"] for rate in ("1e-3", "3e-3")
+    ]
 
 
 def test_what_differs_is_refused(tmp_path):

@@ -1,6 +1,6 @@
 """The six tasks; `base.py` says what a task is."""
 
-from experiments.tasks.base import Answer, Measured, Row, Task, TaskSettings
+from experiments.tasks.base import Answer, Measured, Row, Task, TaskSettings, cut
 from experiments.tasks.classification import (
     MultipleChoice,
     SequenceClassification,
@@ -9,7 +9,7 @@ from experiments.tasks.classification import (
 from experiments.tasks.language import CausalLM, MaskedLM
 from experiments.tasks.questions import QuestionAnswering
 
-__all__ = ["TASKS", "Answer", "Measured", "Row", "Task", "TaskSettings"]
+__all__ = ["TASKS", "Answer", "Measured", "Row", "Task", "TaskSettings", "cut"]
 
 TASKS: dict[str, type[Task]] = {
     task.model: task

@@ -212,6 +212,12 @@ class Task:
         return np.bincount(labels[labels != IGNORE], minlength=len(self.settings.labels))
 
 
+def cut(features: Features, max_length: int) -> str:
+    """Says how many examples lost their end; empty where none did."""
+    count = getattr(features, "truncated", 0)
+    return f"{count:,} of {len(features.lengths):,} cut to {max_length} tokens" if count else ""
+
+
 def stacked(rows: Sequence[Row], name: str) -> np.ndarray:
     return np.stack([row[name] for row in rows])
 
