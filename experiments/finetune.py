@@ -125,7 +125,7 @@ class Data:
 
 
 def read_data(tokenizer: tokenizers.Tokenizer) -> Data:
-    from experiments.tasks import TASKS
+    from experiments.tasks import TASKS, cut
     from prelnroberta.data.bad_rows import BadRows
     from prelnroberta.data.bucketing import bucket_lengths
 
@@ -146,9 +146,8 @@ def read_data(tokenizer: tokenizers.Tokenizer) -> Data:
         if b.bad:
             print(f"left out: {b.summary}")
     for flag, features in zip(paths, (train, dev), strict=True):
-        if cut := getattr(features, "truncated", 0):
-            rows, length = len(features.lengths), settings.max_length
-            print(f"--{flag}: {cut:,} of {rows:,} cut to {length} tokens")
+        if told := cut(features, settings.max_length):
+            print(f"--{flag}: {told}")
     digests = {flag: hashlib.sha256(p.read_bytes()).hexdigest() for flag, p in paths.items()}
     return Data(task, train, dev, bucket_lengths(dev.lengths, FLAGS.length_buckets), digests)
 
@@ -321,8 +320,6 @@ def run(
         if record["kind"] == "validation" and record["step"] <= start
     }
     report = NoReport()
-    if hosts.is_first():
-        report = Report(run_dir, steps, start, description(task, trivial))
 
     def judged(state: TrainState) -> tuple[list, Scores]:
         batches = evaluation_batches(data.dev, data.buckets, FLAGS.eval_positions, ways)
@@ -348,6 +345,8 @@ def run(
             step = parallel(train_step(score, optimizer, FLAGS.seed, FLAGS.accumulate), layout)
             first = layout.place(loader.batch(start, rows))
             step, compile_seconds = compiled(step, state, first)
+            if hosts.is_first():  # only now: it tells what is left by the time since it was made
+                report = Report(run_dir, steps, start, description(task, trivial))
             with loader.prefetch(start, rows=rows) as batches:
                 state, stopped = train(
                     state,
