@@ -25,7 +25,7 @@ from prelnroberta.huggingface import ARCHITECTURES, load_pretrained, save_pretra
 from prelnroberta.optimizer import Optimization, adamw, learning_rate
 from prelnroberta.train import TrainState, train_step
 
-STEPS, B, L = 200, 8, 48
+STEPS, B, L = 200, 8, 64
 SETTINGS = Optimization(
     steps=STEPS, learning_rate=1e-3, warmup_steps=20, weight_decay=0.1, clip_norm=1.0
 )
@@ -96,7 +96,8 @@ def torch_inputs(batch):
     for name in ("labels", "start_positions", "end_positions"):
         if name in batch:
             named[name] = batch[name][real]
-    return {name: torch.tensor(value.astype(np.int64)) for name, value in named.items()}
+    whole = {k: v if v.dtype.kind == "f" else v.astype(np.int64) for k, v in named.items()}
+    return {name: torch.tensor(value) for name, value in whole.items()}
 
 
 def torch_training(task, config, params, batches, seed, folder, settings=SETTINGS):
