@@ -17,8 +17,9 @@ for number, pair in enumerate(files):
     FLAGS(
         [
             *("x", f"--task={task}", f"--init_from={model}", f"--run_dir={run_dir}"),
-            *(f"--train_file={path}", f"--eval_file={path}", "--max_length=48", "--steps=4"),
-            *("--batch_size=4", "--length_buckets=1", "--learning_rate=1e-3", "--eval_every=2"),
+            *(f"--train_file={path}", f"--eval_file={path}", "--max_length=64", "--stride=8"),
+            *("--steps=4", "--eval_every=2", "--batch_size=4", "--length_buckets=1"),
+            "--learning_rate=1e-3",
             f"--parallelism={'pmap' if number % 2 else 'jit'}",
         ]
     )
