@@ -14,9 +14,20 @@ from jax.extend.random import threefry2x32_p
 
 Array = jax.Array
 
-# gelu is the exact erf form, as in every reference; jax's default is the tanh approximation.
+
+def gelu(x: Array) -> Array:
+    """The exact erf form, as in every reference; jax's default is the tanh approximation.
+
+    In float32 by erf, as torch: half the time of jax's erfc on a CPU, and as close to float64 as
+    torch is. In bfloat16 1 + erf would cancel.
+    """
+    if x.dtype != jnp.float32:
+        return jax.nn.gelu(x, approximate=False)
+    return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_new": partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
