@@ -141,7 +141,10 @@ def write_npz(path: Path, vectors: Iterator[tuple[str, np.ndarray]], shape: tupl
                 with parts[0].open("rb") as numbers:
                     while block := numbers.read(1 << 20):
                         file.write(block)
-            with archive.open("texts.npy", "w", force_zip64=True) as file:
+            # Every text takes the room of the longest, nearly all of it zeros.
+            texts = zipfile.ZipInfo("texts.npy")
+            texts.compress_type = zipfile.ZIP_DEFLATED
+            with archive.open(texts, "w", force_zip64=True) as file:
                 _write_header(file, f"<U{max(longest, 1)}", (count,))
                 with parts[1].open(encoding="utf-8") as lines:
                     for line in lines:

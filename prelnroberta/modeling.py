@@ -220,14 +220,18 @@ def attention(
     elif context.fused == "splash":
         mixed = fused_attention.splash(q, keys, values, context.segments, config.is_decoder)
     else:
-        scores = jnp.einsum("bmhk,blhk->bhml", q, keys, preferred_element_type=jnp.float32)
+        # Heads before positions: as a product of [M, K] by [L, K] and not of its transpose.
+        q, keys, values = (x.swapaxes(1, 2) for x in (q, keys, values))
+        scores = jnp.einsum("bhmk,bhlk->bhml", q, keys, preferred_element_type=jnp.float32)
         if context.visible is not None:
-            scores = jnp.where(context.visible[:, None], scores, jnp.finfo(jnp.float32).min)
+            # Added, not selected: XLA:CPU then makes one pass of mask and softmax.
+            hidden = jnp.where(context.visible, 0.0, jnp.finfo(jnp.float32).min)
+            scores = scores + hidden[:, None]
         probabilities = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
         probabilities = dropout(probabilities, config.attention_probs_dropout_prob, key)
         if head_mask is not None:
             probabilities = probabilities * head_mask[:, None, None].astype(queries.dtype)
-        mixed = jnp.einsum("bhml,blhk->bmhk", probabilities, values)
+        mixed = jnp.einsum("bhml,bhlk->bhmk", probabilities, values).swapaxes(1, 2)
     return project(p["output"], "bmhk,hkd->bmd", mixed), probabilities
 
 

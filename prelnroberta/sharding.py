@@ -189,6 +189,11 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def on_one_cpu() -> bool:
+    """Whether the program is for a CPU that has all of every array."""
+    return platform() == "cpu" and not _cuts()
+
+
 def _cuts() -> bool:
     """Whether a mesh of ours is set, and one of several devices."""
     mesh = jax.sharding.get_abstract_mesh()

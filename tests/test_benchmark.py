@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from support import call
 
+from experiments.benchmark import __main__ as program
 from experiments.benchmark import race, report
 from experiments.benchmark.cases import TASKS, Case, all_cases, checked, read, write, write_weights
 from experiments.benchmark.race import Result
@@ -128,6 +129,16 @@ def test_tables_and_picture(tmp_path):
     row = report.summary([record]).splitlines()[-1]
     assert row.split("|")[2:7] == [" 10,000 ", " 2.00 ", " 3.00 ", " 5 torch SDPA ", " 0.60 "]
     assert report.draw(tmp_path / "speed.png", [json.loads(json.dumps(record))]).stat().st_size
+
+
+def test_a_run_goes_on_with_its_own_results_alone(tmp_path):
+    run = {"machine": "a", "rounds": 5, "code": program.digest()}
+    found = program.begun(tmp_path, run)
+    assert found["cases"] == [] and found["code"] == run["code"]
+    program.save(tmp_path, found | {"compiled": [{"what": "x"}]})
+    assert program.begun(tmp_path, run)["compiled"] == [{"what": "x"}]
+    with pytest.raises(InputError, match="this is 'other': give another"):
+        program.begun(tmp_path, run | {"code": "other"})
 
 
 def test_an_unknown_case_is_answered_with_their_names(tmp_path):

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from support import ODD, TINY, random_params
 
 from prelnroberta import modeling
 from prelnroberta import params as parameters
 from prelnroberta.errors import InputError
 from prelnroberta.heads import MaskedLM, Scores, cross_entropy, masked_lm_scores
+from prelnroberta.layers import ACTIVATIONS
 from prelnroberta.modeling import Encoder, Execution
 
 SIMILAR = {"rtol": 2e-5, "atol": 2e-5}
@@ -230,6 +232,63 @@ def test_layer_norm_keeps_its_precision_far_from_zero():
     unit = {"scale": jnp.ones(256), "bias": jnp.zeros(256)}
     found = modeling.layer_norm(unit, jnp.asarray(x), 1e-12)
     assert np.abs(found - expected).max() < 3e-5
+
+
+@pytest.mark.parametrize(
+    ("equation", "inputs", "kernel", "fan_in"),
+    [
+        ("bld,df->blf", (3, 5, 8), (8, 12), 1),  # wider, by halves
+        ("bld,df->blf", (3, 5, 4), (4, 7), 1),  # wider, no halves
+        ("blf,fd->bld", (3, 5, 12), (12, 8), 1),
+        ("bld,dhk->blhk", (3, 5, 8), (8, 2, 4), 1),
+        ("bmhk,hkd->bmd", (3, 5, 2, 4), (2, 4, 8), 2),
+        ("...d,dc->...c", (0, 8), (8, 3), 1),
+    ],
+)
+def test_projection_is_einsum_in_value_and_every_derivative(equation, inputs, kernel, fan_in):
+    """Forwards, backwards and one after the other: it has a derivative rule of its own."""
+    rng = np.random.default_rng(0)
+    shapes = inputs, kernel, kernel[fan_in:]
+    at, along = (tuple(rng.standard_normal(shape) for shape in shapes) for _ in range(2))
+
+    def projected(x, kernel, bias):
+        return modeling.project({"kernel": kernel, "bias": bias}, equation, x)
+
+    def plain(x, kernel, bias):
+        return jnp.einsum(equation, x, kernel) + bias
+
+    def derivatives(function):
+        def loss(*values):
+            return jnp.sin(function(*values)).sum()
+
+        gradient = jax.grad(loss, (0, 1, 2))
+        return (
+            function(*at),
+            jax.jvp(gradient, at, along),
+            jax.grad(
+                lambda *values: sum(
+                    (g * t).sum() for g, t in zip(gradient(*values), along, strict=True)
+                ),
+                (0, 1, 2),
+            )(*at),
+        )
+
+    with jax.enable_x64(True):
+        found, expected = derivatives(projected), derivatives(plain)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), found, expected
+    )
+
+
+def test_gelu_is_as_close_to_float64_as_torch_is():
+    x = np.linspace(-8, 8, 100_001).astype(np.float32)
+    expected = torch.nn.functional.gelu(torch.tensor(x, dtype=torch.float64)).numpy()
+    theirs = torch.nn.functional.gelu(torch.tensor(x)).numpy()
+
+    def error(found):
+        return np.sqrt(np.mean((np.asarray(found, np.float64) - expected) ** 2))
+
+    assert error(ACTIVATIONS["gelu"](jnp.asarray(x))) < 1.5 * error(theirs)
 
 
 def test_dropout_draws_for_every_head_and_example_and_keeps_the_mean():

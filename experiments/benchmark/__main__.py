@@ -4,14 +4,16 @@ make benchmark                                   # also sets up transformers 4.5
 python -m experiments.benchmark --case=pretrain-small --rounds=7
 
 Each case: identical weights, batches and lengths; first the numbers of all contenders are compared,
-then they take turns. Ratios are medians over rounds. Written to --output: results.json after every
-case, table.md, speed.png.
+then they take turns. Ratios are medians over rounds. Written to --output: results.json and table.md
+after every case, speed.png. Interrupted, the same command goes on with the next case; with other
+--case it adds them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +33,8 @@ flags.declare("benchmark")
 def main() -> None:
     import tempfile
 
+    from tqdm import tqdm
+
     from experiments.benchmark import compiled, report
     from experiments.benchmark.cases import all_cases, documents, write, write_weights
     from experiments.benchmark.race import TRANSFORMERS_4, ceiling, race
@@ -46,16 +50,23 @@ def main() -> None:
         names = "\n  ".join(case.name for case in all_cases())
         raise InputError(f"--case={','.join(FLAGS.case)}: in no case's name. They are:\n  {names}")
     output = Path(FLAGS.output)
+    found = begun(output, {"machine": report.machine(), "rounds": FLAGS.rounds, "code": digest()})
+    done = {record["case"] for record in found["cases"]}
     output.mkdir(parents=True, exist_ok=True)
 
-    machine = report.machine()
     speeds = ceiling()
     next(speeds)  # the first includes waking up
-    print(f"{machine}\n{len(cases)} cases, {FLAGS.rounds} rounds each", flush=True)
-    done: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="prelnroberta-benchmark-") as scratch:
-        texts = documents(4096, Path(scratch))
-        for number, case in enumerate(cases, 1):
+    load = os.getloadavg()[0]
+    print(f"{found['machine']}; load {load:.1f}\n{len(cases)} cases, {FLAGS.rounds} rounds each")
+    if done:
+        print(f"{output} has {len(done)} of them already")
+    todo = [case for case in cases if case.name not in done]
+    with (
+        tempfile.TemporaryDirectory(prefix="prelnroberta-benchmark-") as scratch,
+        tqdm(todo, unit="case", disable=None) as bar,
+    ):
+        texts = documents(4096, Path(scratch)) if todo else []
+        for number, case in enumerate(bar, len(cases) - len(todo) + 1):
             begin = time.monotonic()
             weights = Path(scratch, "weights", f"{case.work}-{case.preset}-{case.model}")
             if not weights.exists():
@@ -63,20 +74,58 @@ def main() -> None:
             folder = Path(scratch, "cases", str(number))
             write(case, folder, texts)
             limit = max(next(speeds) for _ in range(5))
-            results = race(case, weights, folder, FLAGS.rounds)
-            done.append(record(case, folder, results, limit))
-            print(
+
+            def tell(what: str, case: Case = case) -> None:
+                bar.set_postfix_str(f"{case.name}: {what}")
+
+            results = race(case, weights, folder, FLAGS.rounds, tell=tell)
+            found["cases"].append(record(case, folder, results, limit))
+            bar.write(
                 f"\n{number}/{len(cases)} {case.name} ({duration(time.monotonic() - begin)})\n"
-                f"{report.table(done[-1])}",
-                flush=True,
+                f"{report.table(found['cases'][-1])}"
             )
-            save(output, machine, done, [])
-    measured = compiled.measure() if FLAGS.compiled else []
-    for line in report.lines_of(measured):
+            save(output, found)
+    if FLAGS.compiled and not found["compiled"]:
+        print("compiling our step in several ways: temporary memory, and how long it takes")
+        found["compiled"] = compiled.measure()
+        save(output, found)
+    for line in report.lines_of(found["compiled"]):
         print(line)
-    save(output, machine, done, measured)
-    picture = report.draw(output / "speed.png", done)
-    print(f"\n{report.summary(done)}\nwritten: {output}/results.json, table.md, {picture.name}")
+    order = [case.name for case in all_cases()]
+    found["cases"].sort(key=lambda record: order.index(record["case"]))
+    save(output, found)
+    picture = report.draw(output / "speed.png", found["cases"])
+    print(
+        f"\n{report.summary(found['cases'])}\nwritten: {output}/results.json, table.md, "
+        f"{picture.name}"
+    )
+
+
+def digest() -> str:
+    """Of our code: what was measured of other code says nothing of this."""
+    import hashlib
+
+    sources = sorted(
+        path
+        for name in ("prelnroberta", "bridges", "experiments/benchmark")
+        for path in Path(__file__).parents[2].joinpath(name).rglob("*.py")
+    )
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+
+
+def begun(output: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """What results.json holds of this very run, or nothing yet; InputError if it is another's."""
+    path = output / "results.json"
+    if not path.exists():
+        return {**run, "cases": [], "compiled": []}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in run.items():
+        if found.get(name) != value:
+            raise InputError(
+                f"{path} was measured with {name} {found.get(name)!r}, this is {value!r}: give "
+                "another --output"
+            )
+    return found
 
 
 def record(case: Case, folder: Path, results: list[Result], limit: float) -> dict[str, Any]:
@@ -99,14 +148,13 @@ def record(case: Case, folder: Path, results: list[Result], limit: float) -> dic
     }
 
 
-def save(output: Path, machine: str, cases: list[dict], measured: list[dict]) -> None:
+def save(output: Path, found: dict[str, Any]) -> None:
     from experiments.benchmark import report
 
-    everything = {"machine": machine, "cases": cases, "compiled": measured}
     with written_whole(output / "results.json") as partial:
-        partial.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     with written_whole(output / "table.md") as partial:
-        partial.write_text(report.summary(cases) + "\n", encoding="utf-8")
+        partial.write_text(report.summary(found["cases"]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +107,18 @@ class Result:
 
 
 def race(
-    case: Case, weights: Path, folder: Path, rounds: int, names: set[str] | None = None
+    case: Case,
+    weights: Path,
+    folder: Path,
+    rounds: int,
+    names: set[str] | None = None,
+    tell: Callable[[str], None] = lambda what: None,
 ) -> list[Result]:
     """Times every contender of the case in turn, `rounds` times, in alternating order.
 
     Args:
         names: of those that take part; all by default.
+        tell: is told what goes on.
 
     Raises:
         InputError: contenders that do not compute the same function: their times say nothing.
@@ -124,12 +130,14 @@ def race(
                 preparing.finish()
     with contextlib.ExitStack() as running:
         results: dict[str, Result] = {}
-        turns = []
+        turns, again = [], []
         reference = None
         for family in chosen:
             worker = running.enter_context(Worker(family, weights, folder, list(family.modes)))
             for mode, name in family.modes.items():
+                tell(f"{name} gets ready")
                 told = worker.answer()
+                again.append(told.pop("again"))
                 checked = np.load(told.pop("checked")).astype(np.float64)
                 reference = checked if reference is None else reference
                 difference = _difference(case, name, checked, reference)
@@ -137,9 +145,9 @@ def race(
                 results[name] = Result(name, peer, difference=difference, **told)
                 turns.append((worker, mode, results[name]))
         # Long enough for the clock and the scheduler, whatever the case.
-        quickest = min(worker.run(mode, 1) for worker, mode, _ in turns)
-        times = max(1, round(_LEAST_SECONDS / quickest))
+        times = max(1, round(_LEAST_SECONDS / min(again)))
         for number in range(rounds):
+            tell(f"round {number + 1} of {rounds}")
             for worker, mode, result in turns[:: 1 if number % 2 else -1]:
                 time.sleep(_REST)
                 result.seconds.append(worker.run(mode, times))

@@ -24,8 +24,7 @@ def machine() -> str:
             name = line.partition(":")[2].strip()
             break
     versions = ", ".join(f"{p} {metadata.version(p)}" for p in ("jax", "torch", "tensorflow-cpu"))
-    load = os.getloadavg()[0]
-    return f"{name}, {os.cpu_count()} CPUs, load {load:.1f} at the start; {versions}"
+    return f"{name}, {os.cpu_count()} CPUs; {versions}"
 
 
 def results(record: Record) -> list[Result]:
@@ -36,7 +35,17 @@ def table(record: Record) -> str:
     """One case: every contender, and how much faster the first, ours, is."""
     found = results(record)
     ours = found[0]
-    head = "", "ms", "tokens/s", "GFLOP/s", "first ours is", "quartiles", "first s", "peak MiB"
+    head = (
+        "",
+        "ms",
+        "tokens/s",
+        "GFLOP/s",
+        "first ours is",
+        "quartiles",
+        "import s",
+        "first s",
+        "peak MiB",
+    )
     lines = [_columns(head)]
     for result in found:
         seconds = float(np.median(result.seconds))
@@ -51,6 +60,7 @@ def table(record: Record) -> str:
                     gflops or "",
                     f"{ratio[1]:.2f}x",
                     f"{ratio[0]:.2f}-{ratio[2]:.2f}",
+                    f"{result.imported:.1f}",
                     f"{result.first:.1f}",
                     f"{result.peak_bytes / 2**20:,.0f}" if result.peak_bytes else "",
                 )
@@ -65,7 +75,7 @@ def table(record: Record) -> str:
 
 
 def _columns(texts: tuple[str, ...]) -> str:
-    widths = (29, 9, 9, 8, 13, 10, 8, 9)
+    widths = (29, 9, 9, 8, 13, 10, 8, 8, 9)
     name, *others = (
         text.rjust(width) if at else text.ljust(width)
         for at, (text, width) in enumerate(zip(texts, widths, strict=True))
