@@ -146,7 +146,7 @@ def train(
     clock.buckets["compiling"] = compile_seconds
     compilations = _Compilations()
     profile = _Profile(profile_steps, checkpoints.directory.parent / "profile")
-    warm = None  # how much had been compiled once everything had run
+    warm, ran = None, set()  # how much had been compiled once everything had run
     vote = hosts.Vote()
     running = stopped = None
     with Interruption() as interruption:
@@ -171,6 +171,7 @@ def train(
                     clock.lap(tokens_per_step, flops_per_step),
                     learning_rate(number - 1),
                 )
+                ran.add("report")
             # Even when asked to stop: the resumed run goes on after this step, and would miss it.
             if cadence.due(cadence.eval_every, number):
                 validation = clock.paused("evaluation", lambda state=state: validate(state))
@@ -179,7 +180,9 @@ def train(
                 _check_finite(state, number)
                 loss = objective(validation) if validation else None
                 clock.paused("checkpoints", lambda state=state, loss=loss: save(state, loss))
-            if validation and warm is None:
+            if validation:
+                ran.add("validation")
+            if warm is None and ran == {"report", "validation"}:
                 warm = compilations.count
             elif warm is not None and compilations.count > warm:
                 report.say(

@@ -279,6 +279,7 @@ def test_what_is_compiled_again_is_told(tmp_path, capsys):
         return VALIDATION | {"loss": 1.0}
 
     loop(tmp_path / "same")
+    loop(tmp_path / "evaluated before it is reported", log_every=20)
     assert "compiled again" not in capsys.readouterr().out
     loop(tmp_path / "changing", validate=growing)
     assert "warning: step 16: something was compiled again" in capsys.readouterr().out

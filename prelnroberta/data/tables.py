@@ -150,7 +150,7 @@ def _places(
         elif column in columns:
             missing.append(column)
     if missing:
-        found = f"columns {', '.join(names)}" if header else f"{len(names)} columns, from 0"
+        found = f"columns {', '.join(names if header else map(str, range(len(names))))}"
         raise InputError(f"{path}: no column {_names(missing)}; the file has {found}")
     return where
 
