@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from support import call
 
-from experiments.benchmark import __main__ as program
 from experiments.benchmark import race, report
 from experiments.benchmark.cases import TASKS, Case, all_cases, checked, read, write, write_weights
 from experiments.benchmark.race import Result
@@ -132,13 +131,13 @@ def test_tables_and_picture(tmp_path):
 
 
 def test_a_run_goes_on_with_its_own_results_alone(tmp_path):
-    run = {"machine": "a", "rounds": 5, "code": program.digest()}
-    found = program.begun(tmp_path, run)
+    run = {"machine": "a", "rounds": 5, "code": report.digest()}
+    found = report.begun(tmp_path, run)
     assert found["cases"] == [] and found["code"] == run["code"]
-    program.save(tmp_path, found | {"compiled": [{"what": "x"}]})
-    assert program.begun(tmp_path, run)["compiled"] == [{"what": "x"}]
+    report.save(tmp_path, found | {"compiled": [{"what": "x"}]})
+    assert report.begun(tmp_path, run)["compiled"] == [{"what": "x"}]
     with pytest.raises(InputError, match="this is 'other': give another"):
-        program.begun(tmp_path, run | {"code": "other"})
+        report.begun(tmp_path, run | {"code": "other"})
 
 
 def test_an_unknown_case_is_answered_with_their_names(tmp_path):

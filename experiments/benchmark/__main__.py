@@ -12,7 +12,6 @@ after every case, speed.png. Interrupted, the same command goes on with the next
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from experiments import flags
 from experiments.flags import FLAGS
 from prelnroberta.errors import InputError
-from prelnroberta.files import written_whole
 
 if TYPE_CHECKING:
     from experiments.benchmark.cases import Case
@@ -50,7 +48,8 @@ def main() -> None:
         names = "\n  ".join(case.name for case in all_cases())
         raise InputError(f"--case={','.join(FLAGS.case)}: in no case's name. They are:\n  {names}")
     output = Path(FLAGS.output)
-    found = begun(output, {"machine": report.machine(), "rounds": FLAGS.rounds, "code": digest()})
+    run = {"machine": report.machine(), "rounds": FLAGS.rounds, "code": report.digest()}
+    found = report.begun(output, run)
     done = {record["case"] for record in found["cases"]}
     output.mkdir(parents=True, exist_ok=True)
 
@@ -58,9 +57,9 @@ def main() -> None:
     next(speeds)  # the first includes waking up
     load = os.getloadavg()[0]
     print(f"{found['machine']}; load {load:.1f}\n{len(cases)} cases, {FLAGS.rounds} rounds each")
-    if done:
-        print(f"{output} has {len(done)} of them already")
     todo = [case for case in cases if case.name not in done]
+    if len(todo) < len(cases):
+        print(f"{output} has {len(cases) - len(todo)} of them already")
     with (
         tempfile.TemporaryDirectory(prefix="prelnroberta-benchmark-") as scratch,
         tqdm(todo, unit="case", disable=None) as bar,
@@ -84,48 +83,21 @@ def main() -> None:
                 f"\n{number}/{len(cases)} {case.name} ({duration(time.monotonic() - begin)})\n"
                 f"{report.table(found['cases'][-1])}"
             )
-            save(output, found)
+            report.save(output, found)
     if FLAGS.compiled and not found["compiled"]:
         print("compiling our step in several ways: temporary memory, and how long it takes")
         found["compiled"] = compiled.measure()
-        save(output, found)
+        report.save(output, found)
     for line in report.lines_of(found["compiled"]):
         print(line)
     order = [case.name for case in all_cases()]
     found["cases"].sort(key=lambda record: order.index(record["case"]))
-    save(output, found)
+    report.save(output, found)
     picture = report.draw(output / "speed.png", found["cases"])
     print(
         f"\n{report.summary(found['cases'])}\nwritten: {output}/results.json, table.md, "
         f"{picture.name}"
     )
-
-
-def digest() -> str:
-    """Of our code: what was measured of other code says nothing of this."""
-    import hashlib
-
-    sources = sorted(
-        path
-        for name in ("prelnroberta", "bridges", "experiments/benchmark")
-        for path in Path(__file__).parents[2].joinpath(name).rglob("*.py")
-    )
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-
-
-def begun(output: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """What results.json holds of this very run, or nothing yet; InputError if it is another's."""
-    path = output / "results.json"
-    if not path.exists():
-        return {**run, "cases": [], "compiled": []}
-    found = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in run.items():
-        if found.get(name) != value:
-            raise InputError(
-                f"{path} was measured with {name} {found.get(name)!r}, this is {value!r}: give "
-                "another --output"
-            )
-    return found
 
 
 def record(case: Case, folder: Path, results: list[Result], limit: float) -> dict[str, Any]:
@@ -146,15 +118,6 @@ def record(case: Case, folder: Path, results: list[Result], limit: float) -> dic
         "matrix_product_gflops": limit,
         "results": [dataclasses.asdict(result) for result in results],
     }
-
-
-def save(output: Path, found: dict[str, Any]) -> None:
-    from experiments.benchmark import report
-
-    with written_whole(output / "results.json") as partial:
-        partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    with written_whole(output / "table.md") as partial:
-        partial.write_text(report.summary(found["cases"]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

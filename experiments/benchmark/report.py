@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 from importlib import metadata
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmark.race import FLAX, Result, best_peer, ratios
+from prelnroberta.errors import InputError
 from prelnroberta.files import written_whole
 
 Record = dict[str, Any]
@@ -25,6 +28,38 @@ def machine() -> str:
             break
     versions = ", ".join(f"{p} {metadata.version(p)}" for p in ("jax", "torch", "tensorflow-cpu"))
     return f"{name}, {os.cpu_count()} CPUs; {versions}"
+
+
+def digest() -> str:
+    """Of our code: what was measured of other code says nothing of this."""
+    sources = sorted(
+        path
+        for name in ("prelnroberta", "bridges", "experiments/benchmark")
+        for path in Path(__file__).parents[2].joinpath(name).rglob("*.py")
+    )
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+
+
+def begun(output: Path, run: Record) -> Record:
+    """What results.json holds of this very run, or nothing yet; InputError if it is another's."""
+    path = output / "results.json"
+    if not path.exists():
+        return {**run, "cases": [], "compiled": []}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in run.items():
+        if found.get(name) != value:
+            raise InputError(
+                f"{path} was measured with {name} {found.get(name)!r}, this is {value!r}: give "
+                "another --output"
+            )
+    return found
+
+
+def save(output: Path, found: Record) -> None:
+    with written_whole(output / "results.json") as partial:
+        partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    with written_whole(output / "table.md") as partial:
+        partial.write_text(summary(found["cases"]) + "\n", encoding="utf-8")
 
 
 def results(record: Record) -> list[Result]:
