@@ -26,7 +26,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 help:
 	@echo "make demo       pretrain a small model on real English (about 6 minutes on 2 cores)"
-	@echo "make benchmark  speed against transformers 4 and 5, side by side (two hours or more)"
+	@echo "make benchmark  speed against transformers 4 and 5, side by side (two to three hours)"
 	@echo "make test       the whole test suite"
 	@echo "make test-fast  the same without slow tests"
 	@echo "make lint       ruff"
