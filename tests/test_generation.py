@@ -209,7 +209,8 @@ def test_wide_beams_find_every_sequence_in_order(length_penalty):
             assert len(set(found)) == W
             # Of logits of size ten, in float32: 1.5e-5 apart where it is most (AVX2).
             np.testing.assert_allclose(
-                *(scores[row * W : row * W + W], [score for score, _ in expected]),
+                scores[row * W : row * W + W],
+                [score for score, _ in expected],
                 rtol=1e-5,
                 atol=3e-5,
             )

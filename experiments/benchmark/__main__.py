@@ -87,7 +87,6 @@ def main() -> None:
     if FLAGS.compiled and not found["compiled"]:
         print("compiling our step in several ways: temporary memory, and how long it takes")
         found["compiled"] = compiled.measure()
-        report.save(output, found)
     for line in report.lines_of(found["compiled"]):
         print(line)
     order = [case.name for case in all_cases()]
