@@ -45,6 +45,14 @@ from prelnroberta.sharding import constrain, platform
 
 Array = jax.Array
 
+# What the backward pass finds stored of a block, by `Execution.remat`; never a loop's cut of the
+# stacked layers, which would be a copy of nearly all of them.
+STORED = {
+    "none": lambda primitive, *_, **__: primitive.name not in ("dynamic_slice", "squeeze"),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
@@ -225,8 +233,8 @@ def attention(
         scores = jnp.einsum("bhmk,bhlk->bhml", q, keys, preferred_element_type=jnp.float32)
         if context.visible is not None:
             # Added, not selected: XLA:CPU then makes one pass of mask and softmax.
-            hidden = jnp.where(context.visible, 0.0, jnp.finfo(jnp.float32).min)
-            scores = scores + hidden[:, None]
+            unseen = jnp.where(context.visible, 0.0, jnp.finfo(jnp.float32).min)
+            scores = scores + unseen[:, None]
         probabilities = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
         probabilities = dropout(probabilities, config.attention_probs_dropout_prob, key)
         if head_mask is not None:
@@ -317,29 +325,38 @@ def read_encoder(layers: dict | tuple, states: Array, mask: Array | None = None)
     return {"cross_keys": keys, "cross_values": values, "cross_valid": valid}
 
 
-def split_layers(layers: Layer, runs: tuple[int, ...]) -> list[Layer]:
-    """Cuts every leaf [N, ...] into consecutive runs of layers.
-
-    By `lax.split`, whose gradient is one concatenation: that of N indexings is a sum of N arrays
-    as large as all layers together.
-    """
-    leaves, structure = jax.tree.flatten(layers)
-    cut = [jax.lax.split(leaf, runs) for leaf in leaves]
-    return [jax.tree.unflatten(structure, [run[n] for run in cut]) for n in range(len(runs))]
-
-
-def at(stacked: Any, n: int) -> Any:
+def at(stacked: Any, n: int | Array) -> Any:
     """The n-th of what is stacked on a leading axis."""
     return jax.tree.map(lambda leaf: leaf[n], stacked)
 
 
+@jax.custom_jvp
+def last(stacked: Array) -> Array:
+    """stacked[-1], whose gradient XLA adds to another of `stacked` in one pass: that of an index
+    is padded with zeros first, in memory as large as `stacked`."""
+    return stacked[-1]
+
+
+@last.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (stacked,), (moved,) = primals, tangents
+    here = jax.lax.broadcasted_iota(jnp.int32, stacked.shape, 0) == stacked.shape[0] - 1
+    return last(stacked), jnp.where(here, moved, 0).sum(0)
+
+
 def each_layer(layers: Layer, N: int) -> list[Layer]:
     """Every layer by itself; parameters that stand apart already (`params.unstack`) are taken as
-    they are."""
-    if not isinstance(layers.params, tuple):
-        return [at(layer, 0) for layer in split_layers(layers, (1,) * N)]
-    rest = each_layer(layers.replace(params={}), N)
-    return [layer.replace(params=p) for layer, p in zip(rest, layers.params, strict=True)]
+    they are.
+
+    By `lax.split`, whose gradient is one concatenation: that of N indexings is a sum of N arrays
+    as large as all layers together.
+    """
+    if isinstance(layers.params, tuple):
+        rest = each_layer(layers.replace(params={}), N)
+        return [layer.replace(params=p) for layer, p in zip(rest, layers.params, strict=True)]
+    leaves, structure = jax.tree.flatten(layers)
+    cut = [jax.lax.split(leaf, (1,) * N) for leaf in leaves]
+    return [jax.tree.unflatten(structure, [part[n][0] for part in cut]) for n in range(N)]
 
 
 def run_layers(
@@ -361,25 +378,30 @@ def run_layers(
         return block(layer, config, x, context, read_positions)
 
     if execution.remat != "none":
-        saved = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
         # Under a scan nothing can undo the recomputation, so the barrier against it is left out.
-        step = jax.checkpoint(step, policy=saved[execution.remat], prevent_cse=not execution.scans)
+        step = jax.checkpoint(step, policy=STORED[execution.remat], prevent_cse=not execution.scans)
 
     # The last block stands outside the loop: it alone may be narrowed to the read positions.
     residuals, kept = [], []
     if execution.scans and N > 1:
         if isinstance(layers.params, tuple):
             raise InputError("layers that stand apart (params.unstack) cannot be scanned")
-        body, tail = split_layers(layers, (N - 1, 1))
-        tail = at(tail, 0)
 
-        def scanned(x: Array, layer: Layer) -> tuple[Array, tuple[Array | None, Kept]]:
-            x, kept = step(layer, x)
+        # Each turn cuts its layer out of all of them, and the backward pass cuts it again: N - 1 of
+        # N as the loop's input would be a copy of nearly all.
+        def nth(layers: Layer, n: Array, x: Array) -> tuple[Array, Kept]:
+            return block(at(layers, n), config, x, context)
+
+        nth = jax.checkpoint(nth, policy=STORED[execution.remat], prevent_cse=False)
+
+        def scanned(x: Array, n: Array) -> tuple[Array, tuple[Array | None, Kept]]:
+            x, kept = nth(layers, n, x)
             return x, (x if keep_residuals else None, kept)
 
-        x, (streams, stacked) = jax.lax.scan(scanned, x, body)
+        x, (streams, stacked) = jax.lax.scan(scanned, x, jnp.arange(N - 1))
         residuals = list(streams) if keep_residuals else []
         kept = [at(stacked, n) for n in range(N - 1)]
+        tail = jax.tree.map(last, layers)
     else:
         *body, tail = each_layer(layers, N)
         for layer in body:
