@@ -387,6 +387,28 @@ def test_scores_of_rows_add_up():
         assert float(getattr(total, name)) == pytest.approx(float(getattr(whole, name)), rel=1e-5)
 
 
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_scan_copies_no_parameters(remat):
+    """Neither what the loop takes nor its gradient nor what the backward pass finds stored."""
+    config = TINY.replace(
+        num_hidden_layers=12, hidden_size=256, num_attention_heads=4, intermediate_size=1024
+    )
+    module = MaskedLM(config, Execution(scan_layers=True, remat=remat))
+    params, batch = random_params(config), masked_rows(1, 4)
+    keys = jax.random.split(jax.random.key(0), 1)
+
+    def squared_gradient(params):
+        # Both of its uses, as an optimizer that clips has them.
+        gradient = jax.grad(lambda p: masked_lm_scores(module, p, batch, keys).loss)(params)
+        norm = sum((leaf**2).sum() for leaf in jax.tree.leaves(gradient))
+        return jax.tree.map(lambda p, g: p - g * norm, params, gradient)
+
+    compiled = jax.jit(squared_gradient, donate_argnums=0).lower(params).compile()
+    layers = sum(leaf.nbytes for leaf in jax.tree.leaves(params["encoder"]["layers"]))
+    # The gradient is once all layers; the rest is of single layers and activations.
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.7 * layers
+
+
 def test_logits_in_parts_are_the_same_in_less_memory():
     config = TINY.replace(vocab_size=20_000)
     params, batch = random_params(config), masked_rows(32, 26)
