@@ -34,7 +34,7 @@ def build(weights: Path, case: Case, batch: Batch, modes: list[str]) -> dict[str
     config = transformers.AutoConfig.from_pretrained(weights)
     model = _class(case)(config, _do_init=False)
     params = jax.device_put(_read(weights))
-    make = {"train": _train, "forward": _forward, "generate": _generate}[case.work]
+    make = {"train": _train, "forward": _forward}[case.work]
     return {mode: make(model, params, case, batch) for mode in modes}
 
 
@@ -55,20 +55,6 @@ def _forward(model: Any, params: dict, case: Case, batch: Batch) -> Work:
         return np.asarray(forward(params, inputs))[batch["attention_mask"] == 1]
 
     return Work(check, lambda: jax.block_until_ready(forward(params, inputs)))
-
-
-def _generate(model: Any, params: dict, case: Case, batch: Batch) -> Work:
-    def generate() -> np.ndarray:
-        output = model.generate(
-            batch["input_ids"],
-            params=params,
-            max_length=case.L + case.new_tokens,
-            do_sample=False,
-            num_beams=1,
-        )
-        return np.asarray(output.sequences)
-
-    return Work(generate, generate)
 
 
 def _loss(model: Any, params: dict, batch: Batch, key: jax.Array | None) -> jax.Array:

@@ -25,6 +25,11 @@ def build(weights: Path, case: Case, batch: Batch, modes: list[str]) -> dict[str
     works = {}
     for package, its in ((bridges.pytorch, ("skip_padding", "twin")), (transformers, _THEIRS)):
         model = getattr(package, case.architecture).from_pretrained(weights)
+        if case.work == "generate" and package is transformers:
+            # Its generate counts positions from 0, this family's from pad_token_id + 1: the table
+            # is shifted, so that both compute the same.
+            table = model.get_submodule("roberta_prelayernorm.embeddings.position_embeddings")
+            table.weight.data = table.weight.data.roll(-case.config.pad_token_id - 1, 0)
         works |= {mode: make(model, case, batch, mode) for mode in its if mode in modes}
     return {mode: works[mode] for mode in modes}
 
