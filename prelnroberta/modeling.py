@@ -389,15 +389,11 @@ def run_layers(
 
         # Each turn cuts its layer out of all of them, and the backward pass cuts it again: N - 1 of
         # N as the loop's input would be a copy of nearly all.
-        def nth(layers: Layer, n: Array, x: Array) -> tuple[Array, Kept]:
-            return block(at(layers, n), config, x, context)
-
-        nth = jax.checkpoint(nth, policy=STORED[execution.remat], prevent_cse=False)
-
         def scanned(x: Array, n: Array) -> tuple[Array, tuple[Array | None, Kept]]:
-            x, kept = nth(layers, n, x)
+            x, kept = block(at(layers, n), config, x, context)
             return x, (x if keep_residuals else None, kept)
 
+        scanned = jax.checkpoint(scanned, policy=STORED[execution.remat], prevent_cse=False)
         x, (streams, stacked) = jax.lax.scan(scanned, x, jnp.arange(N - 1))
         residuals = list(streams) if keep_residuals else []
         kept = [at(stacked, n) for n in range(N - 1)]

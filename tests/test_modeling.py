@@ -397,13 +397,13 @@ def test_scan_copies_no_parameters(remat):
     params, batch = random_params(config), masked_rows(1, 4)
     keys = jax.random.split(jax.random.key(0), 1)
 
-    def squared_gradient(params):
+    def clipped_step(params):
         # Both of its uses, as an optimizer that clips has them.
         gradient = jax.grad(lambda p: masked_lm_scores(module, p, batch, keys).loss)(params)
         norm = sum((leaf**2).sum() for leaf in jax.tree.leaves(gradient))
         return jax.tree.map(lambda p, g: p - g * norm, params, gradient)
 
-    compiled = jax.jit(squared_gradient, donate_argnums=0).lower(params).compile()
+    compiled = jax.jit(clipped_step, donate_argnums=0).lower(params).compile()
     layers = sum(leaf.nbytes for leaf in jax.tree.leaves(params["encoder"]["layers"]))
     # The gradient is once all layers; the rest is of single layers and activations.
     assert compiled.memory_analysis().temp_size_in_bytes < 1.7 * layers

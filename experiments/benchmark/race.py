@@ -71,20 +71,19 @@ def families(case: Case) -> list[Family]:
         twin = {"skip_padding": "our PyTorch, padding skipped"} | twin
     torch = {"sdpa": TORCH_SDPA, "eager": "transformers 5 torch eager"}
     tensorflow = {"graph": "transformers 4.57 TF", "xla": "transformers 4.57 TF XLA"}
+    flax = [Family("peer_flax", {}, {"flax": FLAX}, "flax_model.msgpack", overlay=True)]
     if case.work == "generate":
         del tensorflow["xla"]  # its loop is traced by itself
+        flax = []  # its causal model drops the cache without cross-attention, and fails on shapes
     found = [
         Family("ours_flax", ours=ours),
-        Family("peer_flax", {}, {"flax": FLAX}, "flax_model.msgpack", overlay=True),
+        *flax,
         Family("peer_torch", twin, torch),
         Family("peer_tensorflow", {}, tensorflow, "tf_model.h5", overlay=True),
     ]
     if case.work == "forward":
         ours_tf = {"twin graph": "our TensorFlow", "twin xla": "our TensorFlow XLA"}
         found.append(Family("peer_tensorflow", ours=ours_tf))
-    if case.work == "generate":
-        # Its causal model drops the cache unless it has cross-attention: generate fails on shapes.
-        found = [family for family in found if family.module != "peer_flax"]
     return found
 
 
