@@ -412,7 +412,7 @@ def _export() -> None:
 
 def _benchmark() -> None:
     flags.DEFINE_multi_string("case", [], "Only cases whose name holds this; several times: any.")
-    flags.DEFINE_integer("rounds", 7, "How often each contender is timed, in turn.")
+    flags.DEFINE_integer("rounds", 5, "How often each contender is timed; short cases: more.")
     flags.DEFINE_bool("compiled", True, "Also compile the step in several ways: memory and time.")
     flags.DEFINE_string("output", "runs/benchmark", "Where results, table and picture go.")
 

@@ -56,7 +56,9 @@ def main() -> None:
     speeds = ceiling()
     next(speeds)  # the first includes waking up
     load = os.getloadavg()[0]
-    print(f"{found['machine']}; load {load:.1f}\n{len(cases)} cases, {FLAGS.rounds} rounds each")
+    print(
+        f"{found['machine']}; load {load:.1f}\n{len(cases)} cases of {FLAGS.rounds} rounds or more"
+    )
     todo = [case for case in cases if case.name not in done]
     if len(todo) < len(cases):
         print(f"{output} has {len(cases) - len(todo)} of them already")

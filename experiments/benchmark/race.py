@@ -116,9 +116,10 @@ def race(
     names: set[str] | None = None,
     tell: Callable[[str], None] = lambda what: None,
 ) -> list[Result]:
-    """Times every contender of the case in turn, `rounds` times, in alternating order.
+    """Times every contender of the case in turn, in another order each round.
 
     Args:
+        rounds: the least; a case of short runs is given more, up to five times as many.
         names: of those that take part; all by default.
         tell: is told what goes on.
 
@@ -148,15 +149,19 @@ def race(
                 turns.append((worker, mode, results[name]))
         # Long enough for the clock and the scheduler, whatever the case.
         times = max(1, round(_LEAST_SECONDS / min(again)))
+        rounds = max(rounds, min(5 * rounds, round(_CASE_SECONDS / (times * sum(again)))))
+        order = np.random.default_rng(0)
         for number in range(rounds):
             tell(f"round {number + 1} of {rounds}")
-            for worker, mode, result in turns[:: 1 if number % 2 else -1]:
+            for index in order.permutation(len(turns)):
+                worker, mode, result = turns[index]
                 time.sleep(_REST)
                 result.seconds.append(worker.run(mode, times))
     return list(results.values())
 
 
 _LEAST_SECONDS = 0.3
+_CASE_SECONDS = 60.0
 _REST = 0.1  # idle threads of the one before stop spinning
 
 

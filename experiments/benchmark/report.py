@@ -102,8 +102,8 @@ def table(record: Record) -> str:
         )
     limit = record["matrix_product_gflops"]
     lines.append(
-        f"{record['fill']:.0%} of the rows are tokens; matrix products reach {limit:,.0f} GFLOP/s "
-        f"here; numbers agree to {max(r.difference for r in found):.0e}"
+        f"{len(ours.seconds)} rounds; {record['fill']:.0%} of the rows are tokens; matrix products "
+        f"reach {limit:,.0f} GFLOP/s here; numbers agree to {max(r.difference for r in found):.0e}"
     )
     return "\n".join(lines)
 
