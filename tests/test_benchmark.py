@@ -67,6 +67,12 @@ def test_another_function_is_refused(folder, monkeypatch):
         run(CASES[0], folder, {"ours packed"})
 
 
+def test_short_cases_are_timed_more_often(folder, monkeypatch):
+    monkeypatch.setattr(race, "_CASE_SECONDS", 1e9)
+    for result in run(CASES[0], folder, {"ours packed"}, rounds=2):
+        assert len(result.seconds) == 5 * 2
+
+
 def test_every_real_token_is_worked_on_and_no_pad_is_counted(folder):
     from experiments.benchmark.ours_flax import _batches
 
