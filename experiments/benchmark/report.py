@@ -126,7 +126,8 @@ def summary(records: list[Record]) -> str:
     ]
     for record in records:
         found = {r.name: r for r in results(record)}
-        ours, best = next(iter(found.values())), best_peer(list(found.values()))
+        ours = next(iter(found.values()))
+        best = best_peer(ours, list(found.values()))
         rate = record["tokens"] / float(np.median(ours.seconds))
         padded = found.get("ours padded")
         beside = f" (padded {_ratio(padded, best)})" if padded and padded is not ours else ""
