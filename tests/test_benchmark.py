@@ -63,6 +63,12 @@ def test_losses_of_tasks_agree_and_short_cases_are_timed_more_often(folder, mode
     assert {len(result.seconds) for result in results} == {5 * 2}
 
 
+def test_first_seconds_hold_the_compiling(folder):
+    results = run(Case("forward", "base", **RAGGED), folder, {"ours packed"})
+    for result in results:
+        assert result.first > 10 * result.seconds[0]
+
+
 def test_another_function_is_refused(folder, monkeypatch):
     monkeypatch.setattr(race, "_LARGEST_DIFFERENCE", -1.0)
     with pytest.raises(InputError, match="ours packed differs from ours by"):

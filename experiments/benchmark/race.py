@@ -93,7 +93,8 @@ class Result:
 
     Attributes:
         difference: of its checked numbers from ours, rms over rms.
-        first: seconds of the first time, compiling included.
+        first: seconds of checking its numbers and of the first run, compiling included: a forward
+            pass is compiled for the one, a training step for the other.
         imported: seconds until its libraries are loaded.
         peak_bytes: largest resident memory, if it had a process to itself until then.
         seconds: of each round.

@@ -32,8 +32,11 @@ def main(module: str, weights: str, case_folder: str, *modes: str) -> None:
     works = contender.build(Path(weights), case, batch, list(modes))
     # Before any trains: modes may share one model.
     checked = {mode: Path(case_folder) / f"{module}-{mode}.npy" for mode in works}
+    checking = {}
     for mode, work in works.items():
+        begin = time.perf_counter()
         np.save(checked[mode], np.asarray(work.check()))
+        checking[mode] = time.perf_counter() - begin
     for number, (mode, work) in enumerate(works.items()):
         first, again = _seconds(work, 1), _seconds(work, 1)
         peak = _peak_bytes()
@@ -42,7 +45,7 @@ def main(module: str, weights: str, case_folder: str, *modes: str) -> None:
                 {
                     "checked": str(checked[mode]),
                     "imported": imported,
-                    "first": first,
+                    "first": checking[mode] + first,
                     "again": again,
                     # Of a process that ran this mode alone.
                     "peak_bytes": None if number else peak,
