@@ -55,17 +55,16 @@ def test_all_contenders_agree(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["question_answering", "multiple_choice"])
-def test_losses_of_tasks_agree_and_short_cases_are_timed_more_often(folder, model, monkeypatch):
-    monkeypatch.setattr(race, "_CASE_SECONDS", 1e9)
+def test_losses_of_tasks_agree(folder, model):
     [case] = [case for case in CASES if case.model == model]
-    results = run(case, folder, {"ours packed", race.TORCH_SDPA}, rounds=2)
+    results = run(case, folder, {"ours packed", race.TORCH_SDPA})
     assert {"ours packed", "ours padded", race.TORCH_SDPA} <= {r.name for r in results}
-    assert {len(result.seconds) for result in results} == {5 * 2}
 
 
-def test_first_seconds_hold_the_compiling(folder):
-    results = run(Case("forward", "base", **RAGGED), folder, {"ours packed"})
-    for result in results:
+def test_first_seconds_hold_the_compiling_and_short_cases_get_more_rounds(folder, monkeypatch):
+    monkeypatch.setattr(race, "_CASE_SECONDS", 1e9)
+    for result in run(Case("forward", "base", **RAGGED), folder, {"ours packed"}, rounds=2):
+        assert len(result.seconds) == 5 * 2
         assert result.first > 10 * result.seconds[0]
 
 
