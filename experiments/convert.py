@@ -5,7 +5,7 @@ python -m experiments.convert --input=checkpoint_best.pt --output=models/mine
 python -m experiments.convert --input=models/mine --output=for_fairseq --to=fairseq
 
 What is not RoBERTa-PreLayerNorm is refused with the reason. Both sides are then run, and the error
-printed. bridges/fairseq/README.md lists the forms.
+printed. bridges/formats/fairseq/README.md lists the forms.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prelnroberta.files import written_whole
 if TYPE_CHECKING:
     import tokenizers
 
-    from bridges.checkpoint import Checkpoint
+    from bridges.formats.checkpoint import Checkpoint
 
 flags.declare("convert")
 
@@ -30,8 +30,8 @@ def main() -> int:
     if not FLAGS.describe:
         check_output()
 
-    from bridges.detect import find_tokenizer, open_checkpoint
-    from bridges.verify import compare
+    from bridges.formats.detect import find_tokenizer, open_checkpoint
+    from bridges.verify.conversion import compare
 
     checkpoint = open_checkpoint(input_path(), FLAGS.head)
     describe(checkpoint)
@@ -111,7 +111,7 @@ def write(
     """Writes the output's files into an empty directory; returns its head, where it has several."""
     config, model = checkpoint.config, checkpoint.model
     if FLAGS.to == "fairseq":
-        from bridges.fairseq import writing
+        from bridges.formats.fairseq import writing
 
         writing.save(directory, tree, config, model, tokenizer, dtype)
         for remark in writing.remarks(tree, config, model):
@@ -119,7 +119,7 @@ def write(
         return writing.HEAD if model == "sequence_classification" else None
 
     from prelnroberta.data.tokenizer import save_tokenizer
-    from prelnroberta.huggingface import save_pretrained
+    from prelnroberta.pretrained.hf_checkpoint import save_pretrained
 
     save_pretrained(directory, tree, config, model, dtype=dtype)
     if tokenizer is not None:

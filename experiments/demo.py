@@ -23,7 +23,7 @@ from experiments.flags import FLAGS
 if TYPE_CHECKING:
     import tokenizers
 
-    from prelnroberta.data.corpus import Document
+    from prelnroberta.data.pretraining.corpus import Document
 
 RECIPE = Path(__file__).parent / "recipes" / "demo.flags"
 SENTENCES = 10
@@ -44,7 +44,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, before)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    from experiments.report import describe_validation, read_records
+    from experiments.common.report import describe_validation, read_records
 
     records = read_records(run_dir / "metrics.jsonl")
     first, *_, last = [record for record in records if record["kind"] == "validation"]
@@ -57,10 +57,10 @@ def main() -> int:
 
 def fill_masks(run_dir: Path) -> None:
     """Hides a word in each of some sentences that training never saw, and shows the guesses."""
-    from prelnroberta.data.corpus import DocstringCorpus
+    from prelnroberta.data.pretraining.corpus import DocstringCorpus
     from prelnroberta.data.tokenizer import load_tokenizer
-    from prelnroberta.fill_mask import FillMask
-    from prelnroberta.huggingface import load_pretrained
+    from prelnroberta.inference.fill_mask import FillMask
+    from prelnroberta.pretrained.hf_checkpoint import load_pretrained
 
     print("\nlooking for sentences in the documentation that was held out", flush=True)
     params, config = load_pretrained(run_dir / "model")
@@ -87,7 +87,7 @@ def held_out_riddles(
     documents: Iterator[Document], fraction: float, tokenizer: tokenizers.Tokenizer
 ) -> list[tuple[str, str]]:
     """(sentence with a mask, the hidden word), chosen by hash: by neither hand nor model."""
-    from prelnroberta.data.corpus import is_validation
+    from prelnroberta.data.pretraining.corpus import is_validation
 
     def shuffled(text: str) -> str:
         return hashlib.sha256(text.encode()).hexdigest()

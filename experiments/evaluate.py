@@ -28,15 +28,15 @@ def main() -> int:
     flags.start_hosts()
     folder = flags.model_folder(FLAGS.model)
 
-    from experiments.judge import Judge, write_results
+    from experiments.common.evaluator import Judge, write_results
     from experiments.tasks import TASKS, cut
-    from prelnroberta import hosts
     from prelnroberta.config import RobertaPreLayerNormConfig
-    from prelnroberta.data.bad_rows import BadRows
-    from prelnroberta.data.bucketing import bucket_lengths, evaluation_batches
+    from prelnroberta.data.batches.buckets import bucket_lengths, evaluation_batches
+    from prelnroberta.data.readers.row_errors import BadRows
     from prelnroberta.data.tokenizer import load_tokenizer
-    from prelnroberta.heads import MODULES
-    from prelnroberta.huggingface import load_pretrained
+    from prelnroberta.distributed import multihost
+    from prelnroberta.model.heads import MODULES
+    from prelnroberta.pretrained.hf_checkpoint import load_pretrained
 
     settings = flags.task_settings(RobertaPreLayerNormConfig.from_json(folder), folder)
     task, bad = TASKS[settings.task](settings), BadRows(FLAGS.skip_bad_rows)
@@ -56,7 +56,7 @@ def main() -> int:
         positions, ways = FLAGS.eval_positions, layout.row_ways
         batches = evaluation_batches(features, buckets, positions, ways)
         rows, scores = judge(judge.weights(params), features, batches)
-    if hosts.is_first():
+    if multihost.is_first():
         more = {"model": str(folder), "file": FLAGS.file, "loss": float(scores.mean)}
         output = Path(FLAGS.output) if FLAGS.output else None
         print(in_words(task, write_results(output, task, features, rows, FLAGS.bootstrap, **more)))

@@ -32,7 +32,7 @@ from experiments import flags
 from experiments.flags import FLAGS
 
 if TYPE_CHECKING:
-    from prelnroberta.data.corpus import Document
+    from prelnroberta.data.pretraining.corpus import Document
 
 flags.declare("example_data", "new_folder")
 
@@ -45,7 +45,7 @@ def main() -> int:
     flags.positive("train_examples", "dev_examples")
     flags.check_new_folder(FLAGS.output)
 
-    from prelnroberta.data.corpus import DocstringCorpus
+    from prelnroberta.data.pretraining.corpus import DocstringCorpus
     from prelnroberta.files import written_whole
 
     corpus = DocstringCorpus()
@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def divided(documents: Iterable[Document]) -> dict[str, list[Document]]:
-    from prelnroberta.data.corpus import is_validation
+    from prelnroberta.data.pretraining.corpus import is_validation
 
     splits: dict[str, list[Document]] = {"train": [], "dev": []}
     for document in documents:

@@ -45,7 +45,7 @@ def main() -> int:
         for module, extra in _NEEDS[form]:
             flags.needs(module, extra, f"--format={form}")
 
-    from experiments.model_card import model_card
+    from experiments.common.model_card import model_card
     from prelnroberta.params import parameter_count
 
     params, config, model = load(directory)
@@ -76,16 +76,16 @@ def main() -> int:
 
 def load(directory: Path) -> tuple[Tree, RobertaPreLayerNormConfig, str]:
     """The tree, config and model that config.json's `architectures` names."""
-    from prelnroberta import huggingface
+    from prelnroberta.pretrained import hf_checkpoint
 
-    tensors, source = huggingface.read_weights(directory)
-    config = huggingface.RobertaPreLayerNormConfig.from_json(directory)
+    tensors, source = hf_checkpoint.read_weights(directory)
+    config = hf_checkpoint.RobertaPreLayerNormConfig.from_json(directory)
     named = config.extra.get("architectures") or [None]
     # RobertaPreLayerNormModel comes with a pooler or without.
     pooled = any(name.endswith("pooler.dense.weight") for name in tensors)
     names = {
         cls.removeprefix("Flax").removeprefix("TF"): model
-        for model, cls in huggingface.ARCHITECTURES.items()
+        for model, cls in hf_checkpoint.ARCHITECTURES.items()
         if model != ("encoder" if pooled else "base")
     }
     model = names.get(str(named[0]).removeprefix("Flax").removeprefix("TF"))
@@ -93,14 +93,14 @@ def load(directory: Path) -> tuple[Tree, RobertaPreLayerNormConfig, str]:
         raise InputError(
             f"{directory}/config.json: architectures={named}, expected one of {', '.join(names)}"
         )
-    return huggingface.from_tensors(tensors, config, model, source), config, model
+    return hf_checkpoint.from_tensors(tensors, config, model, source), config, model
 
 
 def parity(params: Tree, config: RobertaPreLayerNormConfig, model: str) -> list[Any]:
     """The float32 errors of the twins whose frameworks are installed; none without torch."""
     import importlib.util
 
-    from bridges.parity import MODELS, check, make_batch
+    from bridges.verify.parity import MODELS, check, make_batch
 
     installed = [f for f in ("torch", "tensorflow") if importlib.util.find_spec(f)]
     if "torch" not in installed or model not in MODELS:
@@ -118,7 +118,7 @@ def write_huggingface(
     params: Tree, config: RobertaPreLayerNormConfig, model: str, source: Path, output: Path
 ) -> Run:
     from prelnroberta.data.tokenizer import load_tokenizer, save_tokenizer
-    from prelnroberta.huggingface import load_pretrained, save_pretrained
+    from prelnroberta.pretrained.hf_checkpoint import load_pretrained, save_pretrained
 
     save_pretrained(output, params, config, model)
     if (source / "tokenizer.json").exists() or (source / "vocab.json").exists():
@@ -173,7 +173,7 @@ def write_tensorflow(
     # First, because it keeps TensorFlow from chatting on standard error.
     from bridges import tensorflow as twins
     from bridges.tensorflow.export import save_saved_model
-    from prelnroberta.huggingface import ARCHITECTURES
+    from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES
 
     # isort: split
     import tensorflow as tf
@@ -195,7 +195,7 @@ def write_stablehlo(
 ) -> Run:
     import numpy as np
 
-    from prelnroberta.stablehlo import load_stablehlo, save_stablehlo
+    from prelnroberta.inference.stablehlo import load_stablehlo, save_stablehlo
 
     save_stablehlo(params, config, model, output / "stablehlo")
     call = load_stablehlo(output / "stablehlo")
@@ -222,7 +222,7 @@ def options(model: str) -> dict[str, bool]:
 
 def pytorch_twin(params: Tree, config: RobertaPreLayerNormConfig, model: str) -> Any:
     from bridges import pytorch
-    from prelnroberta.huggingface import ARCHITECTURES
+    from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES
 
     return getattr(pytorch, ARCHITECTURES[model]).from_params(params, config, **options(model))
 
@@ -236,7 +236,7 @@ def flax(params: Tree, config: RobertaPreLayerNormConfig, model: str) -> Run:
     import jax
     import numpy as np
 
-    from prelnroberta.stablehlo import forward
+    from prelnroberta.inference.stablehlo import forward
 
     call = jax.jit(partial(forward, config, model))
 

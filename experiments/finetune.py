@@ -25,7 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments import flags, grid
+from experiments import flags
+from experiments.common import sweep
 from experiments.flags import FLAGS
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
@@ -36,40 +37,40 @@ if TYPE_CHECKING:
     import tokenizers
 
     from experiments.tasks import Task
-    from prelnroberta.data.bucketing import Features
-    from prelnroberta.heads import LossSettings
-    from prelnroberta.optimizer import Optimization
+    from prelnroberta.data.batches.buckets import Features
+    from prelnroberta.distributed.sharding import Layout
+    from prelnroberta.model.heads import LossSettings
     from prelnroberta.params import Tree
-    from prelnroberta.sharding import Layout
-    from prelnroberta.train import TrainState
+    from prelnroberta.training.optimizer import Optimization
+    from prelnroberta.training.train_step import TrainState
 
 flags.declare("run", "task", "model", "optimization", "compute", "scale", "finetuning")
 
 
 def main() -> int:
-    from prelnroberta import hosts
+    from prelnroberta.distributed import multihost
 
     run_dir = Path(FLAGS.run_dir)
     flags.start_hosts()
-    points = grid.points(FLAGS.seeds, FLAGS.sweep)
+    points = sweep.points(FLAGS.seeds, FLAGS.sweep)
     if not points:
         return finetune(run_dir)
     for point in points:
-        with grid.flags_of(point, run_dir):
-            print(f"{grid.name(point)}, in {FLAGS.run_dir}", flush=True)
+        with sweep.flags_of(point, run_dir):
+            print(f"{sweep.name(point)}, in {FLAGS.run_dir}", flush=True)
             if code := finetune(Path(FLAGS.run_dir)):
                 return code
-    if hosts.is_first():
-        print(grid.write_table(run_dir, points))
+    if multihost.is_first():
+        print(sweep.write_table(run_dir, points))
     return 0
 
 
 def finetune(run_dir: Path) -> int:
     """One run: flags -> data -> model -> steps -> the best model and its report."""
-    from prelnroberta import hosts
     from prelnroberta.data.tokenizer import load_tokenizer
+    from prelnroberta.distributed import multihost
 
-    with hosts.first_before_others(f"claim {run_dir}"):
+    with multihost.first_before_others(f"claim {run_dir}"):
         check_settings(run_dir)
         if (run_dir / "results.json").exists():  # the last file that a run writes
             print(f"{run_dir} is complete\n{described(run_dir)}")
@@ -126,8 +127,8 @@ class Data:
 
 def read_data(tokenizer: tokenizers.Tokenizer) -> Data:
     from experiments.tasks import TASKS, cut
-    from prelnroberta.data.bad_rows import BadRows
-    from prelnroberta.data.bucketing import bucket_lengths
+    from prelnroberta.data.batches.buckets import bucket_lengths
+    from prelnroberta.data.readers.row_errors import BadRows
 
     config = flags.config(tokenizer.get_vocab_size())
     settings = flags.task_settings(config)
@@ -159,8 +160,8 @@ def initial_model(
     import jax
     import numpy as np
 
-    from prelnroberta import huggingface
     from prelnroberta import params as parameters
+    from prelnroberta.pretrained import hf_checkpoint
 
     size = tokenizer.get_vocab_size()
     given = flags.config(size)
@@ -178,8 +179,8 @@ def initial_model(
 
     if FLAGS.init_from is None or FLAGS.scratch:
         return config, new()
-    tensors, source = huggingface.read_weights(flags.model_folder(FLAGS.init_from))
-    params, swapped = huggingface.read_tensors(
+    tensors, source = hf_checkpoint.read_weights(flags.model_folder(FLAGS.init_from))
+    params, swapped = hf_checkpoint.read_tensors(
         tensors, config, task.model, source, new, ignore_mismatched_sizes=True
     )
     if str(swapped):
@@ -215,7 +216,7 @@ class Plan:
 
 def make_plan(data: Data, config: RobertaPreLayerNormConfig) -> Plan:
     """Counts from the data what flags leave open."""
-    from prelnroberta import optimizer as optimizers
+    from prelnroberta.training import optimizer as optimizers
 
     epoch = math.ceil(len(data.train.lengths) / FLAGS.batch_size)
     steps = FLAGS.steps or math.ceil(FLAGS.epochs * epoch)
@@ -229,7 +230,7 @@ def make_plan(data: Data, config: RobertaPreLayerNormConfig) -> Plan:
 
 def loss_settings(data: Data) -> LossSettings:
     """--label_smoothing, --class_weights"""
-    from prelnroberta.heads import LossSettings
+    from prelnroberta.model.heads import LossSettings
 
     names, given = data.task.settings.labels, FLAGS.class_weights
     weights = None
@@ -253,7 +254,7 @@ def loss_settings(data: Data) -> LossSettings:
 
 def first_state(layout: Layout, params: Tree, plan: Plan) -> TrainState:
     """The state before the first step, where its parts lie."""
-    from prelnroberta.train import TrainState
+    from prelnroberta.training.train_step import TrainState
 
     return layout.born(lambda given: TrainState.create(given, plan.optimizer), layout.put(params))
 
@@ -270,19 +271,19 @@ def run(
     """State -> steps -> the best state -> model and report."""
     import jax
 
-    from experiments.judge import Judge, write_results
-    from experiments.pictures import draw_curves
-    from experiments.report import NoReport, Report, duration, read_records
-    from experiments.training import Cadence, compiled, resume, train
-    from prelnroberta import hosts
+    from experiments.common.evaluator import Judge, write_results
+    from experiments.common.loop import Cadence, compiled, resume, train
+    from experiments.common.plots import draw_curves
+    from experiments.common.report import NoReport, Report, duration, read_records
     from prelnroberta import params as parameters
-    from prelnroberta.checkpoint import Checkpoints
-    from prelnroberta.data.bucketing import evaluation_batches
+    from prelnroberta.data.batches.buckets import evaluation_batches
     from prelnroberta.data.tokenizer import save_tokenizer
-    from prelnroberta.heads import MODULES, Scores
-    from prelnroberta.huggingface import save_pretrained
-    from prelnroberta.optimizer import learning_rate
-    from prelnroberta.train import parallel, train_step
+    from prelnroberta.distributed import multihost
+    from prelnroberta.model.heads import MODULES, Scores
+    from prelnroberta.pretrained.hf_checkpoint import save_pretrained
+    from prelnroberta.training.checkpoint import Checkpoints
+    from prelnroberta.training.optimizer import learning_rate
+    from prelnroberta.training.train_step import parallel, train_step
 
     begin = time.monotonic()
     task, losses, steps, optimizer = data.task, plan.losses, plan.settings.steps, plan.optimizer
@@ -345,7 +346,9 @@ def run(
             step = parallel(train_step(score, optimizer, FLAGS.seed, FLAGS.accumulate), layout)
             first = layout.place(loader.batch(start, rows))
             step, compile_seconds = compiled(step, state, first)
-            if hosts.is_first():  # only now: it tells what is left by the time since it was made
+            if (
+                multihost.is_first()
+            ):  # only now: it tells what is left by the time since it was made
                 report = Report(run_dir, steps, start, description(task, trivial))
             with loader.prefetch(start, rows=rows) as batches:
                 state, stopped = train(
@@ -384,7 +387,7 @@ def run(
 
     rows, _ = judged(state)
     params = layout.gathered(state.params)
-    if hosts.is_first():
+    if multihost.is_first():
         save_tokenizer(tokenizer, run_dir / "model", config.max_length)
         flags.save_task_settings(task.settings, run_dir / "model")
         save_pretrained(run_dir / "model", params, config, task.model)
@@ -392,7 +395,7 @@ def run(
         more = {"metric": task.metric, "trivial": trivial, "best_step": best, "steps": steps}
         write_results(run_dir, task, data.dev, rows, **more)
         print(f"finished in {duration(time.monotonic() - begin)}\n{described(run_dir)}")
-    hosts.barrier(f"end {run_dir}")
+    multihost.barrier(f"end {run_dir}")
     return 0
 
 

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     import numpy as np
 
     from experiments.tasks import TaskSettings
-    from prelnroberta.data.corpus import DocstringCorpus, FileCorpus
-    from prelnroberta.data.masking import Masking
-    from prelnroberta.modeling import Execution
-    from prelnroberta.optimizer import Optimization
-    from prelnroberta.sharding import Layout, Parallelism
+    from prelnroberta.data.pretraining.corpus import DocstringCorpus, FileCorpus
+    from prelnroberta.data.pretraining.masking import Masking
+    from prelnroberta.distributed.sharding import Layout, Parallelism
+    from prelnroberta.model.encoder import Execution
+    from prelnroberta.training.optimizer import Optimization
 
 FLAGS = flags.FLAGS
 
@@ -140,7 +140,7 @@ def _fast_start() -> None:
         "fast_start",
         False,
         "Start with first-layer heads that look at the neighbours, which ends the plateau at word "
-        "frequencies early (prelnroberta/fast_start.py).",
+        "frequencies early (prelnroberta/training/fast_start.py).",
     )
 
 
@@ -510,9 +510,9 @@ def launch(main: Callable[[], int | None]) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except RuntimeError as error:
-            from prelnroberta import hosts
+            from prelnroberta.distributed import multihost
 
-            if not hosts.is_lost_host(error):
+            if not multihost.is_lost_host(error):
                 raise
             print(
                 "error: another host of this job is gone: start all of them again with the same "
@@ -520,7 +520,7 @@ def launch(main: Callable[[], int | None]) -> None:
                 file=sys.stderr,
                 flush=True,
             )
-            hosts.leave(hosts.TRY_AGAIN)
+            multihost.leave(multihost.TRY_AGAIN)
         except OSError as error:
             if error.errno not in _MACHINE_ERRORS:
                 raise
@@ -610,7 +610,7 @@ def needs(module: str, extra: str, flag: str) -> None:
 
 def corpus() -> DocstringCorpus | FileCorpus:
     """--corpus"""
-    from prelnroberta.data.corpus import DocstringCorpus, FileCorpus
+    from prelnroberta.data.pretraining.corpus import DocstringCorpus, FileCorpus
 
     if FLAGS.corpus == ["docstrings"]:
         return DocstringCorpus()
@@ -621,7 +621,7 @@ def corpus() -> DocstringCorpus | FileCorpus:
 
 def masking(vocab_size: int, word_starts: np.ndarray) -> Masking:
     """--mask_*; the split is what is left to `<mask>`."""
-    from prelnroberta.data.masking import Masking
+    from prelnroberta.data.pretraining.masking import Masking
 
     if not 0 < FLAGS.mask_rate < 1:
         raise InputError(f"--mask_rate={FLAGS.mask_rate}, expected a share inside (0, 1)")
@@ -749,7 +749,7 @@ def save_task_settings(settings: TaskSettings, folder: Path) -> None:
 
 def optimization(**counted: int) -> Optimization:
     """The optimizer's settings, each under its field's name; `counted` are not read from flags."""
-    from prelnroberta.optimizer import Optimization
+    from prelnroberta.training.optimizer import Optimization
 
     names = {field.name for field in dataclasses.fields(Optimization)} - counted.keys()
     return Optimization(**{name: FLAGS[name].value for name in names}, **counted)
@@ -759,7 +759,7 @@ def execution(logits_at_once: int = 0) -> Execution:
     """--dtype, --remat, --attention, --scan_layers"""
     import jax.numpy as jnp
 
-    from prelnroberta.modeling import Execution
+    from prelnroberta.model.encoder import Execution
 
     return Execution(
         dtype=jnp.dtype(FLAGS.dtype),
@@ -777,7 +777,7 @@ def check_attention(config: RobertaPreLayerNormConfig, length: int) -> None:
     import jax
     import jax.numpy as jnp
 
-    from prelnroberta.fused_attention import refusals
+    from prelnroberta.model.attention_kernels import refusals
 
     platform = "tpu" if FLAGS.rehearse else jax.default_backend()
     dtype = jnp.dtype(FLAGS.dtype)
@@ -817,10 +817,10 @@ def start_hosts() -> None:
     if not FLAGS.multihost and not FLAGS.coordinator:
         return
     positive("lost_after_seconds")
-    from prelnroberta import hosts
+    from prelnroberta.distributed import multihost
 
-    hosts.start(*by_hand, FLAGS.lost_after_seconds)
-    if not hosts.is_first():
+    multihost.start(*by_hand, FLAGS.lost_after_seconds)
+    if not multihost.is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # to the end of the process
 
 
@@ -833,7 +833,7 @@ def layout(
 ) -> Layout:
     """--parallelism and the mesh, on the devices there are or those given, checked against the
     model and batch. Prints what it is."""
-    from prelnroberta.sharding import Layout
+    from prelnroberta.distributed.sharding import Layout
 
     made = Layout(parallelism(), config, model, devices)
     made.check_batch(batch_size, accumulate)
@@ -843,7 +843,7 @@ def layout(
 
 def parallelism() -> Parallelism:
     """--parallelism, --mesh_*, --dcn_axis"""
-    from prelnroberta.sharding import Parallelism
+    from prelnroberta.distributed.sharding import Parallelism
 
     return Parallelism(
         strategy=FLAGS.parallelism,

@@ -22,7 +22,7 @@ from prelnroberta.errors import InputError
 from prelnroberta.files import written_whole
 
 if TYPE_CHECKING:
-    from bridges.parity import Error
+    from bridges.verify.parity import Error
     from prelnroberta.config import RobertaPreLayerNormConfig
     from prelnroberta.params import Tree
 
@@ -39,7 +39,7 @@ class Served(NamedTuple):
 
 
 def main() -> int:
-    from bridges.parity import KINDS, check, make_batch
+    from bridges.verify.parity import KINDS, check, make_batch
 
     flags.positive("sequence_length")
     directory = flags.model_folder(FLAGS.checkpoint)
@@ -77,12 +77,12 @@ def all_served(directory: Path) -> Iterator[Served]:
     """Every model on this folder's encoder; heads that it does not have get new values."""
     import jax
 
-    from bridges.parity import MODELS
-    from prelnroberta import huggingface
+    from bridges.verify.parity import MODELS
     from prelnroberta import params as parameters
     from prelnroberta.config import RobertaPreLayerNormConfig
+    from prelnroberta.pretrained import hf_checkpoint
 
-    tensors, source = huggingface.read_weights(directory)
+    tensors, source = hf_checkpoint.read_weights(directory)
     saved = RobertaPreLayerNormConfig.from_json(directory)
     for model in MODELS:
         config = saved.replace(is_decoder=True) if model == "causal_lm" else saved
@@ -90,7 +90,7 @@ def all_served(directory: Path) -> Iterator[Served]:
         def initial(config: RobertaPreLayerNormConfig = config, model: str = model) -> Tree:
             return parameters.init(config, jax.random.key(FLAGS.seed), model)
 
-        params, swapped = huggingface.read_tensors(tensors, config, model, source, initial)
+        params, swapped = hf_checkpoint.read_tensors(tensors, config, model, source, initial)
         yield Served(params, config, model, ", ".join(swapped.new))
 
 
@@ -116,7 +116,7 @@ NOTE = "rms and largest error against the same function in float64, relative to 
 
 def cells(run: list[Error]) -> list[str]:
     """Who ran, and the worst error of each kind."""
-    from bridges.parity import KINDS, worst
+    from bridges.verify.parity import KINDS, worst
 
     found = [worst(run, kind) for kind in KINDS]
     return [
@@ -127,7 +127,7 @@ def cells(run: list[Error]) -> list[str]:
 
 def verdict(run: list[Error]) -> str:
     """ok, or where it begins to differ."""
-    from bridges.parity import diagnosis
+    from bridges.verify.parity import diagnosis
 
     return diagnosis(run) or "ok"
 
@@ -143,7 +143,7 @@ def columns(texts: list[str]) -> str:
 
 def write_html(path: Path, title: str, runs: list[list[Error]]) -> None:
     """The table, and the error of every hidden state of every run."""
-    from bridges.parity import KINDS
+    from bridges.verify.parity import KINDS
 
     head = "".join(f"<th>{name}</th>" for name in ("class", "framework", "dtype", *KINDS, ""))
     rows = "".join(

@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import flags
+from experiments.common.text_input import opened, reads_keyboard, texts
 from experiments.flags import FLAGS
-from experiments.texts import opened, reads_keyboard, texts
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 from prelnroberta.files import written_whole
 
 if TYPE_CHECKING:
     from experiments.tasks import Answer
-    from prelnroberta.fill_mask import Guess
+    from prelnroberta.inference.fill_mask import Guess
 
 flags.declare("predict", "task_or_use", "compute")
 
@@ -43,9 +43,9 @@ def main() -> int:
     folder = flags.model_folder(FLAGS.model)
     task = FLAGS.task or made_for(folder)
     if task in ("embed", "attention"):
-        from experiments import insides
+        from experiments.common import embeddings
 
-        return insides.embed(folder) if task == "embed" else insides.draw_attention(folder)
+        return embeddings.embed(folder) if task == "embed" else embeddings.draw_attention(folder)
     if task in ("fill_mask", "masked_lm"):
         return fill_masks(folder)
     if task in ("generate", "causal_lm"):
@@ -99,13 +99,13 @@ def write_lines(answers: Iterable[Answer]) -> int:
 
 def answer_examples(folder: Path) -> int:
     """The answers of a fine-tuned model, chunk by chunk."""
-    from experiments.judge import Judge, by_length
+    from experiments.common.evaluator import Judge, by_length
     from experiments.tasks import TASKS
-    from prelnroberta.data.bad_rows import BadRows
+    from prelnroberta.data.readers.row_errors import BadRows
     from prelnroberta.data.tokenizer import load_tokenizer
-    from prelnroberta.heads import MODULES
-    from prelnroberta.huggingface import load_pretrained
-    from prelnroberta.sharding import Layout, Parallelism
+    from prelnroberta.distributed.sharding import Layout, Parallelism
+    from prelnroberta.model.heads import MODULES
+    from prelnroberta.pretrained.hf_checkpoint import load_pretrained
 
     settings = flags.task_settings(RobertaPreLayerNormConfig.from_json(folder), folder)
     task, bad = TASKS[settings.task](settings), BadRows(skip=True)
@@ -147,7 +147,7 @@ def continuations(folder: Path) -> Iterator[Answer]:
     import numpy as np
 
     from prelnroberta.data.tokenizer import EOS_ID, load_tokenizer
-    from prelnroberta.pretrained import FlaxRobertaPreLayerNormForCausalLM
+    from prelnroberta.pretrained.flax_models import FlaxRobertaPreLayerNormForCausalLM
 
     model = FlaxRobertaPreLayerNormForCausalLM.from_pretrained(folder, dtype=FLAGS.dtype)
     tokenizer = load_tokenizer(folder)
@@ -191,8 +191,8 @@ def continuations(folder: Path) -> Iterator[Answer]:
 
 def fill_masks(folder: Path) -> int:
     from prelnroberta.data.tokenizer import load_tokenizer
-    from prelnroberta.fill_mask import FillMask
-    from prelnroberta.huggingface import load_pretrained
+    from prelnroberta.inference.fill_mask import FillMask
+    from prelnroberta.pretrained.hf_checkpoint import load_pretrained
 
     params, config = load_pretrained(folder)
     fill = FillMask(params, config, load_tokenizer(folder), flags.execution())

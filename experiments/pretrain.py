@@ -29,13 +29,13 @@ from prelnroberta.files import written_whole
 if TYPE_CHECKING:
     import tokenizers
 
-    from prelnroberta.data.loader import Loader
-    from prelnroberta.data.packing import Rows
-    from prelnroberta.data.token_files import TokenFiles
-    from prelnroberta.metrics import UnigramBaseline
+    from prelnroberta.data.pretraining.loader import Loader
+    from prelnroberta.data.pretraining.packing import Rows
+    from prelnroberta.data.pretraining.token_files import TokenFiles
+    from prelnroberta.distributed.sharding import Layout
+    from prelnroberta.metrics.unigram import UnigramBaseline
     from prelnroberta.params import Tree
-    from prelnroberta.sharding import Layout
-    from prelnroberta.train import ScoreFn, TrainState
+    from prelnroberta.training.train_step import ScoreFn, TrainState
 
 flags.declare(
     "run", "corpus", "rows", "masking", "model", "fast_start", "optimization", "compute", "scale"
@@ -43,14 +43,14 @@ flags.declare(
 
 
 def main() -> int:
-    from prelnroberta import hosts
+    from prelnroberta.distributed import multihost
 
     run_dir = Path(FLAGS.run_dir)
     flags.start_hosts()
     config = check_settings()
     if FLAGS.rehearse:
         return rehearse(config)
-    with hosts.first_before_others("claim"):
+    with multihost.first_before_others("claim"):
         flags.check_run(run_dir)
         if (run_dir / "model" / "config.json").exists():  # the last file that a run writes
             print(f"{run_dir} is complete: {FLAGS.steps:,} steps of {FLAGS.steps:,}")
@@ -69,8 +69,8 @@ def main() -> int:
 
 def rehearse(config: RobertaPreLayerNormConfig) -> int:
     """--rehearse"""
-    from experiments import rehearse as program
-    from prelnroberta import optimizer as optimizers
+    from experiments.common import compile_topology as program
+    from prelnroberta.training import optimizer as optimizers
 
     L, M = FLAGS.sequence_length, flags.masked_slots(config.vocab_size)
     rows = dict.fromkeys(("input_ids", "segment_ids", "position_ids"), ((L,), "int32"))
@@ -88,7 +88,7 @@ def flops_per_row(config: RobertaPreLayerNormConfig) -> int:
 
 def scoring(config: RobertaPreLayerNormConfig) -> ScoreFn:
     """The masked-LM loss as steps and evaluations take it."""
-    from prelnroberta.heads import MaskedLM, masked_lm_scores
+    from prelnroberta.model.heads import MaskedLM, masked_lm_scores
 
     module = MaskedLM(config, flags.execution(FLAGS.logits_at_once))
 
@@ -114,7 +114,7 @@ def check_settings() -> RobertaPreLayerNormConfig:
     if FLAGS.sequence_length < 3:
         raise InputError(f"--sequence_length={FLAGS.sequence_length}, expected 3 or more")
     if FLAGS.fast_start and not FLAGS.init_from:
-        from prelnroberta.fast_start import check_length
+        from prelnroberta.training.fast_start import check_length
 
         check_length(config, FLAGS.sequence_length)
     config.check_length(FLAGS.sequence_length, f"--sequence_length={FLAGS.sequence_length}: a row")
@@ -125,7 +125,7 @@ def check_settings() -> RobertaPreLayerNormConfig:
 
 def given_params() -> Tree | None:
     """The weights of --init_from, read before the long work."""
-    from prelnroberta.huggingface import load_pretrained
+    from prelnroberta.pretrained.hf_checkpoint import load_pretrained
 
     return load_pretrained(flags.model_folder(FLAGS.init_from))[0] if FLAGS.init_from else None
 
@@ -134,7 +134,7 @@ def settle_vocabulary(
     run_dir: Path, config: RobertaPreLayerNormConfig
 ) -> tuple[tokenizers.Tokenizer, RobertaPreLayerNormConfig]:
     """The run's tokenizer, loaded or trained, and the config that fits it."""
-    from prelnroberta.data.corpus import is_validation
+    from prelnroberta.data.pretraining.corpus import is_validation
     from prelnroberta.data.tokenizer import load_tokenizer, train_tokenizer
 
     source = flags.given_tokenizer()
@@ -163,9 +163,9 @@ def load_rows(
     tokenizer: tokenizers.Tokenizer, config: RobertaPreLayerNormConfig
 ) -> tuple[Loader, Rows, tuple[TokenFiles, TokenFiles]]:
     """Text -> token files -> rows -> shuffled, masked batches."""
-    from prelnroberta.data.loader import Loader
-    from prelnroberta.data.packing import open_rows
-    from prelnroberta.data.token_files import prepare
+    from prelnroberta.data.pretraining.loader import Loader
+    from prelnroberta.data.pretraining.packing import open_rows
+    from prelnroberta.data.pretraining.token_files import prepare
     from prelnroberta.data.tokenizer import line_ends, word_starts
 
     files = prepare(flags.corpus(), tokenizer, FLAGS.cache_dir, FLAGS.validation_fraction)
@@ -221,10 +221,10 @@ def first_state(
     """The state before the first step, where its parts lie: of --init_from, or of new values."""
     import jax
 
-    from prelnroberta import optimizer as optimizers
     from prelnroberta import params as parameters
-    from prelnroberta.fast_start import fast_start
-    from prelnroberta.train import TrainState
+    from prelnroberta.training import optimizer as optimizers
+    from prelnroberta.training.fast_start import fast_start
+    from prelnroberta.training.train_step import TrainState
 
     optimizer = optimizers.make(flags.optimization(), config)
 
@@ -250,14 +250,14 @@ def run(
     train_files: TokenFiles,
 ) -> int:
     """State -> steps -> report -> model."""
-    from experiments.report import NoReport, Report, duration
-    from experiments.training import Cadence, compiled, resume, train
-    from prelnroberta import hosts
-    from prelnroberta import optimizer as optimizers
+    from experiments.common.loop import Cadence, compiled, resume, train
+    from experiments.common.report import NoReport, Report, duration
     from prelnroberta import params as parameters
-    from prelnroberta.checkpoint import Checkpoints
-    from prelnroberta.optimizer import learning_rate
-    from prelnroberta.train import parallel, train_step
+    from prelnroberta.distributed import multihost
+    from prelnroberta.training import optimizer as optimizers
+    from prelnroberta.training.checkpoint import Checkpoints
+    from prelnroberta.training.optimizer import learning_rate
+    from prelnroberta.training.train_step import parallel, train_step
 
     settings = flags.optimization()
     score = scoring(config)
@@ -284,7 +284,7 @@ def run(
     step = parallel(train_step(score, optimizer, FLAGS.seed, FLAGS.accumulate), layout)
     first = layout.place(loader.batch(start, rows))
     step, compile_seconds = compiled(step, state, first)
-    report = Report(run_dir, settings.steps, start) if hosts.is_first() else NoReport()
+    report = Report(run_dir, settings.steps, start) if multihost.is_first() else NoReport()
     try:
         with loader.prefetch(start, rows=rows) as batches:
             state, stopped = train(
@@ -318,11 +318,11 @@ def run(
         return 128 + stopped
 
     params = layout.gathered(state.params)
-    if hosts.is_first():
+    if multihost.is_first():
         deliver(run_dir, tokenizer, config, params)
         print(f"finished {settings.steps:,} steps in {duration(time.monotonic() - begin)}")
         print(use(run_dir))
-    hosts.barrier("end")
+    multihost.barrier("end")
     return 0
 
 
@@ -333,9 +333,9 @@ def deliver(
     params: Tree,
 ) -> None:
     """Draws the loss picture and writes the model folder: what a finished run leaves."""
-    from experiments.report import draw_losses
+    from experiments.common.report import draw_losses
     from prelnroberta.data.tokenizer import save_tokenizer
-    from prelnroberta.huggingface import save_pretrained
+    from prelnroberta.pretrained.hf_checkpoint import save_pretrained
 
     picture = (
         draw_losses(
@@ -361,7 +361,7 @@ def use(run_dir: Path) -> str:
 def unigram_baseline(train_files: TokenFiles) -> UnigramBaseline:
     """Word frequencies of the training text, for all tokens that are ever asked for."""
     from prelnroberta.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID
-    from prelnroberta.metrics import UnigramBaseline
+    from prelnroberta.metrics.unigram import UnigramBaseline
 
     mask_id = len(train_files.counts) - 1
     return UnigramBaseline(train_files.counts, (BOS_ID, PAD_ID, EOS_ID, UNK_ID, mask_id))
@@ -373,10 +373,10 @@ def validation(
     """state -> loss, perplexity and accuracy on held-out rows, beside the unigram baseline's."""
     import jax
 
-    from prelnroberta import hosts
-    from prelnroberta.data.loader import evaluation_batches
-    from prelnroberta.data.packing import spread
-    from prelnroberta.train import evaluate
+    from prelnroberta.data.pretraining.loader import evaluation_batches
+    from prelnroberta.data.pretraining.packing import spread
+    from prelnroberta.distributed import multihost
+    from prelnroberta.training.train_step import evaluate
 
     masking = flags.evaluation_masking(loader.masking)
     rows = spread(rows, FLAGS.eval_rows)
@@ -398,7 +398,7 @@ def validation(
                 f"evaluation masks no token of {len(rows)} rows: raise --eval_mask_rate or "
                 "--eval_rows"
             )
-        unigram_loss, most_frequent = hosts.total(
+        unigram_loss, most_frequent = multihost.total(
             [math.fsum(float(s.loss) for s in unigram), sum(int(s.correct) for s in unigram)]
         )
         return {

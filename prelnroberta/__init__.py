@@ -1,28 +1,50 @@
-"""RoBERTa-PreLayerNorm in JAX. Names are loaded when they are first used."""
+"""RoBERTa-PreLayerNorm in JAX.
+
+The public names are imported lazily, on first use: `import prelnroberta` loads no JAX.
+"""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_HOMES = {
-    "RobertaPreLayerNormConfig": "config",
-    "PRESETS": "config",
-    "InputError": "errors",
-    "FlaxRobertaPreLayerNormPreTrainedModel": "pretrained",
-    "FlaxRobertaPreLayerNormModel": "pretrained",
-    "FlaxRobertaPreLayerNormForMaskedLM": "pretrained",
-    "FlaxRobertaPreLayerNormForCausalLM": "pretrained",
-    "FlaxRobertaPreLayerNormForSequenceClassification": "pretrained",
-    "FlaxRobertaPreLayerNormForMultipleChoice": "pretrained",
-    "FlaxRobertaPreLayerNormForTokenClassification": "pretrained",
-    "FlaxRobertaPreLayerNormForQuestionAnswering": "pretrained",
-}
-__all__ = list(_HOMES)
+if TYPE_CHECKING:
+    from prelnroberta.config import PRESETS, RobertaPreLayerNormConfig
+    from prelnroberta.errors import InputError
+    from prelnroberta.pretrained.base import FlaxRobertaPreLayerNormPreTrainedModel
+    from prelnroberta.pretrained.flax_models import (
+        FlaxRobertaPreLayerNormForCausalLM,
+        FlaxRobertaPreLayerNormForMaskedLM,
+        FlaxRobertaPreLayerNormForMultipleChoice,
+        FlaxRobertaPreLayerNormForQuestionAnswering,
+        FlaxRobertaPreLayerNormForSequenceClassification,
+        FlaxRobertaPreLayerNormForTokenClassification,
+        FlaxRobertaPreLayerNormModel,
+    )
+
+__all__ = [
+    "PRESETS",
+    "FlaxRobertaPreLayerNormForCausalLM",
+    "FlaxRobertaPreLayerNormForMaskedLM",
+    "FlaxRobertaPreLayerNormForMultipleChoice",
+    "FlaxRobertaPreLayerNormForQuestionAnswering",
+    "FlaxRobertaPreLayerNormForSequenceClassification",
+    "FlaxRobertaPreLayerNormForTokenClassification",
+    "FlaxRobertaPreLayerNormModel",
+    "FlaxRobertaPreLayerNormPreTrainedModel",
+    "InputError",
+    "RobertaPreLayerNormConfig",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    module = {
+        "PRESETS": "config",
+        "RobertaPreLayerNormConfig": "config",
+        "InputError": "errors",
+        "FlaxRobertaPreLayerNormPreTrainedModel": "pretrained.base",
+    }.get(name, "pretrained.flax_models")
+    return getattr(import_module(f"{__name__}.{module}"), name)
 
 
 def __dir__() -> list[str]:

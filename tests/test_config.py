@@ -1,12 +1,12 @@
 import json
 
 import pytest
-from support import ODD, TINY
 from transformers import RobertaPreLayerNormConfig as TorchConfig
 
 from prelnroberta.config import ACTIVATIONS, PRESETS, RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
-from prelnroberta.modeling import ACTIVATIONS as ACTIVATION_FUNCTIONS
+from prelnroberta.model.encoder import ACTIVATIONS as ACTIVATION_FUNCTIONS
+from tests.helpers.support import ODD, TINY
 
 
 def test_defaults_are_transformers():

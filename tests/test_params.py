@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from support import ODD, TINY, random_params
 from transformers import RobertaPreLayerNormConfig as TorchConfig
 from transformers import RobertaPreLayerNormForMaskedLM as TorchMaskedLM
 from transformers import RobertaPreLayerNormModel as TorchModel
@@ -11,8 +10,9 @@ from transformers import RobertaPreLayerNormModel as TorchModel
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
-from prelnroberta.heads import MaskedLM
-from prelnroberta.modeling import Encoder
+from prelnroberta.model.encoder import Encoder
+from prelnroberta.model.heads import MaskedLM
+from tests.helpers.support import ODD, TINY, random_params
 
 GOLDEN = """\
 embeddings/norm/bias                    [32]

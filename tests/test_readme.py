@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from support import ENVIRONMENT, ROOT, finished_run
+
+from tests.helpers.support import ENVIRONMENT, ROOT, finished_run
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 

@@ -1,6 +1,6 @@
 """Decoding with a causal language model: greedy, sampling and beam search.
 
-What is computed, and which of equals is taken, is as in `prelnroberta/generation.py`, which says
+What is computed, and which of equals is taken, is as in `prelnroberta/inference/generation.py`, which says
 where it comes from; here the loop is Python's.
 
     B rows  L prompt columns  W beams  R rows decoded at once (B x W, or B x returned sequences)
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from bridges.pytorch.cache import Cache
 from prelnroberta.errors import InputError
-from prelnroberta.generation import GenerationOutput
-from prelnroberta.generation_settings import Generation
+from prelnroberta.inference.generation import GenerationOutput
+from prelnroberta.inference.generation_config import Generation
 
 if TYPE_CHECKING:
     from bridges.pytorch.heads import RobertaPreLayerNormForCausalLM

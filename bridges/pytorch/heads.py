@@ -1,6 +1,6 @@
 """What stands on the encoder: the seven models, their heads and their losses.
 
-Losses are the means of `prelnroberta/heads.py`: over the labels that count, which -100 does not, in
+Losses are the means of `prelnroberta/model/heads.py`: over the labels that count, which -100 does not, in
 float32, and a finite 0 where none counts.
 """
 
@@ -19,10 +19,10 @@ from bridges.pytorch.packing import Packing
 from bridges.pytorch.pretrained import PreTrained, on_host, values_can_be_read
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
-from prelnroberta.generation import GenerationOutput
-from prelnroberta.generation_settings import Generation
-from prelnroberta.inputs import check_labels
-from prelnroberta.outputs import (
+from prelnroberta.inference.generation import GenerationOutput
+from prelnroberta.inference.generation_config import Generation
+from prelnroberta.pretrained.input_checks import check_labels
+from prelnroberta.pretrained.outputs import (
     BaseModelOutput,
     CausalLMOutput,
     HeadOutput,
@@ -270,7 +270,7 @@ class RobertaPreLayerNormForCausalLM(WithLMHead):
             generator: to sample with; None: torch's own.
             encoder_hidden_states, encoder_attention_mask: [B, S, D] and [B, S].
             return_dict_in_generate: return `GenerationOutput`, which has the scores of beams.
-            settings: fields of `prelnroberta.generation_settings.Generation`.
+            settings: fields of `prelnroberta.inference.generation_config.Generation`.
 
         Returns:
             [B * num_return_sequences, L + G] int64: prompts as given, then new tokens, then pads.

@@ -1,6 +1,6 @@
 """RoBERTa-PreLayerNorm's encoder in PyTorch: Embeddings -> Attention -> Layer -> Encoder -> Model.
 
-Computes what `prelnroberta/modeling.py` does, which the tests hold it to; module names are those of
+Computes what `prelnroberta/model/encoder.py` does, which the tests hold it to; module names are those of
 transformers' `modeling_roberta_prelayernorm.py`, so state dicts go either way.
 
     B batch  L length  D hidden  H heads  K head dim  F mlp  N layers  V vocab
@@ -22,7 +22,7 @@ from bridges.pytorch.cache import Cache, Past
 from bridges.pytorch.packing import Packing
 from bridges.pytorch.pretrained import PreTrained, values_can_be_read
 from prelnroberta.config import RobertaPreLayerNormConfig
-from prelnroberta.outputs import BaseModelOutput
+from prelnroberta.pretrained.outputs import BaseModelOutput
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -347,7 +347,7 @@ class RobertaPreLayerNormModel(PreTrained):
                 other in the last layer, unless hidden states or attentions are wanted.
 
         Returns:
-            `prelnroberta.outputs.BaseModelOutput` of tensors, or a tuple without return_dict.
+            `prelnroberta.pretrained.outputs.BaseModelOutput` of tensors, or a tuple without return_dict.
 
         Raises:
             InputError: for whatever does not fit, before anything is computed. Values are looked

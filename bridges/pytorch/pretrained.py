@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from bridges.pytorch.cache import Cache
 from bridges.pytorch.packing import Packing
-from prelnroberta import huggingface
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig, require_config
 from prelnroberta.errors import InputError
-from prelnroberta.inputs import check_inputs
 from prelnroberta.params import Tree
+from prelnroberta.pretrained import hf_checkpoint
+from prelnroberta.pretrained.input_checks import check_inputs
 
 _WORD = "roberta_prelayernorm.embeddings.word_embeddings.weight"
 
@@ -37,7 +37,7 @@ class PreTrained(nn.Module):
         super().__init__()
         require_config(config)
         self.config = config
-        self.swapped = huggingface.Swapped()
+        self.swapped = hf_checkpoint.Swapped()
 
     def initial_values(self, module: nn.Module) -> None:
         """For `apply`: N(0, initializer_range), zero biases; norms are made as 1 and 0."""
@@ -62,7 +62,7 @@ class PreTrained(nn.Module):
         with torch.device("meta"):
             model = cls(config, **options)
         parameters.check(params, config, model.model)
-        tensors = huggingface.to_tensors(params, config, model.model)
+        tensors = hf_checkpoint.to_tensors(params, config, model.model)
         state = {name: torch.tensor(value) for name, value in tensors.items()}
         if "lm_head.bias" in state:
             state["lm_head.decoder.bias"] = state["lm_head.bias"]
@@ -81,7 +81,7 @@ class PreTrained(nn.Module):
             name: parameter.detach().to("cpu", torch.float32).numpy()
             for name, parameter in self.named_parameters()
         }
-        return huggingface.from_tensors(tensors, self.config, self.model, type(self).__name__)
+        return hf_checkpoint.from_tensors(tensors, self.config, self.model, type(self).__name__)
 
     # Files.
 
@@ -110,11 +110,11 @@ class PreTrained(nn.Module):
             InputError: a file that is missing or damaged; one message listing every missing,
                 unexpected, mis-shaped and non-finite tensor; an unknown argument.
         """
-        config, options = huggingface.open_directory(cls, directory, config, cls.options, changes)
+        config, options = hf_checkpoint.open_directory(cls, directory, config, cls.options, changes)
         with torch.device("meta"):
             name = cls(config, **options).model
-        tensors, source = huggingface.read_weights(directory)
-        tree, swapped = huggingface.read_tensors(
+        tensors, source = hf_checkpoint.read_weights(directory)
+        tree, swapped = hf_checkpoint.read_tensors(
             tensors,
             config,
             name,
@@ -124,12 +124,12 @@ class PreTrained(nn.Module):
         )
         model = cls.from_params(tree, config, **options).to(dtype)
         model.swapped = swapped
-        huggingface.report_swapped(swapped, source, cls)
+        hf_checkpoint.report_swapped(swapped, source, cls)
         return model
 
     def save_pretrained(self, directory: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
         """Writes config.json and float32 safetensors, which transformers 4.57 and 5 load."""
-        huggingface.save_pretrained(
+        hf_checkpoint.save_pretrained(
             directory, self.to_params(), self.config, self.model, max_shard_bytes
         )
 
@@ -159,7 +159,7 @@ class PreTrained(nn.Module):
         caches: bool = False,
         rows: int = 1,
     ) -> None:
-        """Holds inputs to the config and to each other; see `prelnroberta.inputs`.
+        """Holds inputs to the config and to each other; see `prelnroberta.pretrained.input_checks`.
 
         Args:
             caches: whether a cache is given or made.

@@ -7,7 +7,7 @@
     cross_keys, cross_values  N of [B, H, S, K] of the encoder states, once they were given
     cross_valid               [B, S] bool
 
-What `prelnroberta/cache.py` says of columns, pads and rows holds here, too.
+What `prelnroberta/model/kv_cache.py` says of columns, pads and rows holds here, too.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Decoding with a causal language model: greedy, sampling and beam search as one `tf.while_loop`.
 
-What `prelnroberta/generation.py` computes, step for step, so that greedy and beam search choose the
-same tokens; `prelnroberta/generation_settings.py` says what can be asked for. The draws of sampling
+What `prelnroberta/inference/generation.py` computes, step for step, so that greedy and beam search choose the
+same tokens; `prelnroberta/inference/generation_config.py` says what can be asked for. The draws of sampling
 are TensorFlow's own.
 
     B rows  L prompt columns  W beams  R rows decoded at once (B x W, or B x returned sequences)
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from bridges.tensorflow.cache import Cache
-from prelnroberta.generation_settings import Generation
+from prelnroberta.inference.generation_config import Generation
 
 Tensor = tf.Tensor
 State = dict[str, Any]

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
-from bridges.keras_h5 import H5_NAME, read_h5
-from prelnroberta import huggingface
+from bridges.formats.keras_h5 import H5_NAME, read_h5
+from prelnroberta.pretrained import hf_checkpoint
 
 
 def read_weights(directory: str | Path) -> tuple[dict[str, np.ndarray], str]:
-    """As `huggingface.read_weights`; from tf_model.h5 where nothing else holds the weights.
+    """As `hf_checkpoint.read_weights`; from tf_model.h5 where nothing else holds the weights.
 
     Raises:
         InputError: naming the file that is missing or damaged.
     """
     path = Path(directory) / H5_NAME
-    others = (huggingface.WEIGHTS_NAME, huggingface.INDEX_NAME, huggingface.FLAX_NAME)
+    others = (hf_checkpoint.WEIGHTS_NAME, hf_checkpoint.INDEX_NAME, hf_checkpoint.FLAX_NAME)
     if path.is_file() and not any((path.parent / name).is_file() for name in others):
         return read_h5(path), str(path)
-    return huggingface.read_weights(directory)
+    return hf_checkpoint.read_weights(directory)

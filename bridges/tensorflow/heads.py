@@ -1,6 +1,6 @@
 """What stands on the encoder: heads, and their losses as (sum, weight).
 
-Functions and conventions are those of `prelnroberta/heads.py`.
+Functions and conventions are those of `prelnroberta/model/heads.py`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import tensorflow as tf
 
 from bridges.tensorflow.cache import sizes
 from bridges.tensorflow.modeling import ACTIVATIONS, Dropout, Norm, Part, Projection
-from prelnroberta import heads
 from prelnroberta.config import RobertaPreLayerNormConfig
-from prelnroberta.heads import IGNORE
+from prelnroberta.model import heads
+from prelnroberta.model.heads import IGNORE
 
 Tensor = tf.Tensor
 

@@ -1,6 +1,6 @@
 """RoBERTa-PreLayerNorm's encoder in Keras: Embeddings -> Attention -> Mlp -> Block -> Encoder.
 
-The same function as `prelnroberta/modeling.py`, from which this file differs where TensorFlow does:
+The same function as `prelnroberta/model/encoder.py`, from which this file differs where TensorFlow does:
 layers own their variables, one set a layer; matrix products see two axes, so that TensorFlow fuses
 them with bias and activation; keys and values of a cache lie head by head.
 
@@ -119,7 +119,7 @@ class Context:
 
 
 class Encoded(NamedTuple):
-    """What `encode` returns, as `prelnroberta.modeling.EncoderOutput`.
+    """What `encode` returns, as `prelnroberta.model.encoder.EncoderOutput`.
 
     Attributes:
         last_hidden_state: [B, L, D], after the final norm; [B, 1, D] where the first alone is read.
@@ -405,7 +405,7 @@ def encode(
     past_key_values: Cache | None = None,
     read_first: bool = False,
 ) -> Encoded:
-    """The encoder's output in `dtype`; arguments as `prelnroberta.modeling.Encoder`'s."""
+    """The encoder's output in `dtype`; arguments as `prelnroberta.model.encoder.Encoder`'s."""
     if input_ids is None:
         # Vectors tell no pads: every column counts.
         words = tf.cast(inputs_embeds, tf.float32)

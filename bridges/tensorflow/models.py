@@ -26,8 +26,8 @@ from bridges.tensorflow.pretrained import (
 )
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
-from prelnroberta.generation_settings import Generation
-from prelnroberta.inputs import as_array, check_inputs, check_integers
+from prelnroberta.inference.generation_config import Generation
+from prelnroberta.pretrained.input_checks import as_array, check_inputs, check_integers
 
 Tensor = tf.Tensor
 _registered = keras.saving.register_keras_serializable(package="prelnroberta")
@@ -126,7 +126,7 @@ class TFRobertaPreLayerNormForCausalLM(TFRobertaPreLayerNormForMaskedLM):
             attention_mask: [B, L]; None: whatever is not the pad id.
             seed: to sample.
             encoder_hidden_states, encoder_attention_mask: [B, S, D] and [B, S].
-            settings: fields of `prelnroberta.generation_settings.Generation`.
+            settings: fields of `prelnroberta.inference.generation_config.Generation`.
 
         Raises:
             InputError: prompts or settings that don't fit, or rows that would outgrow the

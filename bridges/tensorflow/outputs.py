@@ -27,7 +27,7 @@ FIELDS = (
 
 class Output(dict):
     """Fields of `FIELDS`, those that are not None; their shapes are those of
-    `prelnroberta/outputs.py`.
+    `prelnroberta/pretrained/outputs.py`.
 
     By attribute an absent field is None, by name a KeyError; numbers and slices skip it.
     """

@@ -1,6 +1,6 @@
 """What the seven TF* classes share: Keras 3 models with transformers' names and arguments.
 
-What `prelnroberta/pretrained.py` is to Flax. Every class takes labels and returns its loss, checks
+What `prelnroberta/pretrained/flax_models.py` is to Flax. Every class takes labels and returns its loss, checks
 its input on the host when called eagerly, and is filled from a parameter tree and gives it back.
 """
 
@@ -24,12 +24,12 @@ from bridges.tensorflow.heads import IGNORE, Scores
 from bridges.tensorflow.modeling import Dropout, Embeddings, Encoded, Encoder, encode
 from bridges.tensorflow.outputs import Output, output
 from bridges.tensorflow.training import OwnLoss
-from prelnroberta import huggingface
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig, require_config
 from prelnroberta.errors import InputError
-from prelnroberta.inputs import as_array, check_inputs, check_labels
 from prelnroberta.params import Tree
+from prelnroberta.pretrained import hf_checkpoint
+from prelnroberta.pretrained.input_checks import as_array, check_inputs, check_labels
 
 Tensor = tf.Tensor
 
@@ -96,7 +96,7 @@ class TFRobertaPreLayerNormPreTrainedModel(OwnLoss, keras.Model):
             )
         self.config = config
         self.seed = seed
-        self.swapped = huggingface.Swapped()
+        self.swapped = hf_checkpoint.Swapped()
         self.noise = keras.random.SeedGenerator(seed)
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
@@ -162,10 +162,10 @@ class TFRobertaPreLayerNormPreTrainedModel(OwnLoss, keras.Model):
             InputError: a file that is missing or damaged; one message listing every missing,
                 unexpected, mis-shaped and non-finite tensor; an unknown argument.
         """
-        config, options = huggingface.open_directory(cls, directory, config, cls.options, changes)
+        config, options = hf_checkpoint.open_directory(cls, directory, config, cls.options, changes)
         model = cls.model_of(options)
         tensors, source = read_weights(directory)
-        params, swapped = huggingface.read_tensors(
+        params, swapped = hf_checkpoint.read_tensors(
             tensors,
             config,
             model,
@@ -173,7 +173,7 @@ class TFRobertaPreLayerNormPreTrainedModel(OwnLoss, keras.Model):
             lambda: parameters.init(config, jax.random.key(seed), model),
             ignore_mismatched_sizes,
         )
-        huggingface.report_swapped(swapped, source, cls)
+        hf_checkpoint.report_swapped(swapped, source, cls)
         made = cls(config, params=params, seed=seed, **options)
         made.swapped = swapped
         return made
@@ -185,7 +185,7 @@ class TFRobertaPreLayerNormPreTrainedModel(OwnLoss, keras.Model):
 
     def save_pretrained(self, directory: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
         """Writes config.json and float32 safetensors, which transformers 4.57 and 5 load."""
-        huggingface.save_pretrained(
+        hf_checkpoint.save_pretrained(
             directory, self.to_params(), self.config, self.model, max_shard_bytes
         )
 
@@ -215,7 +215,7 @@ class TFRobertaPreLayerNormPreTrainedModel(OwnLoss, keras.Model):
         Args:
             input_ids [B, L], attention_mask [B, L] or [B, L, L], token_type_ids, position_ids,
                 segment_ids [B, L], head_mask [H] or [N, H], inputs_embeds [B, L, D]: as
-                `prelnroberta.modeling.Encoder` says. Multiple choice: [B, C, L].
+                `prelnroberta.model.encoder.Encoder` says. Multiple choice: [B, C, L].
             encoder_hidden_states [B, S, D], encoder_attention_mask [B, S] or [B, L, S]: for the
                 cross-attention of a decoder.
             past_key_values: a cache from `init_cache`; attention_mask is then of the new tokens

@@ -36,7 +36,7 @@ def main() -> None:
     from experiments.benchmark import compiled, report
     from experiments.benchmark.cases import all_cases, documents, write, write_weights
     from experiments.benchmark.race import TRANSFORMERS_4, ceiling, race
-    from experiments.report import duration
+    from experiments.common.report import duration
 
     flags.positive("rounds")
     for module in ("torch", "tensorflow", "transformers"):

@@ -123,7 +123,7 @@ def documents(count: int, cache: Path) -> list[list[int]]:
 
     Tokenized with 8,192 pieces, which every preset has.
     """
-    from prelnroberta.data.corpus import DocstringCorpus
+    from prelnroberta.data.pretraining.corpus import DocstringCorpus
     from prelnroberta.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
     texts = [document.text for document in DocstringCorpus().documents()]
@@ -170,7 +170,7 @@ def write_weights(case: Case, folder: Path) -> None:
     import jax
 
     from prelnroberta import params as parameters
-    from prelnroberta.huggingface import save_pretrained
+    from prelnroberta.pretrained.hf_checkpoint import save_pretrained
 
     tree = parameters.init(case.config, jax.random.key(0), case.model)
     save_pretrained(folder, tree, case.config, case.model)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prelnroberta.config import RobertaPreLayerNormConfig
-    from prelnroberta.modeling import Execution
-    from prelnroberta.sharding import Layout
+    from prelnroberta.distributed.sharding import Layout
+    from prelnroberta.model.encoder import Execution
 
 
 def measure() -> list[dict[str, Any]]:
@@ -71,8 +71,8 @@ def main(B: int, L: int, scan: bool, remat: str, cache: str) -> None:
     import jax
 
     from prelnroberta.config import RobertaPreLayerNormConfig
-    from prelnroberta.modeling import Execution
-    from prelnroberta.sharding import Layout, Parallelism
+    from prelnroberta.distributed.sharding import Layout, Parallelism
+    from prelnroberta.model.encoder import Execution
 
     if cache:
         jax.config.update("jax_compilation_cache_dir", cache)
@@ -97,10 +97,10 @@ def masked_lm_step(
     from jax.sharding import NamedSharding, PartitionSpec
 
     from prelnroberta import params as parameters
-    from prelnroberta.heads import MaskedLM, masked_lm_scores
-    from prelnroberta.optimizer import Optimization, adamw
-    from prelnroberta.sharding import ROWS
-    from prelnroberta.train import TrainState, parallel, train_step
+    from prelnroberta.distributed.sharding import ROWS
+    from prelnroberta.model.heads import MaskedLM, masked_lm_scores
+    from prelnroberta.training.optimizer import Optimization, adamw
+    from prelnroberta.training.train_step import TrainState, parallel, train_step
 
     module = MaskedLM(config, execution)
     optimizer = adamw(Optimization(steps=100, learning_rate=1e-4), config)

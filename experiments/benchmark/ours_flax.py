@@ -12,16 +12,17 @@ import numpy as np
 
 from experiments.benchmark.cases import IGNORE, Case, checked
 from experiments.benchmark.work import Work
-from experiments.training import compiled
-from prelnroberta import heads, pretrained
-from prelnroberta.data.bucketing import Features
-from prelnroberta.data.training_batches import TrainingBatches
-from prelnroberta.heads import MODULES, Scores
-from prelnroberta.huggingface import load_pretrained
-from prelnroberta.optimizer import Optimization, adamw
-from prelnroberta.packed import Packed, pack
-from prelnroberta.sharding import Layout, Parallelism
-from prelnroberta.train import TrainState, parallel, train_step
+from experiments.common.loop import compiled
+from prelnroberta.data.batches.buckets import Features
+from prelnroberta.data.batches.packed import TrainingBatches
+from prelnroberta.distributed.sharding import Layout, Parallelism
+from prelnroberta.inference.ragged import Packed, pack
+from prelnroberta.model import heads
+from prelnroberta.model.heads import MODULES, Scores
+from prelnroberta.pretrained import flax_models as pretrained
+from prelnroberta.pretrained.hf_checkpoint import load_pretrained
+from prelnroberta.training.optimizer import Optimization, adamw
+from prelnroberta.training.train_step import TrainState, parallel, train_step
 
 Batch = dict[str, np.ndarray]
 

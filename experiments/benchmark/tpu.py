@@ -27,18 +27,18 @@ B, L = 16, 512
 
 
 def main() -> None:
-    from prelnroberta import rehearsal
+    from prelnroberta.distributed import topology_compile
 
-    devices = rehearsal.topology_devices("v5e:2x2")[:1]
+    devices = topology_compile.topology_devices("v5e:2x2")[:1]
     import jax
     import jax.numpy as jnp
 
     from experiments.benchmark.compiled import masked_lm_step
     from prelnroberta.config import RobertaPreLayerNormConfig
-    from prelnroberta.modeling import Execution
-    from prelnroberta.sharding import Layout, Parallelism
+    from prelnroberta.distributed.sharding import Layout, Parallelism
+    from prelnroberta.model.encoder import Execution
 
-    jax.config.update("jax_exec_time_optimization_effort", rehearsal.EFFORT)
+    jax.config.update("jax_exec_time_optimization_effort", topology_compile.EFFORT)
     config = RobertaPreLayerNormConfig.preset(
         "roberta-base", vocab_size=50265, attention_probs_dropout_prob=0.0
     )

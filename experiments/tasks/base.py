@@ -26,23 +26,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prelnroberta import heads
 from prelnroberta.config import RobertaPreLayerNormConfig
-from prelnroberta.data.bad_rows import BadRows
-from prelnroberta.data.bucketing import Features
-from prelnroberta.data.classification import SINGLE
-from prelnroberta.data.loader import Loader
-from prelnroberta.data.training_batches import TrainingBatches
-from prelnroberta.heads import IGNORE, LossSettings, Scores
-from prelnroberta.modeling import TableModule
-from prelnroberta.params import Tree
-from prelnroberta.task_metrics import (
+from prelnroberta.data.batches.buckets import Features
+from prelnroberta.data.batches.packed import TrainingBatches
+from prelnroberta.data.features.sequence_classification import SINGLE
+from prelnroberta.data.pretraining.loader import Loader
+from prelnroberta.data.readers.row_errors import BadRows
+from prelnroberta.metrics.classification import (
     ClassScores,
     class_report,
     confusion_counts,
     confusion_matrix,
     single_label_metrics,
 )
+from prelnroberta.model import heads
+from prelnroberta.model.encoder import TableModule
+from prelnroberta.model.heads import IGNORE, LossSettings, Scores
+from prelnroberta.params import Tree
 
 if TYPE_CHECKING:
     import tokenizers

@@ -22,18 +22,16 @@ from experiments.tasks.base import (
     of_classes,
     stacked,
 )
-from prelnroberta import heads
 from prelnroberta.config import RobertaPreLayerNormConfig
-from prelnroberta.data.bad_rows import BadRows
-from prelnroberta.data.bucketing import Features
-from prelnroberta.data.choices import (
+from prelnroberta.data.batches.buckets import Features
+from prelnroberta.data.features.multiple_choice import (
     ChoiceExample,
     choice_features,
     masked_logits,
     read_choices,
     stream_choices,
 )
-from prelnroberta.data.classification import (
+from prelnroberta.data.features.sequence_classification import (
     MULTI,
     REGRESSION,
     TextExample,
@@ -42,16 +40,13 @@ from prelnroberta.data.classification import (
     stream_examples,
     text_features,
 )
-from prelnroberta.data.conll import Sentence, read_sentences, stream_sentences, tag_names
-from prelnroberta.data.labels import discover_labels
-from prelnroberta.data.tags import is_tag
-from prelnroberta.data.tokens import entities, token_features
-from prelnroberta.entity_metrics import EntityCounts
+from prelnroberta.data.features.token_classification import entities, token_features
+from prelnroberta.data.readers.bio_tags import is_tag
+from prelnroberta.data.readers.conll import Sentence, read_sentences, stream_sentences, tag_names
+from prelnroberta.data.readers.labels import discover_labels
+from prelnroberta.data.readers.row_errors import BadRows
 from prelnroberta.errors import InputError
-from prelnroberta.heads import LossSettings, Scores
-from prelnroberta.modeling import TableModule
-from prelnroberta.params import Tree
-from prelnroberta.task_metrics import (
+from prelnroberta.metrics.classification import (
     class_report,
     confusion_counts,
     confusion_matrix,
@@ -60,6 +55,11 @@ from prelnroberta.task_metrics import (
     regression_metrics,
     single_label_metrics,
 )
+from prelnroberta.metrics.entities import EntityCounts
+from prelnroberta.model import heads
+from prelnroberta.model.encoder import TableModule
+from prelnroberta.model.heads import LossSettings, Scores
+from prelnroberta.params import Tree
 
 if TYPE_CHECKING:
     import tokenizers

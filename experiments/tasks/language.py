@@ -18,21 +18,19 @@ from experiments.tasks.base import (
     Task,
     stacked,
 )
-from prelnroberta import heads
 from prelnroberta.config import RobertaPreLayerNormConfig
-from prelnroberta.data.bad_rows import BadRows
-from prelnroberta.data.blocks import Blocks, token_stream
-from prelnroberta.data.bucketing import NOTHING, Features
-from prelnroberta.data.corpus import FileCorpus
-from prelnroberta.data.loader import Batch, Loader
-from prelnroberta.data.masking import Masking
-from prelnroberta.heads import LossSettings, Scores
-from prelnroberta.metrics import UnigramBaseline
-from prelnroberta.modeling import TableModule
+from prelnroberta.data.batches.buckets import NOTHING, Features
+from prelnroberta.data.features.language_modeling import Blocks, token_stream
+from prelnroberta.data.pretraining.corpus import FileCorpus
+from prelnroberta.data.pretraining.loader import Batch, Loader
+from prelnroberta.data.pretraining.masking import Masking
+from prelnroberta.data.readers.row_errors import BadRows
+from prelnroberta.metrics.classification import perplexity
+from prelnroberta.metrics.unigram import UnigramBaseline
+from prelnroberta.model import heads
+from prelnroberta.model.encoder import TableModule
+from prelnroberta.model.heads import LossSettings, Scores
 from prelnroberta.params import Tree
-from prelnroberta.task_metrics import (
-    perplexity,
-)
 
 if TYPE_CHECKING:
     import tokenizers

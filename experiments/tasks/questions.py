@@ -17,15 +17,15 @@ from experiments.tasks.base import (
     Task,
     TaskSettings,
 )
-from prelnroberta import heads
 from prelnroberta.config import RobertaPreLayerNormConfig
-from prelnroberta.data.bad_rows import BadRows
-from prelnroberta.data.bucketing import Features
-from prelnroberta.data.questions import predict_answers, question_features
-from prelnroberta.data.squad import Question, read_questions, stream_questions
+from prelnroberta.data.batches.buckets import Features
+from prelnroberta.data.features.question_answering import predict_answers, question_features
+from prelnroberta.data.readers.row_errors import BadRows
+from prelnroberta.data.readers.squad import Question, read_questions, stream_questions
 from prelnroberta.errors import InputError
-from prelnroberta.heads import LossSettings, Scores
-from prelnroberta.squad_metrics import QuestionScores, question_scores
+from prelnroberta.metrics.squad import QuestionScores, question_scores
+from prelnroberta.model import heads
+from prelnroberta.model.heads import LossSettings, Scores
 
 if TYPE_CHECKING:
     import tokenizers

@@ -1,6 +1,6 @@
 """Metrics after 200 steps with dropout 0.1, ours and torch's: do they differ more than seeds do?
 
-PYTHONPATH=.:tests python tests/oracle/dropout_seeds.py [TASK ...]
+PYTHONPATH=. python tests/oracle/dropout_seeds.py [TASK ...]
 
 As tests/test_finetune_curves.py, but for dropout, whose random bits are nowhere the same: so the
 means of twenty seeds are compared, of the training file's metric, both evaluated by us. Four
@@ -14,13 +14,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from test_finetune_curves import SETTINGS, drawn, our_training, prepared, torch_training
 
-from experiments.judge import Judge
+from experiments.common.evaluator import Judge
 from experiments.tasks import TASKS
-from prelnroberta import heads
-from prelnroberta.data.bucketing import bucket_lengths, evaluation_batches
-from prelnroberta.sharding import Layout, Parallelism
+from prelnroberta.data.batches.buckets import bucket_lengths, evaluation_batches
+from prelnroberta.distributed.sharding import Layout, Parallelism
+from prelnroberta.model import heads
+from tests.experiments.test_finetune_curves import (
+    SETTINGS,
+    drawn,
+    our_training,
+    prepared,
+    torch_training,
+)
 
 SEEDS = 20
 STEPS = {"token_classification": 400}  # after 200 it has not named an entity

@@ -10,9 +10,9 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax
 import numpy as np
 
-from prelnroberta import heads
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
+from prelnroberta.model import heads
 
 DEVICES = 8
 CONFIG = RobertaPreLayerNormConfig.preset(

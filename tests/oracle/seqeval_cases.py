@@ -1,8 +1,8 @@
-"""Writes tests/data/seqeval_cases.txt: entities as seqeval 1.2.2 counts them, in every mode.
+"""Writes tests/metrics/seqeval_cases.txt: entities as seqeval 1.2.2 counts them, in every mode.
 
 seqeval is an sdist of 2020 that pip builds only with --use-pep517, so the suite has its answers:
     pip install --use-pep517 --target DIR scikit-learn seqeval
-    PYTHONPATH=DIR python tests/oracle/seqeval_cases.py > tests/data/seqeval_cases.txt
+    PYTHONPATH=DIR python tests/oracle/seqeval_cases.py > tests/metrics/seqeval_cases.txt
 
 A line: scheme (or 'default'), true tags, predicted tags, and the precision, recall and F1 of
 seqeval's micro and macro averages. Sentences are parted by '/', and 'Bx' stands for B-x.

@@ -1,0 +1,1 @@
+"""Numerical checks: parity of the frameworks, and of a conversion."""

@@ -1,0 +1,129 @@
+"""--rehearse: the training step of a run, compiled for a TPU slice that is not there.
+
+    python -m experiments.pretrain --flagfile=experiments/recipes/efficient_mlm_large.flags \\
+        --run_dir=runs/large --mesh_fsdp=16 --rehearse=v5e:16x16
+
+The model, the flags and the step are the run's own; text, tokenizer and weights are not needed, as
+only shapes matter. Nothing is written.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from experiments import flags
+from experiments.flags import FLAGS
+
+if TYPE_CHECKING:
+    import optax
+
+    from prelnroberta.config import RobertaPreLayerNormConfig
+    from prelnroberta.distributed.topology_compile import Rehearsal
+    from prelnroberta.training.train_step import ScoreFn
+
+_GIB = 2**30
+
+
+def rehearse(
+    config: RobertaPreLayerNormConfig,
+    score: ScoreFn,
+    optimizer: optax.GradientTransformation,
+    row: dict[str, tuple[tuple[int, ...], str]],
+    flops_per_row: int,
+    model: str = "masked_lm",
+) -> int:
+    """Compiles and tells; returns the exit code: 0 where it fits, 1 where it does not.
+
+    Args:
+        row: name -> shape and dtype of one row of the batch.
+        flops_per_row: of a forward pass.
+    """
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from prelnroberta import params as parameters
+    from prelnroberta.distributed import topology_compile
+    from prelnroberta.distributed.sharding import ROWS
+    from prelnroberta.training.train_step import TrainState, parallel, train_step
+
+    devices = topology_compile.topology_devices(FLAGS.rehearse)
+    layout = flags.layout(config, model, FLAGS.batch_size, FLAGS.accumulate, devices)
+    state = jax.eval_shape(
+        lambda: TrainState.create(parameters.init(config, jax.random.key(0), model), optimizer)
+    )
+    by_rows = NamedSharding(layout.mesh, PartitionSpec(ROWS))
+
+    def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    state = jax.tree.map(placed, state, layout.shardings(state))
+    batch = {
+        name: jax.ShapeDtypeStruct((FLAGS.batch_size, *shape), dtype, sharding=by_rows)
+        for name, (shape, dtype) in row.items()
+    }
+    forward = flops_per_row * FLAGS.batch_size / layout.devices
+    with layout.active():
+        found = topology_compile.rehearse(
+            parallel(train_step(score, optimizer, FLAGS.seed, FLAGS.accumulate), layout),
+            state,
+            batch,
+            devices,
+            flops=3 * forward,
+            recomputed=forward if FLAGS.remat == "full" else 0.0,
+        )
+    print(tell(found))
+    return 0 if found.fits else 1
+
+
+def tell(found: Rehearsal) -> str:
+    """The rehearsal in lines for eyes."""
+    chip = found.chip
+    room = chip.memory / _GIB
+    lines = [
+        f"compiled in {found.compile_seconds:.0f} s for {found.chips} chips {chip.name} "
+        f"({room:.0f} GiB, {chip.flops / 1e12:.0f} TFLOP/s)",
+        f"a chip holds   parameters {found.params / _GIB:.2f} GiB, optimizer "
+        f"{found.optimizer / _GIB:.2f} GiB",
+    ]
+    if found.total is None:
+        lines.append(f"it does not fit: the compiler says {found.needed}")
+    else:
+        verdict = "fits" if found.fits else "does not fit"
+        lines[-1] += (
+            f", activations {found.activations / _GIB:.2f} GiB; in all {found.total / _GIB:.2f} of "
+            f"{room:.0f} GiB: {verdict}"
+        )
+    if found.collectives:
+        lines.append("collectives of a step, a chip:")
+    for kind, moves in found.collectives.items():
+        lines.append(
+            f"  {kind:<18} {moves.count:>6,} times, arrays of {moves.bytes / 1e9:8.3f} GB, "
+            f"{moves.moved / 1e9:8.3f} GB sent"
+        )
+    if found.total is not None:
+        slowest = max(found.seconds, key=found.seconds.__getitem__)
+        lines.append(
+            f"a step takes at least {found.seconds[slowest]:.3f} s, for its {slowest} ("
+            + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in found.seconds.items())
+            + f"); MFU at most {found.mfu_ceiling:.0%}"
+        )
+    return "\n".join(lines + advice(found))
+
+
+def advice(found: Rehearsal) -> list[str]:
+    """Which flag to change where it does not fit: the one that frees most, first."""
+    if found.fits:
+        return []
+    state, room = found.params + found.optimizer, found.chip.memory
+    advised = []
+    if state > room / 4:
+        fsdp, ways = FLAGS.mesh_fsdp, 1
+        while state / ways > room / 4 and abs(fsdp) * ways < found.chips:
+            ways *= 2
+        advised.append(f"--mesh_fsdp={abs(fsdp) * ways} (parameters and optimizer fill the chip)")
+    if FLAGS.remat != "full":
+        advised.append(f"--remat={'dots' if FLAGS.remat == 'none' else 'full'}")
+    if FLAGS.dtype == "float32":
+        advised.append("--dtype=bfloat16")
+    advised.append(f"--accumulate={2 * FLAGS.accumulate}")
+    return ["try, in this order: " + ", ".join(advised)]

@@ -1,0 +1,186 @@
+"""Pictures of fine-tuned models: learning curves, a confusion matrix, attention in a sentence.
+
+Each is written whole, beside the numbers that it is drawn from. PNGs need matplotlib and are left
+out (None) without it; the HTML needs nothing but a browser.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.common.report import read_records
+from prelnroberta.files import written_whole
+
+
+def pyplot() -> Any | None:
+    """matplotlib's, without a screen; None where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(plt: Any, figure: Any, path: Path) -> Path:
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
+    plt.close(figure)
+    return path
+
+
+def draw_curves(run_dir: Path, metric: str, baseline: float | None) -> Path | None:
+    """`loss.png` from the records: losses, and the metric by which the best model is chosen."""
+    if (plt := pyplot()) is None:
+        return None
+    records = read_records(run_dir / "metrics.jsonl")
+    train, validation = (
+        [r for r in records if r["kind"] == kind] for kind in ("train", "validation")
+    )
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for series, label, style in ((train, "training", "-"), (validation, "validation", "o-")):
+        steps = [r["step"] for r in series]
+        left.plot(steps, [r["loss"] for r in series], style, markersize=3, label=label)
+    left.set(xlabel="step", ylabel="loss", title="Loss")
+    steps = [r["step"] for r in validation]
+    right.plot(steps, [r[metric] for r in validation], "o-", markersize=3, label="validation")
+    if baseline is not None:
+        right.axhline(baseline, linestyle="--", color="grey", label="trivial baseline")
+    right.set(xlabel="step", ylabel=metric, title=metric)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return _save(plt, figure, run_dir / "loss.png")
+
+
+def draw_confusion(path: Path, matrix: np.ndarray, names: Sequence[str]) -> Path | None:
+    """Counts [C, C], true class by row; colours are shares of the row."""
+    if (plt := pyplot()) is None:
+        return None
+    C = len(names)
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    side = 2.5 + 0.55 * min(C, 40)
+    figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="true", xticks=range(C), yticks=range(C))
+    axes.set_xticklabels(names, rotation=90)
+    axes.set_yticklabels(names)
+    for i, j in np.ndindex(C, C) if C <= 20 else ():
+        colour = "white" if shares[i, j] > 0.5 else "black"
+        axes.text(j, i, f"{matrix[i, j]:,}", ha="center", va="center", color=colour, fontsize=8)
+    return _save(plt, figure, path)
+
+
+def draw_attention(path: Path, tokens: Sequence[str], attention: np.ndarray) -> Path | None:
+    """One small map a layer (row) and head (column) of probabilities [N, H, L, L]."""
+    if (plt := pyplot()) is None:
+        return None
+    N, H, L, _ = attention.shape
+    cell = 1.2 + 0.07 * L
+    figure, grid = plt.subplots(
+        N, H, figsize=(cell * H + 1, cell * N), squeeze=False, layout="constrained"
+    )
+    for n, h in np.ndindex(N, H):
+        axes = grid[n, h]
+        axes.imshow(attention[n, h], cmap="Blues", vmin=0, vmax=1)
+        axes.set(xticks=[], yticks=[])
+        if n == 0:
+            axes.set_title(f"head {h}", fontsize=7)
+        if h == 0:
+            axes.set_yticks(range(L), tokens, fontsize=5)
+            axes.set_ylabel(f"layer {n}", fontsize=7)
+        if n == N - 1:
+            axes.set_xticks(range(L), tokens, fontsize=5, rotation=90)
+    return _save(plt, figure, path)
+
+
+def write_attention_html(path: Path, tokens: Sequence[str], attention: np.ndarray) -> Path:
+    """A page, complete in itself, that shows where each token looks, by layer and head.
+
+    Args:
+        tokens: L texts.
+        attention: probabilities [N, H, L, L], of query by key.
+    """
+    N, H, _, _ = attention.shape
+    # A thousandth is all that a colour shows, and makes the page a third of the size.
+    values = np.rint(1000 * np.asarray(attention, np.float64)).astype(int).tolist()
+    data = json.dumps({"tokens": list(tokens), "attention": values}).replace("</", "<\\/")
+    page = _PAGE.format(title=html.escape(" ".join(tokens)), layers=N - 1, heads=H, data=data)
+    with written_whole(path) as partial:
+        partial.write_text(page, encoding="utf-8")
+    return path
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Attention: {title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }}
+button, select {{ font: inherit; margin-right: .3em }}
+button[aria-pressed=true] {{ background: #246; color: white }}
+#text span {{ display: inline-block; padding: .2em .35em; border-radius: .3em; cursor: pointer }}
+#text span.asking {{ outline: 2px solid #c60 }}
+table {{ border-collapse: collapse; font-size: 11px; margin-top: 1em }}
+td {{ width: 1.6em; height: 1.6em; min-width: 1.6em }}
+th {{ font-weight: normal; text-align: right; padding: 0 .4em; white-space: nowrap }}
+thead th {{ writing-mode: vertical-rl; padding: .4em 0 }}
+</style></head><body>
+<h1>Where tokens look</h1>
+<p>Click a token to see what it attends to. Rows of the table ask, columns are looked at.</p>
+<p>layer <select id="layer"></select> head <span id="heads"></span></p>
+<p id="text"></p><div id="map"></div>
+<script type="application/json" id="data">{data}</script>
+<script>
+const data = JSON.parse(document.getElementById("data").textContent);
+const L = data.tokens.length, H = {heads};
+let layer = {layers}, head = -1, asking = 0;
+const by = id => document.getElementById(id);
+const make = (tag, text) => {{
+  const e = document.createElement(tag); e.textContent = text ?? ""; return e;
+}};
+const value = (i, j) => head >= 0 ? data.attention[layer][head][i][j] / 1000
+  : data.attention[layer].reduce((sum, map) => sum + map[i][j], 0) / 1000 / H;
+const colour = v => `rgba(30, 100, 200, ${{Math.sqrt(v)}})`;
+data.attention.forEach((_, n) => by("layer").add(new Option(n, n)));
+by("layer").value = layer;
+by("layer").onchange = e => {{ layer = +e.target.value; draw() }};
+for (let h = -1; h < H; h++) {{
+  const button = make("button", h < 0 ? "mean" : h);
+  button.onclick = () => {{ head = h; draw() }};
+  by("heads").append(button);
+}}
+function draw() {{
+  [...by("heads").children].forEach((b, k) => b.setAttribute("aria-pressed", k - 1 === head));
+  by("text").replaceChildren(...data.tokens.map((token, j) => {{
+    const span = make("span", token);
+    span.style.background = colour(value(asking, j));
+    span.title = (100 * value(asking, j)).toFixed(1) + " %";
+    span.className = j === asking ? "asking" : "";
+    span.onclick = () => {{ asking = j; draw() }};
+    return span;
+  }}));
+  const table = make("table"), top = table.createTHead().insertRow();
+  top.append(make("th"), ...data.tokens.map(t => make("th", t)));
+  const body = table.createTBody();
+  for (let i = 0; i < L; i++) {{
+    const row = body.insertRow();
+    row.append(make("th", data.tokens[i]));
+    for (let j = 0; j < L; j++) {{
+      const cell = row.insertCell();
+      cell.style.background = colour(value(i, j));
+      cell.title = data.tokens[i] + " → " + data.tokens[j] + ": " +
+        (100 * value(i, j)).toFixed(1) + " %";
+    }}
+  }}
+  by("map").replaceChildren(table);
+}}
+draw();
+</script></body></html>
+"""

@@ -1,0 +1,1 @@
+"""Features to batches: padded buckets for evaluation, packed rows for training."""

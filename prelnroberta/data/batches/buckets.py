@@ -1,0 +1,153 @@
+"""Evaluation: batches of examples of different lengths in a handful of shapes.
+
+jit compiles a program for each shape, and a padded position costs as much as a real one. So a few
+lengths are chosen for the examples at hand, every batch is padded to one of them, and examples of
+like length share batches. (`training_batches.py` packs: there, no one asks for numbers that are
+the same whatever else is in the batch.)
+
+Features of every task have `lengths` [n] int and `batch(indices, length)`, which pads the examples
+of `indices` to one dict of arrays; index -1 stands for a row that fills the batch up and counts
+nowhere.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from prelnroberta.data.pretraining.loader import Batch
+from prelnroberta.data.tokenizer import PAD_ID
+from prelnroberta.errors import InputError
+
+NOTHING = -1  # the index of a row that only fills a batch up
+IGNORE = -100  # the label of what does not count: that of `heads`, without loading jax for it
+
+
+class Features(abc.ABC):
+    """Examples as token ids, read at random.
+
+    Attributes:
+        by_token: which arrays of a batch have a value for each token, beside the ids.
+    """
+
+    by_token: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    @abc.abstractmethod
+    def lengths(self) -> np.ndarray:
+        """int [n]: tokens of each example, specials included (the longest choice, of choices)."""
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """int [n]: all tokens of each example: those of its choices together."""
+        return self.lengths
+
+    @abc.abstractmethod
+    def batch(self, indices: np.ndarray, length: int) -> Batch:
+        """The examples of `indices` [B], padded to `length`; -1 is a row without weight."""
+
+
+def padded(
+    rows: Sequence[np.ndarray], indices: np.ndarray, length: int, fill: int, dtype: type = np.int32
+) -> np.ndarray:
+    """`rows` at `indices` as one array [B, length], `fill` behind each and in rows of index -1."""
+    out = np.full((len(indices), length), fill, dtype)
+    for i, index in enumerate(indices):
+        if index != NOTHING:
+            row = rows[index]
+            out[i, : len(row)] = row
+    return out
+
+
+def row_batch(rows: Sequence[np.ndarray], indices: np.ndarray, length: int) -> Batch:
+    """Token ids `rows` at `indices` [B] as what every task's batch begins with.
+
+    Returns:
+        input_ids, attention_mask int32 [B, length]; weights float32 [B], 0 where index is -1.
+    """
+    sizes = np.array([0 if index == NOTHING else len(rows[index]) for index in indices])
+    return {
+        "input_ids": padded(rows, indices, length, PAD_ID),
+        # By length: a text may spell <pad> out.
+        "attention_mask": (np.arange(length) < sizes[:, None]).astype(np.int32),
+        "weights": (np.asarray(indices) != NOTHING).astype(np.float32),
+    }
+
+
+def bucket_lengths(lengths: np.ndarray, count: int = 6, multiple: int = 8) -> tuple[int, ...]:
+    """At most `count` lengths, multiples of `multiple`, that pad the examples least; ascending.
+
+    Exact, by dynamic programming over the rounded lengths. The last one holds the longest example,
+    and is its true length if rounding would add more than there is (a model's limit is met).
+
+    Args:
+        lengths: int [n], tokens of each example.
+
+    Raises:
+        InputError: no examples.
+    """
+    if not len(lengths):
+        raise InputError("no examples to batch")
+    longest = int(max(lengths))
+    rounded = -(-np.asarray(lengths) // multiple) * multiple
+    sizes, counts = np.unique(rounded, return_counts=True)
+    upto = np.concatenate([[0], np.cumsum(counts)])
+    # best[j]: fewest positions for the j shortest sizes in the buckets used so far.
+    best = np.concatenate([[0.0], np.full(len(sizes), np.inf)])
+    choices = []
+    for _ in range(min(count, len(sizes))):
+        cost = best[:-1, None] + (upto[None, 1:] - upto[:-1, None]) * sizes[None, :]
+        cost[np.tril_indices(len(sizes), -1)] = np.inf
+        choices.append(cost.argmin(axis=0))
+        best = np.concatenate([[0.0], cost.min(axis=0)])
+    found = []
+    end = len(sizes)
+    for choice in reversed(choices):
+        if end == 0:
+            break
+        found.append(int(sizes[end - 1]))
+        end = int(choice[end - 1])
+    *shorter, last = sorted(found)
+    return (*shorter, min(last, max(longest, multiple)))
+
+
+def bucket_of(length: int, buckets: Sequence[int]) -> int:
+    """The smallest of the ascending `buckets` that holds `length`. Raises InputError if none."""
+    for bucket in buckets:
+        if length <= bucket:
+            return bucket
+    raise InputError(f"an example of {length} tokens is longer than the longest of {buckets}")
+
+
+def evaluation_batches(
+    features: Features, buckets: Sequence[int], tokens: int, multiple: int = 1
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Every example once, shortest bucket first: (indices int [B], -1 where filled up; the batch).
+
+    A bucket of length L comes in batches of `tokens // L` rows, down to a multiple of `multiple`,
+    so there is one shape a bucket. What does not fill a batch moves on to the next bucket; only the
+    last is filled up.
+
+    Args:
+        tokens: positions of a batch. Bounds memory, whatever the lengths.
+        multiple: of what the rows of a batch are, and at least that many: the devices, say.
+    """
+    lengths = np.asarray(features.lengths)
+    if len(lengths):
+        bucket_of(int(lengths.max()), buckets)
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    for bucket in buckets:
+        rows = max(tokens // bucket // multiple, 1) * multiple
+        end = int(np.searchsorted(lengths[order], bucket, side="right"))
+        last = end == len(order)
+        while start < end and (last or end - start >= rows):
+            chosen = order[start : start + rows]
+            start += len(chosen)
+            indices = np.concatenate([chosen, np.full(rows - len(chosen), NOTHING)])
+            yield indices, features.batch(indices, bucket)
+        if last:
+            return

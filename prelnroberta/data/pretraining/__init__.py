@@ -1,0 +1,1 @@
+"""Raw text to shuffled, masked batches: corpus, token files, packing, masking, loader."""

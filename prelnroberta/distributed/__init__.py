@@ -1,0 +1,1 @@
+"""Many devices and many hosts: meshes, shardings, hardware, compilation for a TPU topology."""

@@ -1,0 +1,1 @@
+"""Use of a trained model: generation, fill-mask, ragged batches, StableHLO export."""

@@ -1,0 +1,1 @@
+"""The network: layers, attention, blocks, the encoder, heads and losses."""

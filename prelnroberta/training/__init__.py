@@ -1,0 +1,1 @@
+"""The training step, optimizers, checkpoints and initial values."""

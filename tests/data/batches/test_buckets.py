@@ -1,0 +1,113 @@
+"""Length buckets: few shapes, least padding, nothing lost."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prelnroberta
+from prelnroberta.data.batches.buckets import (
+    IGNORE,
+    NOTHING,
+    bucket_lengths,
+    bucket_of,
+    evaluation_batches,
+    padded,
+)
+from prelnroberta.errors import InputError
+from prelnroberta.model import heads
+
+
+class Rows:
+    """Features whose batches say which examples they hold."""
+
+    def __init__(self, lengths):
+        self.lengths = np.asarray(lengths)
+
+    def batch(self, indices, length):
+        real = indices != NOTHING
+        assert (self.lengths[indices[real]] <= length).all(), "an example longer than its row"
+        return {"index": indices, "length": np.full(len(indices), length), "weights": real}
+
+
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=30)
+
+
+def positions(lengths, buckets):
+    return sum(bucket_of(length, buckets) for length in lengths)
+
+
+@settings(max_examples=200, deadline=None)
+@given(LENGTHS, st.integers(1, 4), st.sampled_from([1, 4, 8]))
+def test_buckets_are_the_best_there_are(lengths, count, multiple):
+    found = bucket_lengths(np.array(lengths), count, multiple)
+    assert list(found) == sorted(set(found)) and 1 <= len(found) <= count
+    assert all(bucket % multiple == 0 for bucket in found[:-1])
+    longest = max(lengths)
+    assert max(longest, multiple) == found[-1] or found[-1] % multiple == 0
+    sizes = sorted({-(-length // multiple) * multiple for length in lengths})
+    best = min(
+        positions(lengths, (*shorter, sizes[-1]))
+        for k in range(count)
+        for shorter in itertools.combinations(sizes[:-1], min(k, len(sizes) - 1))
+    )
+    assert positions(lengths, found) <= best
+
+
+def test_buckets_stay_within_what_there_is():
+    """A model of 510 positions gets rows of 510, not of 512."""
+    assert bucket_lengths(np.array([510, 3]), 2) == (8, 510)
+    assert bucket_lengths(np.array([5]), 6) == (8,)
+    with pytest.raises(InputError, match="no examples"):
+        bucket_lengths(np.array([], int))
+    with pytest.raises(InputError, match="131 tokens is longer than the longest of"):
+        bucket_of(131, (64, 128))
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.integers(1, 5), st.integers(1, 300), st.integers(1, 3))
+def test_evaluation_asks_for_every_row_once(lengths, count, tokens, multiple):
+    features = Rows(lengths)
+    buckets = bucket_lengths(features.lengths, count)
+    shapes = set()
+    found = []
+    fillers = 0
+    for indices, batch in evaluation_batches(features, buckets, tokens, multiple):
+        length = int(batch["length"][0])
+        assert len(indices) % multiple == 0 and len(indices) > 0
+        assert len(indices) == multiple or len(indices) * length <= tokens
+        assert (len(indices) + multiple) * length > tokens, "as many as there may be"
+        shapes.add((len(indices), length))
+        fillers += int((indices == NOTHING).any())
+        found += indices[indices != NOTHING].tolist()
+    assert len(shapes) <= len(buckets), "one program a bucket"
+    assert fillers <= 1, "one batch at most is filled up"
+    assert sorted(found) == list(range(len(lengths)))
+
+
+def test_nothing_to_evaluate():
+    assert list(evaluation_batches(Rows([]), (8,), 64)) == []
+
+
+def test_padding():
+    rows = [np.array([1, 2]), np.array([3])]
+    expected = [[3, 9, 9], [9, 9, 9], [1, 2, 9]]
+    assert padded(rows, np.array([1, NOTHING, 0]), 3, 9).tolist() == expected
+
+
+def test_data_and_metrics_load_no_jax():
+    """Whoever prepares data needs numpy and tokenizers; the ignored label is one all the same."""
+    package = Path(prelnroberta.__file__).parent
+    files = [*package.glob("data/**/[a-z]*.py")]
+    files += [package / "metrics" / f"{name}.py" for name in ("classification", "entities", "squad")]
+    names = [str(f.relative_to(package.parent).with_suffix("")).replace("/", ".") for f in files]
+    code = f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
+    code += "print(sorted({'jax', 'flax', 'tokenizers', 'scipy', 'sklearn'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert heads.IGNORE == IGNORE

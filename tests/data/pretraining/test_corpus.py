@@ -1,0 +1,278 @@
+"""Where text comes from: which docstrings read as prose, how users' files become documents."""
+
+import gzip
+import hashlib
+import itertools
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prelnroberta.data.pretraining import corpus as module
+from prelnroberta.data.pretraining.corpus import DocstringCorpus, FileCorpus, is_validation, prose
+from prelnroberta.errors import InputError
+
+
+def texts(corpus):
+    return [document.text for document in corpus.documents()]
+
+
+def test_split_is_a_function_of_the_key_and_has_the_asked_share():
+    keys = [f"package/module{i}" for i in range(4000)]
+    held_out = [is_validation(key, 0.1) for key in keys]
+    assert held_out == [is_validation(key, 0.1) for key in keys]
+    assert 0.08 < sum(held_out) / len(keys) < 0.12
+    assert not any(is_validation(key, 0.0) for key in keys)
+    assert all(is_validation(key, 1.0) for key in keys)
+    # A larger fraction only adds keys.
+    assert all(is_validation(key, 0.2) for key in keys if is_validation(key, 0.1))
+
+
+NUMPYDOC = """Return the sum of the values that are given along an axis
+    of the array, see :func:`~numpy.add` and `the guide <https://x.org>`_ for more [1]_.
+
+    Parameters
+    ----------
+    a : array_like
+        The elements to sum, in any shape that can be made into an array
+        by ``numpy.asarray``.
+    axis : int, optional
+
+    Returns
+    -------
+    out : ndarray
+        An array with the same shape as the input, with the axis removed.
+
+    Notes
+    -----
+    This note has the title that is above it, which is not a part of it.
+
+    See Also
+    --------
+    mean : Compute the mean of the values that are given along an axis.
+
+    Examples
+    --------
+    >>> the_sum_of_all_the_values_in_the_array_is_printed(a)
+    Here is the following result::
+
+        this is code that could be read as a sentence if it were not indented.
+
+    .. math:: the sum of a is the sum of all the elements of the array a.
+
+    where the lower limit is the first of the elements in the array.
+
+    ==========  ===========================================================
+    the name    the text of the row that is the first one in the table.
+    ==========  ===========================================================
+    """
+GOOGLE = """Trains the model on the given data for as many steps as asked.
+
+    Args:
+      rate (float): the rate at which the parameters are changed, which
+        should be small and is often found by trying.
+      data: An iterator over the batches that the model is to be trained on.
+
+    See https://example.com for all of the words that are in the text of the link.
+
+    * The first bullet is long enough to be a paragraph of its own.
+    * The second bullet is as well, and it must not run into the first.
+    """
+
+
+def test_prose_is_sentences_without_markup():
+    assert prose(NUMPYDOC) == [
+        "Return the sum of the values that are given along an axis of the array, see numpy.add and "
+        "the guide for more.",
+        "The elements to sum, in any shape that can be made into an array by numpy.asarray.",
+        "An array with the same shape as the input, with the axis removed.",
+        "This note has the title that is above it, which is not a part of it.",
+    ]
+    assert prose(GOOGLE) == [
+        "Trains the model on the given data for as many steps as asked.",
+        "the rate at which the parameters are changed, which should be small and is often found by "
+        "trying.",
+        "An iterator over the batches that the model is to be trained on.",
+        "The first bullet is long enough to be a paragraph of its own.",
+        "The second bullet is as well, and it must not run into the first.",
+    ]
+
+
+@settings(deadline=None)
+@given(st.text(st.sampled_from(list("ab :*`-.>\n[]")), max_size=80))
+def test_prose_takes_any_string(text):
+    assert all("\n" not in paragraph for paragraph in prose(text))
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A package that must not be imported, and a corpus of it alone."""
+    root = tmp_path / "toy"
+    (root / "tests").mkdir(parents=True)
+    sentence = "The %s of the module is to say a thing that no other one says.\n"
+    (root / "b.py").write_text(
+        f'"""{sentence % "beginning"}"""\n'
+        f'def f():\n    """{sentence % "function"}"""\n'
+        f'class C:\n    """{sentence % "class"}\n\n{sentence % "rest"}"""\n'
+        f'add_newdoc("f", """{sentence % "argument"}""")\n'
+        'raise SystemExit("imported")\n'
+    )
+    (root / "a.py").write_text(f'"""{sentence % "class"}"""\n')
+    (root / "broken.py").write_text('"""The %s of the module\n')
+    (root / "tests" / "c.py").write_text(f'"""{sentence % "test"}"""\n')
+    (root / "test_d.py").write_text(f'"""{sentence % "test"}"""\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    corpus = DocstringCorpus(["toy", "no_such_package"])
+    assert corpus.roots.pop(module.STDLIB)[0].is_dir()
+    return corpus
+
+
+def test_docstrings_are_read_in_order_and_once(toy):
+    found = [(d.key, [line.split()[1] for line in d.text.split("\n")]) for d in toy.documents()]
+    assert found == [
+        ("toy/a", ["class"]),
+        ("toy/b", ["beginning"]),
+        ("toy/b", ["function"]),
+        ("toy/b", ["rest"]),
+        ("toy/b", ["argument"]),
+    ]
+    assert list(toy.documents()) == list(toy.documents())
+
+
+def test_manifest_names_versions_and_what_is_missing():
+    corpus = DocstringCorpus(["numpy", "no_such_package"])
+    manifest = corpus.manifest()
+    assert manifest["missing_packages"] == ["no_such_package"]
+    import numpy
+
+    assert manifest["packages"]["numpy"] == {"numpy": numpy.__version__}
+    assert json.loads(json.dumps(manifest)) == manifest
+
+
+def write(path, text):
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_blank_lines_end_documents(tmp_path, suffix):
+    path = write(tmp_path / f"a.txt{suffix}", b"\xef\xbb\xbfone\r\n  two\r\n \t\r\n\n  three\n\n")
+    documents = list(FileCorpus([path]).documents())
+    assert [d.text for d in documents] == ["one\n  two", "  three"]
+    assert documents[0].key == hashlib.sha256(b"one\n  two").hexdigest()
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.text(st.sampled_from(list("ab \n\t")), max_size=9), max_size=9), st.integers(3, 9)
+)
+def test_documents_do_not_depend_on_how_text_is_read(chunks, piece):
+    whole = "".join(chunks)
+    groups = itertools.groupby(whole.split("\n"), key=lambda line: bool(line.strip()))
+    documents = ["\n".join(lines).rstrip() for is_text, lines in groups if is_text]
+    assert list(module._plain_documents(chunks)) == documents
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PIECE", piece)
+        found = list(module._plain_documents(chunks))
+    assert all(0 < len(text) <= piece for text in found)
+    assert "".join("".join(found).split()) == "".join(whole.split())
+
+
+def test_jsonl_gives_a_document_a_line(tmp_path):
+    lines = [{"body": "first\n\nstill first", "n": 1}, {"body": "second"}, {"body": " "}]
+    text = "\n\n".join(json.dumps(line) for line in lines)
+    path = write(tmp_path / "a.jsonl.gz", text.encode())
+    assert texts(FileCorpus([path], text_field="body")) == ["first\n\nstill first", "second"]
+
+
+def test_long_documents_come_in_pieces_cut_at_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 100)
+    long = "\n".join(f"line {i} of a document" for i in range(50))
+    path = write(tmp_path / "a.txt", long.encode())
+    found = texts(FileCorpus([path]))
+    assert "\n".join(found) == long
+    assert all(len(text) <= 100 for text in found)
+    assert texts(FileCorpus([write(tmp_path / "b.txt", b"x" * 250)])) == [
+        "x" * 100,
+        "x" * 100,
+        "x" * 50,
+    ]
+
+
+def test_folders_globs_and_repeated_names(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "b.txt", b"b")
+    write(tmp_path / "a.md", b"a")
+    write(tmp_path / "sub" / "c.text.gz", b"c")
+    write(tmp_path / "sub" / "picture.png", b"\xff")
+    assert texts(FileCorpus([str(tmp_path)])) == ["a", "b", "c"]
+    assert texts(FileCorpus([str(tmp_path / "b.txt"), str(tmp_path / "*")])) == ["b", "a"]
+    assert texts(FileCorpus([str(tmp_path / "**" / "*.gz")])) == ["c"]
+
+
+def test_manifest_changes_with_the_files(tmp_path):
+    path = write(tmp_path / "a.txt", b"one")
+    before = FileCorpus([path]).manifest()
+    assert before["text_bytes"] == 3
+    assert json.loads(json.dumps(before)) == before
+    write(tmp_path / "a.txt", b"four")
+    assert FileCorpus([path]).manifest() != before
+    assert FileCorpus([write(tmp_path / "a.gz", b"x")]).manifest()["text_bytes"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.txt", r"none\.txt does not exist"),
+        ("*.csv", r"pattern '.*\*\.csv' matches no file"),
+        ("empty", r"folder .*empty holds no \.txt"),
+    ],
+)
+def test_what_cannot_be_found_is_named_at_once(tmp_path, name, message):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=message):
+        FileCorpus([str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("place", [0, 5, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 2_500_000])
+@pytest.mark.parametrize("bad", [b"\xff", b"\xe2\x82"])  # never a character; a cut one
+def test_bytes_that_are_not_utf8_are_placed(tmp_path, suffix, place, bad):
+    good = "é".encode() * (place // 2) + b"a" * (place % 2)
+    path = write(tmp_path / f"a.txt{suffix}", good + bad + b" and more")
+    with pytest.raises(InputError, match=rf"a\.txt{suffix}: not UTF-8 at byte {place} "):
+        texts(FileCorpus([path]))
+    path = write(tmp_path / f"end.txt{suffix}", good + bad)
+    with pytest.raises(InputError, match=rf"not UTF-8 at byte {place} "):
+        texts(FileCorpus([path]))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "a"', r"a\.jsonl:3: not a line of JSON"),
+        (b'{"body": "a", "id": 1}', r"a\.jsonl:3: expected text under 'text', found keys body, id"),
+        (b'{"text": 5}', r"a\.jsonl:3: expected text under 'text', found keys text"),
+        (b"[1]", r"a\.jsonl:3: expected text under 'text', found \[1\]"),
+        (b'{"text": "\\ud800"}', r"a\.jsonl:3: lone surrogate"),
+    ],
+)
+def test_bad_json_lines_are_placed(tmp_path, line, message):
+    path = write(tmp_path / "a.jsonl", b'{"text": "fine"}\n\n' + line + b"\n")
+    with pytest.raises(InputError, match=message):
+        texts(FileCorpus([path]))
+
+
+def test_cut_gzip_empty_text_and_nothing_given(tmp_path):
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"some text " * 1000)[:-20])
+    with pytest.raises(InputError, match=r"a\.txt\.gz: cannot be read"):
+        texts(FileCorpus([str(path)]))
+    path.write_bytes(b"no gzip")
+    with pytest.raises(InputError, match=r"a\.txt\.gz: cannot be read"):
+        texts(FileCorpus([str(path)]))
+    with pytest.raises(InputError, match=r"corpus is empty: no text in 1 file"):
+        texts(FileCorpus([write(tmp_path / "a.txt", b" \n\n \t\n")]))
+    with pytest.raises(InputError, match=r"no corpus files given"):
+        FileCorpus([])

@@ -1,0 +1,190 @@
+"""Two processes of four devices as one job: killed, asked to stop, started again, the same to the
+bit; and what they saved, read by other numbers of devices."""
+
+import functools
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from experiments.common.report import TIMES, read_records
+from prelnroberta.params import flatten
+from prelnroberta.pretrained.hf_checkpoint import load_pretrained
+from tests.helpers.support import ENVIRONMENT, ROOT, SCRATCH, command, tiny_flags
+
+pytestmark = pytest.mark.slow
+
+LAST = 12
+FLAGS = tiny_flags(
+    steps=LAST, accumulate=1, save_every=3, eval_every=5, log_every=3, eval_rows=8, mesh_fsdp=2
+)
+
+
+class Job:
+    """Both processes, their output in files: a full pipe would stop them."""
+
+    def __init__(self, run_dir, *flags):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        self.logs, self.processes = [], []
+        for host in range(2):
+            arguments = [
+                *FLAGS,
+                f"--run_dir={run_dir}",
+                f"--coordinator=localhost:{port}",
+                "--hosts=2",
+                f"--host={host}",
+                "--lost_after_seconds=20",
+                *flags,
+            ]
+            log = SCRATCH / f"{run_dir.name}-{port}-{host}.log"
+            self.logs.append(log)
+            with log.open("w") as file:
+                self.processes.append(
+                    subprocess.Popen(
+                        command("pretrain", *arguments),
+                        cwd=ROOT,
+                        env=ENVIRONMENT
+                        | {
+                            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+                            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+                        },
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+
+    def until_reported(self, run_dir, step):
+        def reported():
+            return max((r["step"] for r in read_records(run_dir / "metrics.jsonl")), default=0)
+
+        while reported() < step and all(p.poll() is None for p in self.processes):
+            time.sleep(0.01)
+
+    def codes(self, timeout=300):
+        """Exit codes, once both have ended by themselves."""
+        try:
+            return [process.wait(timeout) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+    def said(self):
+        return "\n----\n".join(log.read_text()[-3000:] for log in self.logs)
+
+
+@functools.cache
+def undisturbed():
+    run_dir = SCRATCH / "two-hosts"
+    job = Job(run_dir)
+    assert job.codes() == [0, 0], job.said()
+    return run_dir
+
+
+def records(run_dir):
+    return [
+        {name: value for name, value in record.items() if name not in TIMES}
+        for record in read_records(run_dir / "metrics.jsonl")
+    ]
+
+
+def test_asked_to_stop_and_killed_it_ends_as_if_nothing_had_happened(tmp_path):
+    run_dir = tmp_path / "run"
+    job = Job(run_dir)
+    job.until_reported(run_dir, 3)
+    job.processes[1].send_signal(signal.SIGTERM)  # one of them, and not the first
+    assert job.codes() == [143, 143], job.said()
+    assert "SIGTERM: saved step" in job.said()
+    steps = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit())
+    assert 3 <= steps[-1] < 9, steps
+
+    job = Job(run_dir)
+    job.until_reported(run_dir, 9)
+    job.processes[1].send_signal(signal.SIGKILL)
+    begin = time.monotonic()
+    codes = job.codes(timeout=60)  # lost_after_seconds is 20
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, 2), job.said()
+    assert time.monotonic() - begin < 60
+    assert "another host of this job is gone" in job.said(), job.said()
+
+    job = Job(run_dir)
+    assert job.codes() == [0, 0], job.said()
+    assert "resuming" in job.said()
+    weights = "model/model.safetensors"
+    assert (run_dir / weights).read_bytes() == (undisturbed() / weights).read_bytes()
+    assert [repr(r) for r in records(run_dir)] == [repr(r) for r in records(undisturbed())]
+
+
+RESTORE = """
+import json, sys
+import jax, numpy as np
+from prelnroberta import params as parameters
+from prelnroberta.training.checkpoint import Checkpoints
+from prelnroberta.config import RobertaPreLayerNormConfig
+from prelnroberta.training.optimizer import Optimization, adamw
+from prelnroberta.params import flatten
+from prelnroberta.distributed.sharding import Layout, Parallelism
+from prelnroberta.training.train_step import TrainState
+
+run_dir, steps = sys.argv[1], int(sys.argv[2])
+config = RobertaPreLayerNormConfig.from_json(run_dir + "/model")
+optimizer = adamw(Optimization(steps=steps, learning_rate=1e-3), config)
+checkpoints = Checkpoints(run_dir + "/checkpoints")
+for name, parallelism, count in (
+    ("pmap8", Parallelism(strategy="pmap"), 8),
+    ("mixed8", Parallelism(data=2, fsdp=2, tensor=2), 8),
+    ("fsdp4", Parallelism(data=1, fsdp=4), 4),
+    ("one", Parallelism(), 1),
+):
+    layout = Layout(parallelism, config, devices=jax.devices()[:count])
+    like = jax.eval_shape(
+        lambda: TrainState.create(parameters.init(config, jax.random.key(9)), optimizer)
+    )
+    like = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        like, layout.shardings(like),
+    )
+    with layout.active():
+        state, _ = checkpoints.restore(like)
+    assert int(state.step) == steps
+    assert len(state.params["embeddings"]["word"].sharding.device_set) == count
+    np.savez(f"{sys.argv[3]}/{name}.npz", **flatten(layout.gathered(state.params)))
+"""
+
+
+def test_what_two_hosts_saved_is_read_by_eight_devices_four_and_one(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", RESTORE, undisturbed(), str(LAST), tmp_path],
+        cwd=ROOT,
+        env=ENVIRONMENT
+        | {
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = flatten(load_pretrained(undisturbed() / "model")[0])
+    for name in ("pmap8", "mixed8", "fsdp4", "one"):
+        found = np.load(tmp_path / f"{name}.npz")
+        for path, value in expected.items():
+            np.testing.assert_array_equal(found[path], value, err_msg=f"{name} {path}")
+
+
+def test_hosts_by_hand_need_all_three_flags(tmp_path):
+    done = subprocess.run(
+        command("pretrain", *FLAGS, f"--run_dir={tmp_path / 'run'}", "--host=1"),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "--coordinator, --hosts and --host" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,251 @@
+"""Fine-tuning as a program: what a run holds, resuming, seeds and sweeps, refusals."""
+
+import csv
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from experiments.common import sweep
+from prelnroberta.data.tokenizer import load_tokenizer
+from tests.experiments.test_bad_input import refused
+from tests.experiments.test_resume import records
+from tests.helpers.support import ENVIRONMENT, ROOT, SCRATCH, call, command, finished_run
+
+WORDS = {"good": ["fine", "great", "nice", "super"], "bad": ["awful", "poor", "sad", "worse"]}
+
+
+@cache
+def reviews(name, count, seed):
+    """A CSV that is easy to learn."""
+    rng = np.random.default_rng(seed)
+    path = SCRATCH / name / "reviews.csv"
+    path.parent.mkdir()
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for _ in range(count):
+            label = rng.choice(["bad", "good"])
+            words = rng.choice(WORDS[label], rng.integers(2, 6))
+            writer.writerow([" ".join(words), label])
+    return path
+
+
+def finetune_flags(**changes):
+    values = {
+        "task": "sequence_classification",
+        "init_from": finished_run(),
+        "train_file": reviews("train", 120, 1),
+        "eval_file": reviews("dev", 40, 2),
+        "max_length": 32,
+        "batch_size": 8,
+        "accumulate": 2,
+        "epochs": 3,
+        "eval_every": 9,
+        "save_every": 4,
+        "log_every": 7,
+        "learning_rate": 1e-2,
+        "length_buckets": 1,
+        "hidden_dropout_prob": 0.1,
+        "label_smoothing": 0.1,
+        "class_weights": "balanced",
+        "layer_decay": 0.9,
+        "seed": 4,
+    }
+    return [f"--{name}={value}" for name, value in (values | changes).items()]
+
+
+@cache
+def finished():
+    run_dir = SCRATCH / "finetuned"
+    done = call("finetune", *finetune_flags(), f"--run_dir={run_dir}")
+    assert done.returncode == 0, done.stderr
+    return run_dir, done.stdout
+
+
+def test_a_run_holds_what_it_says():
+    run_dir, said = finished()
+    names = {path.name for path in run_dir.iterdir()}
+    assert names >= {
+        *("flags.txt", "data.json", "metrics.jsonl", "loss.png", "checkpoints", "model"),
+        *("predictions.jsonl", "classes.txt", "confusion.png", "results.json"),
+    }
+    # By what they are for: here both have the same name.
+    files = {"train_file": reviews("train", 120, 1), "eval_file": reviews("dev", 40, 2)}
+    digests = {flag: hashlib.sha256(path.read_bytes()).hexdigest() for flag, path in files.items()}
+    assert json.loads((run_dir / "data.json").read_text()) == digests
+    results = json.loads((run_dir / "results.json").read_text())
+    validations = [r for r in records(run_dir) if r["kind"] == "validation"]
+    assert [r["step"] for r in validations] == [9, 18, 27, 36, 45]
+    best = max(validations, key=lambda r: (r["accuracy"], -r["loss"]))
+    assert results["metrics"]["accuracy"] == best["accuracy"] > results["trivial"] + 0.2
+    assert results["best_step"] == best["step"] and f"step {best['step']} of 45" in said
+
+
+def test_transformers_reads_the_model_and_says_the_same():
+    run_dir, _ = finished()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(run_dir / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run_dir / "model")
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    answers = [json.loads(x) for x in (run_dir / "predictions.jsonl").read_text().splitlines()]
+    rows = list(csv.DictReader(reviews("dev", 40, 2).open()))
+    assert [a["text"] for a in answers] == [r["text"] for r in rows]
+    inputs = tokenizer([a["text"] for a in answers], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = torch.softmax(model.eval()(**inputs).logits, -1).numpy()
+    found = np.array([list(a["probabilities"].values()) for a in answers])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    right = np.mean([a["label"] == r["label"] for a, r in zip(answers, rows, strict=True)])
+    assert right == json.loads((run_dir / "results.json").read_text())["metrics"]["accuracy"]
+    assert load_tokenizer(run_dir / "model").get_vocab_size() == model.config.vocab_size
+
+
+def test_interrupted_and_resumed_to_the_bit(tmp_path):
+    run_dir = tmp_path / "run"
+    arguments = [*finetune_flags(), f"--run_dir={run_dir}"]
+    process = subprocess.Popen(
+        command("finetune", *arguments), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE
+    )
+    while process.poll() is None and not any(r["step"] >= 14 for r in records(run_dir)):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode in (143, 0) and not (run_dir / "results.json").exists()
+    done = call("finetune", *arguments)
+    assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
+    assert [repr(r) for r in records(run_dir)] == [repr(r) for r in records(finished()[0])]
+    for name in ("model/model.safetensors", "predictions.jsonl", "results.json"):
+        assert (run_dir / name).read_bytes() == (finished()[0] / name).read_bytes(), name
+    again = call("finetune", *arguments)
+    assert again.returncode == 0 and "is complete" in again.stdout
+
+
+def test_seeds_and_sweeps_make_a_table_and_patience_ends_a_run(tmp_path):
+    sweep = {"learning_rate": 3e-3, "patience": 1, "eval_every": 3, "epochs": 2, "accumulate": 1}
+    done = call(
+        "finetune",
+        *finetune_flags(**sweep, save_every=3),
+        *("--seeds=1,2", "--sweep=learning_rate=1e-9,3e-3", f"--run_dir={tmp_path / 'run'}"),
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    table = json.loads((tmp_path / "run" / "table.json").read_text())
+    assert [row["run"] for row in table] == ["learning_rate=1e-9", "learning_rate=3e-3"]
+    for row in table:
+        results = [
+            json.loads((tmp_path / "run" / f"{row['run']},seed={s}" / "results.json").read_text())
+            for s in (1, 2)
+        ]
+        values = [r["metrics"]["accuracy"] for r in results]
+        assert row["values"] == values and row["seeds"] == 2
+        np.testing.assert_allclose(row["mean"], np.mean(values))
+        np.testing.assert_allclose(row["deviation"], np.std(values, ddof=1))
+    assert "learning_rate=3e-3" in done.stdout.splitlines()[-1]
+    # At a rate of almost nothing the first evaluation is never beaten.
+    idle = records(tmp_path / "run" / "learning_rate=1e-9,seed=1")
+    assert max(r["step"] for r in idle) == 6
+
+
+def test_evaluate_tells_what_it_cut():
+    file = reviews("dev", 40, 2)
+    done = call("evaluate", f"--model={finished()[0]}", f"--file={file}", "--max_length=8")
+    assert done.returncode == 0, done.stderr
+    assert " of 40 cut to 8 tokens\n" in done.stdout
+
+
+def test_one_seed_has_no_deviation(tmp_path):
+    points = [{"learning_rate": rate} for rate in ("1e-3", "3e-3")]
+    for point in points:
+        (tmp_path / sweep.name(point)).mkdir()
+        results = {"metric": "accuracy", "trivial": 0.5, "metrics": {"accuracy": 0.75}}
+        (tmp_path / sweep.name(point) / "results.json").write_text(json.dumps(results))
+    rows = sweep.write_table(tmp_path, points).splitlines()[1:]
+    assert [row.split() for row in rows] == [
+        [f"learning_rate={rate}", "1", "0.7500", "-", "0.5000"] for rate in ("1e-3", "3e-3")
+    ]
+
+
+def test_what_differs_is_refused(tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished()[0], run_dir)
+    (run_dir / "results.json").unlink()
+
+    def line(**changes):
+        return refused(*finetune_flags(**changes), f"--run_dir={run_dir}", program="finetune")
+
+    assert "--layer_decay (there 0.9, here 1.0)" in line(layer_decay=1.0)
+    other = tmp_path / "dev.csv"
+    shutil.copy(reviews("dev", 40, 2), other)
+    with other.open("a") as file:
+        file.write("more,good\n")
+    (run_dir / "flags.txt").write_text(
+        (run_dir / "flags.txt").read_text().replace(str(reviews("dev", 40, 2)), str(other))
+    )
+    assert "has changed since" in line(eval_file=other)
+
+
+BAD = [
+    ({"task": "translation"}, "translation"),
+    ({"train_file": "/nowhere.csv"}, "--train_file=/nowhere.csv: no such file"),
+    ({"init_from": "/nowhere"}, "/nowhere: no config.json"),
+    ({"epochs": 0}, "--epochs=0.0, expected more than 0"),
+    ({"accumulate": 3}, "--accumulate=3 does not divide --batch_size=8"),
+    ({"max_length": 4}, "--max_length=4, expected 8 to 64"),
+    ({"class_weights": "1,2,3"}, "--class_weights=1,2,3, expected 'balanced' or 2 numbers"),
+    ({"label_column": "answer"}, "no column 'answer'; the file has columns text, label"),
+    ({"labels": "good,fair"}, "label 'bad' is not among the 2 labels good, fair"),
+    ({"freeze_layers": 9}, "freeze_layers=9, expected 0 to 2"),
+    ({"sweep": "learning_rte=1,2"}, "there is no flag --learning_rte"),
+    ({"sweep": "learning_rate=fast,1"}, "fast"),
+    ({"seeds": "1,x"}, "x"),
+]
+
+
+@pytest.mark.parametrize(("changes", "part"), BAD, ids=lambda v: str(v)[:40])
+def test_bad_input_is_one_line(changes, part, tmp_path):
+    done = call("finetune", *finetune_flags(**changes), f"--run_dir={tmp_path / 'run'}")
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
+    assert part in done.stderr and "validation loss" not in done.stdout, done.stderr
+    assert not (tmp_path / "run" / "flags.txt").exists()
+
+
+def test_the_weights_are_in_memory_once(tmp_path):
+    """On an accelerator a second copy of them would take its memory for as long as the run."""
+    program = """
+import sys
+import jax
+import experiments.common.loop as training
+from experiments import finetune, flags
+
+train = training.train
+
+def weighed(state, *args, **others):
+    own = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    print("held", sum(array.nbytes for array in jax.live_arrays()) / own)
+    return train(state, *args, **others)
+
+training.train = weighed
+flags.launch(finetune.main)
+"""
+    given = finetune_flags(steps=1, run_dir=tmp_path / "run")
+    result = subprocess.run(
+        [sys.executable, "-c", program, *given],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    [held] = [
+        float(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("held")
+    ]
+    assert 1 <= held < 1.1

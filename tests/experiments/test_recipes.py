@@ -1,0 +1,42 @@
+"""Every recipe is a flagfile that the program accepts, with the numbers that were published."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPES = sorted((Path(__file__).parents[2] / "experiments" / "recipes").glob("*.flags"))
+# Stops after every flag has been checked, before any text is read.
+CHECK_ONLY = """
+import sys
+from pathlib import Path
+from absl import flags
+from experiments import pretrain
+from experiments.flags import FLAGS, optimization
+FLAGS(["x", f"--flagfile={sys.argv[1]}", f"--run_dir={sys.argv[2]}"])
+config = pretrain.check_settings()
+print(config.num_hidden_layers, config.hidden_size, FLAGS.sequence_length, FLAGS.batch_size,
+      optimization().steps, optimization().learning_rate, optimization().warmup_steps,
+      FLAGS.mask_rate, FLAGS.mask_random + FLAGS.mask_same)
+"""
+PUBLISHED = {
+    "efficient_mlm_large": "24 1024 128 4096 23000 0.002 1380 0.4 0.0",
+    "roberta_base": "12 768 512 8192 500000 0.0006 24000 0.15 0.2",
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe(recipe, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", CHECK_ONLY, recipe, tmp_path / "run"],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == PUBLISHED.get(recipe.stem, result.stdout.strip())
+
+
+def test_all_are_there():
+    names = {path.stem for path in RECIPES}
+    assert names == {"demo", "small_cpu", "roberta_base", "efficient_mlm_large"}

@@ -1,0 +1,63 @@
+"""Packing a batch: every token once, and the numbers of the sequences one by one."""
+
+import jax
+import numpy as np
+import pytest
+
+from prelnroberta import FlaxRobertaPreLayerNormModel
+from prelnroberta.errors import InputError
+from prelnroberta.inference.ragged import pack
+from tests.helpers.support import TINY, assert_close, random_params
+
+
+def some_sequences(rng: np.random.Generator, n: int, longest: int) -> list[np.ndarray]:
+    return [rng.integers(4, 500, size) for size in rng.integers(1, longest + 1, n)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_split_gives_back_what_was_packed_in_its_order(seed):
+    rng = np.random.default_rng(seed)
+    sequences = some_sequences(rng, 40, 16)
+    packed = pack(sequences, 16)
+    for found, given in zip(packed.split(packed.inputs["input_ids"]), sequences, strict=True):
+        np.testing.assert_array_equal(found, given)
+    for positions in packed.split(packed.inputs["position_ids"]):
+        np.testing.assert_array_equal(positions, 2 + np.arange(len(positions)))
+    for segments in packed.split(packed.inputs["segment_ids"]):
+        assert len(set(segments)) == 1 and segments[0] > 0
+    assert (packed.inputs["segment_ids"] > 0).sum() == sum(map(len, sequences))
+    np.testing.assert_array_equal(
+        packed.lay_out(sequences, 1, np.int32), packed.inputs["input_ids"]
+    )
+    # No two rows could have been one: best fit leaves at most one row half empty.
+    filled = np.sort((packed.inputs["segment_ids"] > 0).sum(1))
+    assert len(filled) == 1 or filled[0] + filled[1] > 16
+
+
+def test_rows_are_rounded_up_with_pads():
+    packed = pack([[5, 6], [7, 8, 9]], 3, pad_token_id=3, multiple=4)
+    assert packed.inputs["input_ids"].shape == (4, 3)
+    np.testing.assert_array_equal(packed.inputs["input_ids"][2:], 3)
+    np.testing.assert_array_equal(packed.inputs["position_ids"][2:], 3)
+    np.testing.assert_array_equal(packed.inputs["segment_ids"][2:], 0)
+
+
+def test_vectors_are_those_of_the_sequences_alone():
+    model = FlaxRobertaPreLayerNormModel(TINY, _do_init=False)
+    params = jax.tree.map(jax.numpy.asarray, random_params(TINY, "base"))
+    sequences = some_sequences(np.random.default_rng(3), 9, 12)
+    packed = pack(sequences, 24)
+    vectors = packed.split(model(**packed.inputs, params=params).last_hidden_state)
+    rows = np.full((9, 12), TINY.pad_token_id)
+    for row, sequence in zip(rows, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    alone = np.asarray(model(rows, rows != TINY.pad_token_id, params=params).last_hidden_state)
+    for found, row, sequence in zip(vectors, alone, sequences, strict=True):
+        assert_close(found, row[: len(sequence)], "packed")
+
+
+def test_sequences_that_fit_no_row_are_named():
+    with pytest.raises(InputError, match="sequence 1 has 4 tokens, expected 1 to 3"):
+        pack([[1], [1, 2, 3, 4]], 3)
+    with pytest.raises(InputError, match="sequence 0 has 0 tokens"):
+        pack([[]], 3)
