@@ -118,7 +118,7 @@ def _masking() -> None:
         "eval_mask_rate", 0.15, "Mask rate of evaluations, the same for all runs that compare."
     )
     flags.DEFINE_integer(
-        "logits_at_once", 0, "Masked positions of a row whose logits stand at once; 0: all."
+        "logits_chunk_size", 0, "Masked positions of a row whose logits stand at once; 0: all."
     )
 
 
@@ -755,7 +755,7 @@ def optimization(**counted: int) -> Optimization:
     return Optimization(**{name: FLAGS[name].value for name in names}, **counted)
 
 
-def execution(logits_at_once: int = 0) -> Execution:
+def execution(logits_chunk_size: int = 0) -> Execution:
     """--dtype, --remat, --attention, --scan_layers"""
     import jax.numpy as jnp
 
@@ -766,7 +766,7 @@ def execution(logits_at_once: int = 0) -> Execution:
         remat=FLAGS.remat,
         attention=FLAGS.attention,
         scan_layers=FLAGS.scan_layers,
-        logits_at_once=logits_at_once,
+        logits_chunk_size=logits_chunk_size,
     )
 
 

@@ -90,7 +90,7 @@ def scoring(config: RobertaPreLayerNormConfig) -> ScoreFn:
     """The masked-LM loss as steps and evaluations take it."""
     from prelnroberta.model.heads import MaskedLM, masked_lm_scores
 
-    module = MaskedLM(config, flags.execution(FLAGS.logits_at_once))
+    module = MaskedLM(config, flags.execution(FLAGS.logits_chunk_size))
 
     def score(params: Tree, batch: dict, dropout_keys: Any) -> Any:
         return masked_lm_scores(module, params, batch, dropout_keys)

@@ -17,11 +17,11 @@ from prelnroberta.errors import InputError
 
 WAYS: dict[str, dict[str, Any]] = {
     "scan": {},
-    "logits_at_once=11": {"logits_at_once": 11},
+    "logits_chunk_size=11": {"logits_chunk_size": 11},
     "remat=dots": {"remat": "dots"},
     "remat=full": {"remat": "full"},
     "attention=splash": {"attention": "splash"},
-    "splash, dots, logits 11": {"attention": "splash", "remat": "dots", "logits_at_once": 11},
+    "splash, dots, logits 11": {"attention": "splash", "remat": "dots", "logits_chunk_size": 11},
 }
 B, L = 16, 512
 

@@ -67,7 +67,7 @@ class Execution:
             but matrix products, or whole blocks.
         attention: einsum and softmax by XLA, or a fused kernel (`attention_kernels.py`), which is
             refused where it cannot serve; auto: the backend's kernel where it can.
-        logits_at_once: positions of a row whose logits stand in memory at the same time in
+        logits_chunk_size: positions of a row whose logits stand in memory at the same time in
             `masked_lm_scores`; 0: all. Less memory for a third more work in the head.
     """
 
@@ -75,15 +75,15 @@ class Execution:
     scan_layers: bool | None = None
     remat: Literal["none", "dots", "full"] = "none"
     attention: attention_kernels.Choice = "xla"
-    logits_at_once: int = 0
+    logits_chunk_size: int = 0
 
     def __post_init__(self) -> None:
         allowed = {"remat": ("none", "dots", "full"), "attention": attention_kernels.CHOICES}
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise InputError(f"{name}={getattr(self, name)!r}, expected one of {values}")
-        if self.logits_at_once < 0:
-            raise InputError(f"logits_at_once={self.logits_at_once}, expected 0 (all) or more")
+        if self.logits_chunk_size < 0:
+            raise InputError(f"logits_chunk_size={self.logits_chunk_size}, expected 0 (all) or more")
 
     @property
     def scans(self) -> bool:

@@ -418,7 +418,7 @@ def masked_lm_scores(
     module: MaskedLM, params: dict, batch: dict[str, Array], dropout_keys: Array | None = None
 ) -> Scores:
     """Scores of one batch of masked rows: logits are computed at masked positions alone, and
-    where `execution.logits_at_once` says so, never all of them at the same time.
+    where `execution.logits_chunk_size` says so, never all of them at the same time.
 
     Args:
         batch: input_ids, segment_ids, position_ids [B, L] int; masked_positions, masked_labels
@@ -439,7 +439,7 @@ def masked_lm_scores(
     def score(hidden: Array, labels: Array, weights: Array) -> Scores:
         return cross_entropy(lm_logits(params, module.config, hidden), labels, weights)
 
-    M, at_once = hidden.shape[1], module.execution.logits_at_once
+    M, at_once = hidden.shape[1], module.execution.logits_chunk_size
     if not at_once or at_once >= M:
         return score(hidden, *targets)
 

@@ -415,7 +415,7 @@ def test_logits_in_parts_are_the_same_in_less_memory():
     keys = jax.random.split(jax.random.key(0), 4)
 
     def compiled(at_once):
-        module = MaskedLM(config, Execution(logits_at_once=at_once))
+        module = MaskedLM(config, Execution(logits_chunk_size=at_once))
 
         def loss(params):
             scores = masked_lm_scores(module, params, batch, keys)
