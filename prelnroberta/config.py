@@ -30,6 +30,11 @@ ACTIVATIONS = (
 )
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
+IGNORE_INDEX = -100  # the label of a target that does not count, as in torch's cross entropy
+# The logit of an entry that is not a class of its target: another sequence's token, a choice that
+# is not there. Finite, so that a target without any class has a finite loss.
+MASKED_LOGIT = -1e30
+
 _POSITIVE_INTS = (
     "vocab_size",
     "hidden_size",

@@ -2,14 +2,27 @@
 
 A row gives a path its shape in letters, its initial value and its kind. The model's `init`, the
 strict tree check, the optimizer's decay mask, the shardings and the name tables of other
-frameworks all read it. The letters are the logical axes, too: a sharding rule maps a letter to
-a mesh axis.
+frameworks all read it. The letters are also the logical axes: a sharding rule maps a letter to
+mesh axes.
 
-    B batch    L length     D hidden   H heads    K head dim   F mlp   N layers   V vocab
-    E hidden again, where a matrix has it twice    P position rows     T token types
-    M masked (read) positions    C classes (num_labels)    1 a single number
+Shape letters. A letter means the same everywhere in this repository: in this table, in docstrings
+such as [B, L, D], in `constrain(x, "BLD")`, and in lower case in einsums.
 
-Layers are always stacked on a leading N axis, whether they are run by a scan or unrolled.
+    B  batch: examples               D  hidden size
+    R  rows decoded or packed        E  hidden size, second axis of a D x D matrix
+    W  beams of an example           F  MLP size
+    A  answer choices of a question  H  attention heads
+    Q  sequences packed into a row   K  size of a head
+    L  length: positions of a row    N  layers
+    M  positions that are read       P  rows of the position table
+    T  key positions (L, or cached)  V  vocabulary
+    S  encoder states (source)       Y  token types
+    G  generated tokens              C  classes (num_labels)
+    U  tokens of an uncut stream     1  a single number
+
+A row (R) is what the model computes: beams or returned sequences of B prompts, or B examples
+packed into fewer rows. Layers are always stacked on a leading N axis, whether they are run by a
+scan or unrolled.
 """
 
 from __future__ import annotations
@@ -79,7 +92,7 @@ def _dense(path: str, kernel: str, bias: str) -> dict[str, Parameter]:
 _EMBEDDINGS = {
     "embeddings/word": Parameter("VD", "embedding", "embedding"),
     "embeddings/position": Parameter("PD", "embedding", "embedding"),
-    "embeddings/token_type": Parameter("TD", "normal", "embedding"),
+    "embeddings/token_type": Parameter("YD", "normal", "embedding"),
     **_norm("embeddings/norm", "D"),
 }
 _ENCODER = {
@@ -161,8 +174,8 @@ def sizes(config: RobertaPreLayerNormConfig) -> dict[str, int]:
         "K": config.head_dim,
         "N": config.num_hidden_layers,
         "P": config.max_position_embeddings,
-        "T": config.type_vocab_size,
         "V": config.vocab_size,
+        "Y": config.type_vocab_size,
     }
 
 

@@ -190,7 +190,7 @@ def embeddings(
     key: Array | None,
 ) -> Array:
     """Word + type + position, normed, dropped out: words [B, L, D] -> [B, L, D]."""
-    types = constrain(p["token_type"], "TD")
+    types = constrain(p["token_type"], "YD")
     x = constrain(words, "BLD") + (types[0] if token_type_ids is None else types[token_type_ids])
     x = x + constrain(p["position"], "PD")[position_ids]
     x = layer_norm(p["norm"], x, config.layer_norm_eps).astype(dtype)
