@@ -28,7 +28,21 @@ ACTIVATIONS = (
     "swish",
     "tanh",
 )
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+REGRESSION, SINGLE_LABEL, MULTI_LABEL = PROBLEM_TYPES = (
+    "regression",
+    "single_label_classification",
+    "multi_label_classification",
+)
+ARCHITECTURES = {  # model of the parameter table -> its class in transformers
+    "encoder": "RobertaPreLayerNormModel",
+    "base": "RobertaPreLayerNormModel",
+    "masked_lm": "RobertaPreLayerNormForMaskedLM",
+    "causal_lm": "RobertaPreLayerNormForCausalLM",
+    "sequence_classification": "RobertaPreLayerNormForSequenceClassification",
+    "multiple_choice": "RobertaPreLayerNormForMultipleChoice",
+    "token_classification": "RobertaPreLayerNormForTokenClassification",
+    "question_answering": "RobertaPreLayerNormForQuestionAnswering",
+}
 
 IGNORE_INDEX = -100  # the label of a target that does not count, as in torch's cross entropy
 # The logit of an entry that is not a class of its target: another sequence's token, a choice that

@@ -1,24 +1,21 @@
-"""The six tasks; `base.py` says what a task is."""
+"""The six tasks; `base.py` defines what a task is.
 
-from experiments.tasks.base import Answer, Measured, Row, Task, TaskSettings, cut
-from experiments.tasks.classification import (
-    MultipleChoice,
-    SequenceClassification,
-    TokenClassification,
-)
-from experiments.tasks.language import CausalLM, MaskedLM
-from experiments.tasks.questions import QuestionAnswering
+Loaded on first use: `names` and `settings` are imported by `--help` and must not load JAX.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from experiments.tasks.base import Answer, Measured, Row, Task, cut
+    from experiments.tasks.by_name import TASKS
+    from experiments.tasks.settings import TaskSettings
 
 __all__ = ["TASKS", "Answer", "Measured", "Row", "Task", "TaskSettings", "cut"]
 
-TASKS: dict[str, type[Task]] = {
-    task.model: task
-    for task in (
-        SequenceClassification,
-        TokenClassification,
-        QuestionAnswering,
-        MultipleChoice,
-        CausalLM,
-        MaskedLM,
-    )
-}
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = {"TASKS": "by_name", "TaskSettings": "settings"}.get(name, "base")
+    return getattr(import_module(f"{__name__}.{module}"), name)

@@ -26,10 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.tasks.settings import TaskSettings
 from prelnroberta.config import RobertaPreLayerNormConfig
-from prelnroberta.data.batches.buckets import Features
 from prelnroberta.data.batches.packed import TrainingBatches
-from prelnroberta.data.features.sequence_classification import SINGLE
+from prelnroberta.data.features.base import Features
 from prelnroberta.data.pretraining.loader import Loader
 from prelnroberta.data.readers.row_errors import BadRows
 from prelnroberta.metrics.classification import (
@@ -50,38 +50,6 @@ if TYPE_CHECKING:
 Array = jax.Array
 Row = dict[str, np.ndarray]  # what the model said of one row of the features
 Answer = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskSettings:
-    """How a file becomes batches and batches become answers, kept beside a model as `task.json`.
-
-    Attributes:
-        max_length: of a row, in tokens.
-        text_column, pair_column, label_columns: names, or numbers from 0; None, (): the task's own.
-        labels: names of the classes, id by id; (): those of the training file.
-        problem_type: of sequence classification, as in config.json.
-        all_pieces: whether every piece of a word is labelled, or the first alone.
-        stride: tokens that windows over long inputs share; None: the task's own.
-        may_be_null: whether questions may have no answer.
-        n_best, max_answer_length, null_threshold: of answers (`questions.predict_answers`).
-        mask_rate: share of tokens to predict, in masked language modeling.
-    """
-
-    task: str
-    max_length: int
-    text_column: str | int | None = None
-    pair_column: str | int | None = None
-    label_columns: tuple[str | int, ...] = ()
-    labels: tuple[str, ...] = ()
-    problem_type: str = SINGLE
-    all_pieces: bool = False
-    stride: int | None = None
-    may_be_null: bool = False
-    n_best: int = 20
-    max_answer_length: int = 30
-    null_threshold: float = 0.0
-    mask_rate: float = 0.15
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,34 +17,27 @@ from experiments.tasks.base import (
     Measured,
     Row,
     Task,
-    TaskSettings,
     most_frequent,
     of_classes,
     stacked,
 )
-from prelnroberta.config import RobertaPreLayerNormConfig
-from prelnroberta.data.batches.buckets import Features
-from prelnroberta.data.features.multiple_choice import (
-    ChoiceExample,
-    choice_features,
-    masked_logits,
-    read_choices,
-    stream_choices,
-)
-from prelnroberta.data.features.sequence_classification import (
-    MULTI,
-    REGRESSION,
+from experiments.tasks.settings import TaskSettings
+from prelnroberta.config import MULTI_LABEL, REGRESSION, RobertaPreLayerNormConfig
+from prelnroberta.data.features.base import Features
+from prelnroberta.data.features.multiple_choice import choice_features, masked_logits
+from prelnroberta.data.features.sequence_classification import text_features
+from prelnroberta.data.features.token_classification import entities, token_features
+from prelnroberta.data.readers.bio_tags import is_tag
+from prelnroberta.data.readers.classification import (
     TextExample,
     label_names,
     read_examples,
     stream_examples,
-    text_features,
 )
-from prelnroberta.data.features.token_classification import entities, token_features
-from prelnroberta.data.readers.bio_tags import is_tag
 from prelnroberta.data.readers.conll import Sentence, read_sentences, stream_sentences, tag_names
 from prelnroberta.data.readers.labels import discover_labels
 from prelnroberta.data.readers.row_errors import BadRows
+from prelnroberta.data.readers.swag import ChoiceExample, read_choices, stream_choices
 from prelnroberta.errors import InputError
 from prelnroberta.metrics.classification import (
     class_report,
@@ -73,7 +66,7 @@ class SequenceClassification(Task):
 
     @property
     def metric(self) -> str:
-        return {REGRESSION: "pearson", MULTI: "f1_micro"}.get(
+        return {REGRESSION: "pearson", MULTI_LABEL: "f1_micro"}.get(
             self.settings.problem_type, "accuracy"
         )
 
@@ -95,9 +88,9 @@ class SequenceClassification(Task):
         s = self.settings
         if s.labels or s.problem_type == REGRESSION:
             return s
-        if s.problem_type == MULTI and len(s.label_columns) > 1:
+        if s.problem_type == MULTI_LABEL and len(s.label_columns) > 1:
             names = tuple(map(str, s.label_columns))
-        elif s.problem_type == MULTI:
+        elif s.problem_type == MULTI_LABEL:
             names = discover_labels(name for e in examples for name in label_names(e.label))
         else:
             names = discover_labels(e.label for e in examples)
@@ -129,7 +122,7 @@ class SequenceClassification(Task):
         logits = logits.astype(jnp.float32)
         if self.settings.problem_type == REGRESSION:
             return {"value": logits[:, 0]}
-        if self.settings.problem_type == MULTI:
+        if self.settings.problem_type == MULTI_LABEL:
             return {"probabilities": jax.nn.sigmoid(logits)}
         return {"probabilities": jax.nn.softmax(logits, axis=-1)}
 
@@ -143,7 +136,7 @@ class SequenceClassification(Task):
                 yield answer | {"value": float(row["value"])}
                 continue
             probabilities = dict(zip(names, row["probabilities"].tolist(), strict=True))
-            if kind == MULTI:
+            if kind == MULTI_LABEL:
                 answer["labels"] = [name for name, p in probabilities.items() if p > 0.5]
             else:
                 answer["label"] = max(probabilities, key=probabilities.get)
@@ -154,7 +147,7 @@ class SequenceClassification(Task):
         if self.settings.problem_type == REGRESSION:
             values = stacked(rows, "value")
             return Measured(lambda i: regression_metrics(labels[i], values[i]), len(rows))
-        if self.settings.problem_type == MULTI:
+        if self.settings.problem_type == MULTI_LABEL:
             sides = stacked(rows, "probabilities") > 0.5
             return Measured(
                 lambda i: multi_label_metrics(labels[i], sides[i]),
@@ -166,7 +159,7 @@ class SequenceClassification(Task):
     def trivial(self, train: Features, features: Features) -> float:
         if self.settings.problem_type == REGRESSION:
             return 0.0  # the correlation with a constant
-        if self.settings.problem_type == MULTI:
+        if self.settings.problem_type == MULTI_LABEL:
             sides = np.broadcast_to(train.labels.mean(axis=0) > 0.5, features.labels.shape)
             return multi_label_metrics(features.labels, sides)[self.metric]
         return most_frequent(train, features)

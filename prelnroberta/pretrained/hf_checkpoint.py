@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from prelnroberta import params as parameters
-from prelnroberta.config import RobertaPreLayerNormConfig, require_config
+from prelnroberta.config import ARCHITECTURES, RobertaPreLayerNormConfig, require_config
 from prelnroberta.errors import InputError
 from prelnroberta.files import written_whole
 
@@ -34,16 +34,6 @@ FLAX_NAME = "flax_model.msgpack"
 CONFIG_NAME = "config.json"
 # Pickles, which run what they hold, and TensorFlow's.
 _UNREAD = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5")
-ARCHITECTURES = {
-    "encoder": "RobertaPreLayerNormModel",
-    "base": "RobertaPreLayerNormModel",
-    "masked_lm": "RobertaPreLayerNormForMaskedLM",
-    "causal_lm": "RobertaPreLayerNormForCausalLM",
-    "sequence_classification": "RobertaPreLayerNormForSequenceClassification",
-    "multiple_choice": "RobertaPreLayerNormForMultipleChoice",
-    "token_classification": "RobertaPreLayerNormForTokenClassification",
-    "question_answering": "RobertaPreLayerNormForQuestionAnswering",
-}
 
 # Our module (or leaf) -> theirs. {n} is the layer.
 NAMES = {

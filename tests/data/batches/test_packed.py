@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.tasks import TASKS, TaskSettings
-from prelnroberta.data.batches.buckets import IGNORE, Features
+from prelnroberta.config import MULTI_LABEL, REGRESSION
 from prelnroberta.data.batches.packed import TrainingBatches
-from prelnroberta.data.features.multiple_choice import ChoiceExample
-from prelnroberta.data.features.sequence_classification import MULTI, REGRESSION, TextExample
+from prelnroberta.data.features.base import IGNORE, Features
+from prelnroberta.data.readers.classification import TextExample
 from prelnroberta.data.readers.row_errors import BadRows
+from prelnroberta.data.readers.swag import ChoiceExample
 from prelnroberta.errors import InputError
 from prelnroberta.model import heads
 from tests.helpers.support import TINY, random_params
@@ -142,7 +143,7 @@ def learned(name):
     task, bad = TASKS[name](settings), BadRows()
     if sort == REGRESSION:
         examples = [TextExample("f", text, None, float(len(text))) for text in texts]
-    elif sort == MULTI:
+    elif sort == MULTI_LABEL:
         examples = [
             TextExample("f", text, None, ["a", "b", "c"][: len(text) % 4]) for text in texts
         ]
@@ -158,7 +159,7 @@ def learned(name):
 KINDS = [
     "sequence_classification",
     f"sequence_classification {REGRESSION}",
-    f"sequence_classification {MULTI}",
+    f"sequence_classification {MULTI_LABEL}",
     "token_classification",
     "question_answering",
     "multiple_choice",

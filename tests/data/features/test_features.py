@@ -4,23 +4,21 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from prelnroberta.config import MULTI_LABEL, REGRESSION
 from prelnroberta.data.batches.buckets import evaluation_batches
 from prelnroberta.data.batches.packed import TrainingBatches
 from prelnroberta.data.features.language_modeling import Blocks, token_stream
-from prelnroberta.data.features.multiple_choice import ChoiceExample, choice_features, masked_logits
+from prelnroberta.data.features.multiple_choice import choice_features, masked_logits
 from prelnroberta.data.features.question_answering import predict_answers, question_features
-from prelnroberta.data.features.sequence_classification import (
-    MULTI,
-    REGRESSION,
-    TextExample,
-    text_features,
-)
+from prelnroberta.data.features.sequence_classification import text_features
 from prelnroberta.data.features.token_classification import entities, token_features
 from prelnroberta.data.pretraining.loader import Loader
 from prelnroberta.data.pretraining.masking import Masking
+from prelnroberta.data.readers.classification import TextExample
 from prelnroberta.data.readers.conll import Sentence
 from prelnroberta.data.readers.row_errors import BadRows
 from prelnroberta.data.readers.squad import Answer, Question
+from prelnroberta.data.readers.swag import ChoiceExample
 from prelnroberta.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, save_tokenizer, train_tokenizer
 from prelnroberta.errors import InputError
 from prelnroberta.model.heads import IGNORE
@@ -126,7 +124,7 @@ def test_labels_of_every_kind(tokenizer):
     assert single["weights"].tolist() == [1, 0, 1]
     assert single["input_ids"].shape == (3, 8) and (single["input_ids"][1] == PAD_ID).all()
     np.testing.assert_array_equal(single["attention_mask"], single["input_ids"] != PAD_ID)
-    several = batch(MULTI, ["x", "y", "z"], [["z", "x"], "y, z"])
+    several = batch(MULTI_LABEL, ["x", "y", "z"], [["z", "x"], "y, z"])
     assert several["labels"].tolist() == [[0, 1, 1], [0, 0, 0], [1, 0, 1]]
     assert several["labels"].dtype == np.float32
     numbers = batch(REGRESSION, (), ["2.5", -1])
@@ -157,7 +155,7 @@ def test_labels_outside_the_map_are_named_and_counted(tokenizer):
     with pytest.raises(InputError, match="no examples left"):
         text_features([], tokenizer, 8)
     with pytest.raises(InputError, match="label 'q' is not among"):
-        text_features([TextExample("f:1", "a", None, ["x", "q"])], tokenizer, 8, MULTI, ["x"])
+        text_features([TextExample("f:1", "a", None, ["x", "q"])], tokenizer, 8, MULTI_LABEL, ["x"])
 
 
 # ---------------------------------------------------------------------------------------------

@@ -15,10 +15,10 @@ from experiments.tasks.base import (
     Measured,
     Row,
     Task,
-    TaskSettings,
 )
+from experiments.tasks.settings import TaskSettings
 from prelnroberta.config import RobertaPreLayerNormConfig
-from prelnroberta.data.batches.buckets import Features
+from prelnroberta.data.features.base import Features
 from prelnroberta.data.features.question_answering import predict_answers, question_features
 from prelnroberta.data.readers.row_errors import BadRows
 from prelnroberta.data.readers.squad import Question, read_questions, stream_questions

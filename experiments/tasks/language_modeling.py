@@ -19,12 +19,13 @@ from experiments.tasks.base import (
     stacked,
 )
 from prelnroberta.config import RobertaPreLayerNormConfig
-from prelnroberta.data.batches.buckets import NOTHING, Features
+from prelnroberta.data.features.base import NOTHING, Features
 from prelnroberta.data.features.language_modeling import Blocks, token_stream
 from prelnroberta.data.pretraining.corpus import FileCorpus
-from prelnroberta.data.pretraining.loader import Batch, Loader
+from prelnroberta.data.pretraining.loader import Loader
 from prelnroberta.data.pretraining.masking import Masking
 from prelnroberta.data.readers.row_errors import BadRows
+from prelnroberta.data.shuffle import Batch
 from prelnroberta.metrics.classification import perplexity
 from prelnroberta.metrics.unigram import UnigramBaseline
 from prelnroberta.model import heads
