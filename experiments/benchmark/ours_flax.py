@@ -13,10 +13,10 @@ import numpy as np
 from experiments.benchmark.cases import IGNORE, Case, checked
 from experiments.benchmark.work import Work
 from experiments.common.loop import compiled
-from prelnroberta.data.batches.buckets import Features
 from prelnroberta.data.batches.packed import TrainingBatches
+from prelnroberta.data.features.base import Features
 from prelnroberta.distributed.sharding import Layout, Parallelism
-from prelnroberta.inference.ragged import Packed, pack
+from prelnroberta.inference.ragged import PackedBatch, pack_sequences
 from prelnroberta.model import heads
 from prelnroberta.model.heads import MODULES, Scores
 from prelnroberta.pretrained import flax_models as pretrained
@@ -150,23 +150,23 @@ def _language_model_rows(case: Case, batch: Batch, mode: str) -> Batch:
     }
 
 
-def _rows(case: Case, batch: Batch, mode: str) -> tuple[Packed, np.ndarray]:
+def _rows(case: Case, batch: Batch, mode: str) -> tuple[PackedBatch, np.ndarray]:
     """The batch's sequences, several a row if packed, else one a row; and their labels."""
     lengths = batch["attention_mask"].sum(1)
     sequences = [row[:n] for row, n in zip(batch["input_ids"], lengths, strict=True)]
-    rows = pack(sequences, case.L) if mode == "packed" else _one_a_row(batch, lengths)
+    rows = pack_sequences(sequences, case.L) if mode == "packed" else _one_a_row(batch, lengths)
     labels = [row[:n] for row, n in zip(batch["labels"], lengths, strict=True)]
-    return rows, rows.lay_out(labels, IGNORE, np.int32)
+    return rows, rows.pack_values(labels, IGNORE, np.int32)
 
 
-def _one_a_row(batch: Batch, lengths: np.ndarray) -> Packed:
+def _one_a_row(batch: Batch, lengths: np.ndarray) -> PackedBatch:
     mask = batch["attention_mask"]
     inputs = {
         "input_ids": batch["input_ids"],
         "segment_ids": mask,
         "position_ids": (np.cumsum(mask, 1) * mask + 1).astype(np.int32),
     }
-    return Packed(inputs, np.arange(len(mask)), np.zeros(len(mask), int), lengths)
+    return PackedBatch(inputs, np.arange(len(mask)), np.zeros(len(mask), int), lengths)
 
 
 def _forward(weights: Path, case: Case, batch: Batch, mode: str) -> Work:
@@ -174,7 +174,7 @@ def _forward(weights: Path, case: Case, batch: Batch, mode: str) -> Work:
     lengths = batch["attention_mask"].sum(1)
     if mode == "packed":
         sequences = [row[:n] for row, n in zip(batch["input_ids"], lengths, strict=True)]
-        rows = pack(sequences, case.L)
+        rows = pack_sequences(sequences, case.L)
         inputs = rows.inputs
     else:
         rows, inputs = _one_a_row(batch, lengths), {k: batch[k] for k in batch}
@@ -187,7 +187,7 @@ def _forward(weights: Path, case: Case, batch: Batch, mode: str) -> Work:
         return output.last_hidden_state if case.model == "base" else logits
 
     def check() -> np.ndarray:
-        return np.concatenate(rows.split(forward(params, inputs)))
+        return np.concatenate(rows.unpack(forward(params, inputs)))
 
     return Work(check, lambda: jax.block_until_ready(forward(params, inputs)))
 

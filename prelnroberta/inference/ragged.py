@@ -1,30 +1,33 @@
-"""Ragged sequences without padding: several to a row, each a segment that sees only itself.
+"""Ragged sequences without padding: several sequences per row, each attending only to itself.
 
-    packed = pack(sequences, length=128)
-    output = model(**packed.inputs)                      # [R, L, ...], R rows where padding took n
-    vectors = packed.split(output.last_hidden_state)     # a list in the order of `sequences`
+    packed = pack_sequences(sequences, row_length=128)
+    output = model(**packed.inputs)                      # [R, L, ...]
+    vectors = packed.unpack(output.last_hidden_state)    # a list in the order of `sequences`
 
-Attention inside segments and positions that start anew in each make the numbers those of the
-sequences one by one. (`data/packing.py` packs a corpus too large for memory; this, a batch.)
+Attention stays inside a segment and positions restart in each one, so the outputs equal those of
+the sequences run one by one. `data/pretraining/packing.py` packs a corpus that does not fit in
+memory; this module packs one batch.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from prelnroberta.data.bin_packing import best_fit_decreasing
 from prelnroberta.errors import InputError
 
 
-class Packed(NamedTuple):
-    """Rows of several sequences, and where each of them went.
+class PackedBatch(NamedTuple):
+    """Rows that hold several sequences each, and where each sequence is.
 
     Attributes:
         inputs: input_ids, segment_ids, position_ids, int32 [R, L], as every model takes them.
-        rows, starts, lengths: int [n], the place of each sequence.
+        rows: int [n], the row of each sequence.
+        starts: int [n], its first position in that row.
+        lengths: int [n], its number of tokens.
     """
 
     inputs: dict[str, np.ndarray]
@@ -32,87 +35,53 @@ class Packed(NamedTuple):
     starts: np.ndarray
     lengths: np.ndarray
 
-    def split(self, values: Any) -> list[np.ndarray]:
-        """[R, L, ...] -> of each sequence its own, [length, ...], in the order they were given."""
+    def unpack(self, values: Any) -> list[np.ndarray]:
+        """[R, L, ...] -> one array [length, ...] per sequence, in the order they were given."""
         values = np.asarray(values)
-        places = zip(self.rows, self.starts, self.lengths, strict=True)
-        return [values[row, start : start + length] for row, start, length in places]
+        spans = zip(self.rows, self.starts, self.lengths, strict=True)
+        return [values[row, start : start + length] for row, start, length in spans]
 
-    def lay_out(self, values: Sequence[Sequence[Any]], fill: Any, dtype: Any) -> np.ndarray:
-        """The inverse of `split` for what belongs to tokens, as labels: [R, L], `fill` on pads."""
-        out = np.full(self.inputs["input_ids"].shape, fill, dtype)
-        places = zip(self.rows, self.starts, self.lengths, values, strict=True)
-        for row, start, length, value in places:
-            out[row, start : start + length] = value
-        return out
-
-
-class Places(NamedTuple):
-    """Where sequences go: int [n] each, and how many rows that takes.
-
-    Attributes:
-        rows, starts: the row of each sequence and its first position there.
-        numbers: of each sequence among those of its row, from 0.
-        count: of rows.
-    """
-
-    rows: np.ndarray
-    starts: np.ndarray
-    numbers: np.ndarray
-    count: int
+    def pack_values(self, values: Sequence[Sequence[Any]], fill: Any, dtype: Any) -> np.ndarray:
+        """The inverse of `unpack`, for per-token values such as labels: [R, L], `fill` on pads."""
+        packed = np.full(self.inputs["input_ids"].shape, fill, dtype)
+        spans = zip(self.rows, self.starts, self.lengths, values, strict=True)
+        for row, start, length, value in spans:
+            packed[row, start : start + length] = value
+        return packed
 
 
-def place(lengths: np.ndarray, length: int, most: int | None = None) -> Places:
-    """Finds room for sequences in rows of `length`: the longest first, each where it fits most
-    tightly (best fit decreasing: at most 11/9 of the fewest rows there can be, and one).
+def pack_sequences(
+    sequences: Sequence[Sequence[int]],
+    row_length: int,
+    pad_token_id: int = 1,
+    row_multiple: int = 1,
+) -> PackedBatch:
+    """Packs token ids into rows of `row_length`, best fit first.
 
     Args:
-        lengths: int [n], each from 1 to `length`.
-        most: sequences that a row may hold; None: any number.
-    """
-    rows, starts, numbers = (np.zeros(len(lengths), np.int64) for _ in range(3))
-    free: list[tuple[int, int]] = []  # (space, row), tightest first
-    held: list[int] = []  # sequences in each row
-    order = np.argsort(-lengths, kind="stable")
-    for index, size in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        fitting = bisect_left(free, (size, -1))
-        space, row = free.pop(fitting) if fitting < len(free) else (length, len(held))
-        if row == len(held):
-            held.append(0)
-        rows[index], starts[index], numbers[index] = row, length - space, held[row]
-        held[row] += 1
-        if held[row] != most:
-            insort(free, (space - size, row))
-    return Places(rows, starts, numbers, len(held))
-
-
-def pack(
-    sequences: Sequence[Sequence[int]], length: int, pad_token_id: int = 1, multiple: int = 1
-) -> Packed:
-    """Packs token ids into rows of `length`, as `place` finds room for them.
-
-    Args:
-        multiple: R is rounded up to a multiple of it with rows of pads, so that batches of nearly
-            as many rows share one compiled program.
+        row_multiple: R is rounded up to a multiple of it with rows of pads, so that batches of
+            nearly the same number of rows share one compiled program.
 
     Raises:
-        InputError: a sequence that is empty or longer than `length`, by its index.
+        InputError: naming the index of a sequence that is empty or longer than `row_length`.
     """
     lengths = np.array([len(sequence) for sequence in sequences], np.int64)
-    for index in np.flatnonzero((lengths < 1) | (lengths > length)):
-        raise InputError(f"sequence {index} has {lengths[index]} tokens, expected 1 to {length}")
-    rows, starts, numbers, count = place(lengths, length)
-    R = -(-count // multiple) * multiple
+    for index in np.flatnonzero((lengths < 1) | (lengths > row_length)):
+        raise InputError(
+            f"sequence {index} has {lengths[index]} tokens, expected 1 to {row_length}"
+        )
+    packing = best_fit_decreasing(lengths, row_length)
+    shape = (-(-packing.num_rows // row_multiple) * row_multiple, row_length)
     inputs = {
-        "input_ids": np.full((R, length), pad_token_id, np.int32),
-        "segment_ids": np.zeros((R, length), np.int32),
-        "position_ids": np.full((R, length), pad_token_id, np.int32),
+        "input_ids": np.full(shape, pad_token_id, np.int32),
+        "segment_ids": np.zeros(shape, np.int32),
+        "position_ids": np.full(shape, pad_token_id, np.int32),
     }
-    for sequence, row, start, size, number in zip(
-        sequences, rows, starts, lengths, numbers, strict=True
+    for sequence, length, row, start, slot in zip(
+        sequences, lengths, packing.rows, packing.starts, packing.slots, strict=True
     ):
-        its = np.s_[row, start : start + size]
-        inputs["input_ids"][its] = sequence
-        inputs["segment_ids"][its] = number + 1
-        inputs["position_ids"][its] = pad_token_id + 1 + np.arange(size)
-    return Packed(inputs, rows, starts, lengths)
+        span = np.s_[row, start : start + length]
+        inputs["input_ids"][span] = sequence
+        inputs["segment_ids"][span] = slot + 1
+        inputs["position_ids"][span] = pad_token_id + 1 + np.arange(length)
+    return PackedBatch(inputs, packing.rows, packing.starts, lengths)

@@ -6,8 +6,9 @@ import pytest
 
 from prelnroberta import FlaxRobertaPreLayerNormModel
 from prelnroberta.errors import InputError
-from prelnroberta.inference.ragged import pack
-from tests.helpers.support import TINY, assert_close, random_params
+from prelnroberta.inference.ragged import pack_sequences
+from tests.helpers.small_models import TINY, random_params
+from tests.helpers.tolerances import assert_close
 
 
 def some_sequences(rng: np.random.Generator, n: int, longest: int) -> list[np.ndarray]:
@@ -18,16 +19,16 @@ def some_sequences(rng: np.random.Generator, n: int, longest: int) -> list[np.nd
 def test_split_gives_back_what_was_packed_in_its_order(seed):
     rng = np.random.default_rng(seed)
     sequences = some_sequences(rng, 40, 16)
-    packed = pack(sequences, 16)
-    for found, given in zip(packed.split(packed.inputs["input_ids"]), sequences, strict=True):
+    packed = pack_sequences(sequences, 16)
+    for found, given in zip(packed.unpack(packed.inputs["input_ids"]), sequences, strict=True):
         np.testing.assert_array_equal(found, given)
-    for positions in packed.split(packed.inputs["position_ids"]):
+    for positions in packed.unpack(packed.inputs["position_ids"]):
         np.testing.assert_array_equal(positions, 2 + np.arange(len(positions)))
-    for segments in packed.split(packed.inputs["segment_ids"]):
+    for segments in packed.unpack(packed.inputs["segment_ids"]):
         assert len(set(segments)) == 1 and segments[0] > 0
     assert (packed.inputs["segment_ids"] > 0).sum() == sum(map(len, sequences))
     np.testing.assert_array_equal(
-        packed.lay_out(sequences, 1, np.int32), packed.inputs["input_ids"]
+        packed.pack_values(sequences, 1, np.int32), packed.inputs["input_ids"]
     )
     # No two rows could have been one: best fit leaves at most one row half empty.
     filled = np.sort((packed.inputs["segment_ids"] > 0).sum(1))
@@ -35,7 +36,7 @@ def test_split_gives_back_what_was_packed_in_its_order(seed):
 
 
 def test_rows_are_rounded_up_with_pads():
-    packed = pack([[5, 6], [7, 8, 9]], 3, pad_token_id=3, multiple=4)
+    packed = pack_sequences([[5, 6], [7, 8, 9]], 3, pad_token_id=3, row_multiple=4)
     assert packed.inputs["input_ids"].shape == (4, 3)
     np.testing.assert_array_equal(packed.inputs["input_ids"][2:], 3)
     np.testing.assert_array_equal(packed.inputs["position_ids"][2:], 3)
@@ -46,8 +47,8 @@ def test_vectors_are_those_of_the_sequences_alone():
     model = FlaxRobertaPreLayerNormModel(TINY, _do_init=False)
     params = jax.tree.map(jax.numpy.asarray, random_params(TINY, "base"))
     sequences = some_sequences(np.random.default_rng(3), 9, 12)
-    packed = pack(sequences, 24)
-    vectors = packed.split(model(**packed.inputs, params=params).last_hidden_state)
+    packed = pack_sequences(sequences, 24)
+    vectors = packed.unpack(model(**packed.inputs, params=params).last_hidden_state)
     rows = np.full((9, 12), TINY.pad_token_id)
     for row, sequence in zip(rows, sequences, strict=True):
         row[: len(sequence)] = sequence
@@ -58,6 +59,6 @@ def test_vectors_are_those_of_the_sequences_alone():
 
 def test_sequences_that_fit_no_row_are_named():
     with pytest.raises(InputError, match="sequence 1 has 4 tokens, expected 1 to 3"):
-        pack([[1], [1, 2, 3, 4]], 3)
+        pack_sequences([[1], [1, 2, 3, 4]], 3)
     with pytest.raises(InputError, match="sequence 0 has 0 tokens"):
-        pack([[]], 3)
+        pack_sequences([[]], 3)

@@ -15,11 +15,11 @@ import functools
 
 import numpy as np
 
-from prelnroberta.data.batches.buckets import IGNORE, NOTHING, Features
-from prelnroberta.data.pretraining.loader import Batch, Prefetch, check_seed, permute
+from prelnroberta.data.bin_packing import BinPacking, best_fit_decreasing
+from prelnroberta.data.features.base import IGNORE, NOTHING, Features
+from prelnroberta.data.shuffle import Batch, Prefetch, check_seed, permute
 from prelnroberta.data.tokenizer import PAD_ID
 from prelnroberta.errors import InputError
-from prelnroberta.inference.ragged import Places, place
 
 _ALL = slice(None)
 _POSITIONS = ("start_positions", "end_positions")  # of tokens, counted from their example's first
@@ -101,15 +101,15 @@ class TrainingBatches:
         longest = -(-int(self._sizes.max()) // 8) * 8
         lengths = np.arange(longest, longest * 3 // 2 + 1, -(-longest // 128) * 8)
         needed = [
-            [self._places(indices, length).count for length in lengths]
+            [self._places(indices, length).num_rows for length in lengths]
             for indices in map(self.indices, range(steps))
         ]
         rows = -(-np.max(needed, axis=0) // multiple) * multiple
         best = int(np.argmin(rows * lengths))
         return int(rows[best]), int(lengths[best])
 
-    def _places(self, indices: np.ndarray, length: int) -> Places:
-        return place(self._sizes[indices], length, self._most(length))
+    def _places(self, indices: np.ndarray, length: int) -> BinPacking:
+        return best_fit_decreasing(self._sizes[indices], length, self._most(length))
 
     def _most(self, length: int) -> int:
         """S: the most examples that a row of this length holds."""
@@ -149,8 +149,8 @@ class TrainingBatches:
         """
         indices = self.indices(step)
         places = self._places(indices, self.length)
-        if places.count > self.rows:
-            raise InputError(f"step {step}: needs {places.count} rows, planned were {self.rows}")
+        if places.num_rows > self.rows:
+            raise InputError(f"step {step}: needs {places.num_rows} rows, planned were {self.rows}")
         wanted = np.arange(self.rows)[rows]
         here = np.isin(places.rows, wanted)
         longest = int(self.features.lengths[indices].max())
@@ -158,7 +158,7 @@ class TrainingBatches:
             self.features.batch(indices[here], longest),
             np.searchsorted(wanted, places.rows[here]),
             places.starts[here],
-            places.numbers[here],
+            places.slots[here],
             (len(wanted), self.length, self._most(self.length)),
             self.features.by_token,
         )
