@@ -6,7 +6,7 @@ from transformers import RobertaPreLayerNormConfig as TorchConfig
 from prelnroberta.config import ACTIVATIONS, PRESETS, RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 from prelnroberta.model.encoder import ACTIVATIONS as ACTIVATION_FUNCTIONS
-from tests.helpers.support import ODD, TINY
+from tests.helpers.small_models import ODD, TINY
 
 
 def test_defaults_are_transformers():

@@ -12,7 +12,7 @@ from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 from prelnroberta.model.encoder import Encoder
 from prelnroberta.model.heads import MaskedLM
-from tests.helpers.support import ODD, TINY, random_params
+from tests.helpers.small_models import ODD, TINY, random_params
 
 GOLDEN = """\
 embeddings/norm/bias                    [32]

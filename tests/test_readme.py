@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.helpers.support import ENVIRONMENT, ROOT, finished_run
+from tests.helpers.programs import ENVIRONMENT, ROOT, finished_run
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 

@@ -14,7 +14,7 @@ import pytest
 from experiments.common.report import TIMES, read_records
 from prelnroberta.params import flatten
 from prelnroberta.pretrained.hf_checkpoint import load_pretrained
-from tests.helpers.support import ENVIRONMENT, ROOT, SCRATCH, command, tiny_flags
+from tests.helpers.programs import ENVIRONMENT, ROOT, SCRATCH, command, tiny_flags
 
 pytestmark = pytest.mark.slow
 
@@ -124,17 +124,17 @@ RESTORE = """
 import json, sys
 import jax, numpy as np
 from prelnroberta import params as parameters
-from prelnroberta.training.checkpoint import Checkpoints
+from prelnroberta.training.checkpoint import CheckpointManager
 from prelnroberta.config import RobertaPreLayerNormConfig
-from prelnroberta.training.optimizer import Optimization, adamw
+from prelnroberta.training.optimizer import OptimizerConfig, adamw
 from prelnroberta.params import flatten
 from prelnroberta.distributed.sharding import Layout, Parallelism
 from prelnroberta.training.train_step import TrainState
 
 run_dir, steps = sys.argv[1], int(sys.argv[2])
 config = RobertaPreLayerNormConfig.from_json(run_dir + "/model")
-optimizer = adamw(Optimization(steps=steps, learning_rate=1e-3), config)
-checkpoints = Checkpoints(run_dir + "/checkpoints")
+optimizer = adamw(OptimizerConfig(steps=steps, learning_rate=1e-3), config)
+checkpoints = CheckpointManager(run_dir + "/checkpoints")
 for name, parallelism, count in (
     ("pmap8", Parallelism(strategy="pmap"), 8),
     ("mixed8", Parallelism(data=2, fsdp=2, tensor=2), 8),
@@ -149,11 +149,11 @@ for name, parallelism, count in (
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         like, layout.shardings(like),
     )
-    with layout.active():
+    with layout.use_mesh():
         state, _ = checkpoints.restore(like)
     assert int(state.step) == steps
     assert len(state.params["embeddings"]["word"].sharding.device_set) == count
-    np.savez(f"{sys.argv[3]}/{name}.npz", **flatten(layout.gathered(state.params)))
+    np.savez(f"{sys.argv[3]}/{name}.npz", **flatten(layout.gather_to_host(state.params)))
 """
 
 

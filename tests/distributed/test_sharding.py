@@ -18,7 +18,8 @@ from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.distributed.sharding import Layout, Parallelism, constrain, make_mesh
 from prelnroberta.errors import InputError
 from prelnroberta.model.heads import MODULES
-from tests.helpers.support import ROOT, TINY
+from tests.helpers.programs import ROOT
+from tests.helpers.small_models import TINY
 
 LARGE = RobertaPreLayerNormConfig.preset("roberta-large", vocab_size=50265)
 
@@ -176,9 +177,9 @@ def test_what_does_not_divide_is_named_all_at_once():
         assert part in text
     assert "\n" not in text and "vocab" not in text  # 50,265 divides by 3
     with pytest.raises(
-        InputError, match=r"batch_size=60 does not divide by 8 devices.*accumulate=2"
+        InputError, match=r"batch_size=60 does not divide by 8 devices.*gradient_accumulation_steps=2"
     ):
-        Layout(Parallelism(), TINY, devices=devices(8)).check_batch(60, accumulate=2)
+        Layout(Parallelism(), TINY, devices=devices(8)).check_batch(60, gradient_accumulation_steps=2)
 
 
 def test_a_vocabulary_that_does_not_divide_stays_whole_and_is_told():
@@ -212,11 +213,11 @@ def test_bad_meshes_are_named(changes, message):
 
 
 def test_meshes_that_do_not_fill_the_devices_are_named():
-    assert Parallelism(fsdp=2).shape(8) == (4, 2, 1)
-    assert Parallelism(data=2, fsdp=-1, tensor=2).shape(8) == (2, 2, 2)
+    assert Parallelism(fsdp=2).mesh_shape(8) == (4, 2, 1)
+    assert Parallelism(data=2, fsdp=-1, tensor=2).mesh_shape(8) == (2, 2, 2)
     for bad in (Parallelism(fsdp=3), Parallelism(data=2, fsdp=2)):
         with pytest.raises(InputError, match="do not make up 8 devices"):
-            bad.shape(8)
+            bad.mesh_shape(8)
 
 
 @pytest.mark.parametrize(("axis", "mesh"), [("data", (4, 2, 2)), ("fsdp", (1, 16, 1))])
@@ -239,7 +240,7 @@ def test_each_host_reads_the_rows_of_its_devices_once():
     seen = []
     for mesh in (Parallelism(fsdp=4), Parallelism(tensor=8, fsdp=2), Parallelism(strategy="pmap")):
         layout = Layout(mesh, TINY.replace(num_attention_heads=8), devices=devices(16))
-        parts = layout.mesh.devices.reshape(layout.row_ways, -1)
+        parts = layout.mesh.devices.reshape(layout.num_batch_shards, -1)
         for host in range(4):
             mine = [i for i, row in enumerate(parts) if any(d.process_index == host for d in row)]
             seen.append(mine)

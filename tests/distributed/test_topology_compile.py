@@ -13,15 +13,15 @@ import pytest
 from experiments.common import compile_topology as rehearse
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
-from prelnroberta.distributed.hardware import CHIPS, chip_of
+from prelnroberta.distributed.hardware import CHIP_SPECS, find_chip_spec
 from prelnroberta.distributed.topology_compile import (
     Collective,
-    Rehearsal,
+    CompileReport,
     collectives,
     topology_devices,
 )
 from prelnroberta.errors import InputError
-from tests.helpers.support import ROOT, call, tiny_flags
+from tests.helpers.programs import ROOT, call, tiny_flags
 
 HLO = """HloModule jit_step
 
@@ -56,7 +56,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_collectives_are_counted_with_their_loops_and_sizes():
-    found = collectives(HLO)
+    found = count_collectives(HLO)
     gathered = 23 * 16 * 8 * 2 + 20 * 4
     assert found == {
         "all-reduce": Collective(1, 404, 2 * 404 * 3 / 4),
@@ -67,7 +67,7 @@ def test_collectives_are_counted_with_their_loops_and_sizes():
 
 
 def rehearsal(**changes):
-    [v5e] = [chip for chip in CHIPS if chip.name == "v5e"]
+    [v5e] = [chip for chip in CHIP_SPECS if chip.name == "v5e"]
     values = {
         "chip": v5e,
         "chips": 256,
@@ -81,7 +81,7 @@ def rehearsal(**changes):
         "collectives": {"all-gather": Collective(10, 10**9, 4 * 10**11)},
         "compile_seconds": 1.0,
     }
-    return Rehearsal(**values | changes)
+    return CompileReport(**values | changes)
 
 
 def test_what_is_told():
@@ -126,8 +126,8 @@ def test_chips_are_known_by_what_jax_calls_them():
         "TPU v6 lite": "v6e",
         "NVIDIA H100 80GB HBM3": "h100",
     }
-    assert {kind: chip_of(kind).name for kind in names} == names
-    assert chip_of("cpu") is None and chip_of("TPU v9") is None
+    assert {kind: find_chip_spec(kind).name for kind in names} == names
+    assert find_chip_spec("cpu") is None and find_chip_spec("TPU v9") is None
 
 
 @pytest.mark.parametrize("name", ["v5e", "v5e:16", "v7:4x4", "h100:2x2", "v5e:3x5"])

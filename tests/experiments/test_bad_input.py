@@ -5,19 +5,7 @@ import shutil
 
 import pytest
 
-from tests.helpers.support import call, corpus_file, finished_run, tiny_flags
-
-
-def refused(*arguments, code=2, program="pretrain", **options):
-    """Runs a program that must refuse; returns its one line."""
-    done = call(program, *arguments, **options)
-    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
-    assert "Traceback" not in done.stderr, done.stderr
-    assert "compiled" not in done.stdout and "step" not in done.stdout
-    lines = [x for x in done.stderr.splitlines() if not x.startswith("token files: ")]
-    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-    return lines[0]
-
+from tests.helpers.programs import call, corpus_file, finished_run, refused, tiny_flags
 
 # Each names the flag or field, the value, and what was expected.
 FLAGS = [

@@ -21,17 +21,11 @@ from prelnroberta import params as parameters
 from prelnroberta.data.tokenizer import train_tokenizer
 from prelnroberta.errors import InputError
 from prelnroberta.pretrained import hf_checkpoint
-from tests.experiments.test_bad_input import refused
-from tests.helpers.foreign import V, checkpoint, fairseq_state
-from tests.helpers.support import (
-    ODD,
-    TINY,
-    assert_close,
-    call,
-    ragged_batch,
-    random_params,
-    run_oracle,
-)
+from tests.helpers.foreign_checkpoints import V, checkpoint, fairseq_state
+from tests.helpers.oracles import run_oracle
+from tests.helpers.programs import call, refused
+from tests.helpers.small_models import ODD, TINY, ragged_batch, random_params
+from tests.helpers.tolerances import assert_close
 
 SMALL = TINY.replace(vocab_size=90, max_position_embeddings=30)
 TREE = random_params(SMALL)

@@ -20,8 +20,8 @@ from prelnroberta.data.tokenizer import load_tokenizer
 from prelnroberta.distributed.sharding import Layout, Parallelism
 from prelnroberta.model.heads import MODULES
 from prelnroberta.pretrained.hf_checkpoint import load_pretrained
-from tests.helpers.support import ENVIRONMENT, ROOT, SCRATCH, call, finished_run
-from tests.helpers.task_support import example_file
+from tests.helpers.programs import ENVIRONMENT, ROOT, SCRATCH, call, finished_run
+from tests.helpers.task_files import example_file
 
 ANSWERING = [name for name in TASKS if not name.endswith("_lm")]
 

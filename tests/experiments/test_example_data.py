@@ -6,8 +6,8 @@ from collections import Counter
 from experiments.example_data import conditions
 from prelnroberta.data.pretraining.corpus import Document
 from prelnroberta.data.readers.squad import read_questions
-from tests.helpers.support import call
-from tests.helpers.task_support import example_file
+from tests.helpers.programs import call
+from tests.helpers.task_files import example_file
 
 
 def test_an_ending_read_alone_tells_nothing():

@@ -16,7 +16,9 @@ from bridges.verify.parity import MODELS
 from experiments.export import batches, flax, largest_error
 from prelnroberta.inference.stablehlo import PLATFORMS, PROGRAM_NAME, load_stablehlo, save_stablehlo
 from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES, load_pretrained, save_pretrained
-from tests.helpers.support import ODD, TINY, call, finished_run, max_relative, random_params
+from tests.helpers.programs import call, finished_run
+from tests.helpers.small_models import ODD, TINY, random_params
+from tests.helpers.tolerances import max_relative
 
 torch.set_num_threads(1)
 SMALL = TINY.replace(vocab_size=60, hidden_size=16, intermediate_size=24, num_attention_heads=2)

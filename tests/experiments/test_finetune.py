@@ -17,9 +17,16 @@ import transformers
 
 from experiments.common import sweep
 from prelnroberta.data.tokenizer import load_tokenizer
-from tests.experiments.test_bad_input import refused
-from tests.experiments.test_resume import records
-from tests.helpers.support import ENVIRONMENT, ROOT, SCRATCH, call, command, finished_run
+from tests.helpers.programs import (
+    ENVIRONMENT,
+    ROOT,
+    SCRATCH,
+    call,
+    command,
+    finished_run,
+    records,
+    refused,
+)
 
 WORDS = {"good": ["fine", "great", "nice", "super"], "bad": ["awful", "poor", "sad", "worse"]}
 

@@ -21,12 +21,12 @@ from prelnroberta.data.batches.packed import TrainingBatches
 from prelnroberta.data.readers.row_errors import BadRows
 from prelnroberta.model import heads
 from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES, load_pretrained, save_pretrained
-from prelnroberta.training.optimizer import Optimization, adamw, learning_rate
-from prelnroberta.training.train_step import TrainState, train_step
-from tests.helpers.task_support import corpus, example_file
+from prelnroberta.training.optimizer import OptimizerConfig, adamw, learning_rate_schedule
+from prelnroberta.training.train_step import TrainState, make_train_step
+from tests.helpers.task_files import corpus, example_file
 
 STEPS, B, L = 200, 8, 64
-SETTINGS = Optimization(
+SETTINGS = OptimizerConfig(
     steps=STEPS, learning_rate=1e-3, warmup_steps=20, weight_decay=0.1, clip_norm=1.0
 )
 
@@ -69,7 +69,7 @@ def our_training(task, config, settings=SETTINGS):
         return task.loss(config, task.logits(module, params, batch, keys), batch, heads.PLAIN)
 
     def step(state, batch, seed):
-        return train_step(score, optimizer, seed)(state, batch)
+        return make_train_step(score, optimizer, seed)(state, batch)
 
     step = jax.jit(step, donate_argnums=0)
 
@@ -111,7 +111,7 @@ def torch_training(task, config, params, batches, seed, folder, settings=SETTING
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
     s = dataclasses.asdict(settings)
-    betas, rate = (s["adam_beta1"], s["adam_beta2"]), learning_rate(settings)
+    betas, rate = (s["adam_beta1"], s["adam_beta2"]), learning_rate_schedule(settings)
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=s["adam_epsilon"])
     losses = []
     for number, parts in enumerate(batches):

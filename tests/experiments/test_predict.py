@@ -12,8 +12,7 @@ import pytest
 from prelnroberta.data.tokenizer import load_tokenizer
 from prelnroberta.model.heads import MaskedLM
 from prelnroberta.pretrained.hf_checkpoint import load_pretrained
-from tests.experiments.test_bad_input import refused
-from tests.helpers.support import ENVIRONMENT, ROOT, call, command, finished_run
+from tests.helpers.programs import ENVIRONMENT, ROOT, call, command, finished_run, refused
 
 TEXTS = ["The <mask> of a function.", "A <mask> and <mask> or.", "é <mask> 日本."]
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from prelnroberta import FlaxRobertaPreLayerNormForCausalLM, InputError
-from tests.helpers.support import TINY, random_params
+from tests.helpers.small_models import TINY, random_params
 
 CONFIG = TINY.replace(vocab_size=60, is_decoder=True, eos_token_id=None)
 PROMPTS = [[0, 5, 6, 7, 8], [9, 10], [11]]

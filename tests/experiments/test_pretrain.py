@@ -8,7 +8,7 @@ import numpy as np
 from experiments.common.report import read_records
 from prelnroberta.data.tokenizer import load_tokenizer
 from prelnroberta.pretrained.hf_checkpoint import load_pretrained
-from tests.helpers.support import ROOT, call, finished_run, tiny_flags
+from tests.helpers.programs import ROOT, call, finished_run, tiny_flags
 
 
 def contents(directory):

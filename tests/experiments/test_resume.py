@@ -9,31 +9,24 @@ import time
 import jax
 import pytest
 
-from experiments.common.report import TIMES, read_records
+from experiments.common.report import read_records
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
-from prelnroberta.training.checkpoint import Checkpoints
-from prelnroberta.training.optimizer import Optimization, adamw
+from prelnroberta.training.checkpoint import CheckpointManager
+from prelnroberta.training.optimizer import OptimizerConfig, adamw
 from prelnroberta.training.train_step import TrainState
-from tests.helpers.support import (
+from tests.helpers.full_disk import filled_disk
+from tests.helpers.programs import (
     ENVIRONMENT,
     ROOT,
     call,
     command,
-    filled_disk,
     finished_run,
+    records,
     tiny_flags,
 )
 
 LAST = 40
-
-
-def records(run_dir):
-    """What a run reported, without what a clock says."""
-    return [
-        {name: value for name, value in record.items() if name not in TIMES}
-        for record in read_records(run_dir / "metrics.jsonl")
-    ]
 
 
 def assert_as_if_never_stopped(run_dir, moments):
@@ -74,13 +67,13 @@ def assert_checkpoints_are_whole(run_dir, copy):
         return None
     shutil.copytree(run_dir / "checkpoints", copy)
     config = RobertaPreLayerNormConfig.preset("tiny", vocab_size=300)
-    optimizer = adamw(Optimization(steps=LAST, learning_rate=1e-3), config)
+    optimizer = adamw(OptimizerConfig(steps=LAST, learning_rate=1e-3), config)
     like = TrainState.create(parameters.init(config, jax.random.key(1)), optimizer)
-    checkpoints = Checkpoints(copy)
+    checkpoints = CheckpointManager(copy)
     steps = sorted(int(p.name) for p in copy.iterdir() if p.name.isdigit())
     for step in steps:
         assert int(checkpoints.restore(like, step)[0].step) == step
-    latest = checkpoints.latest()
+    latest = checkpoints.latest_step()
     checkpoints.close()
     return latest
 

@@ -23,10 +23,10 @@ from prelnroberta.data.readers.bio_tags import (
     tags_of,
 )
 from prelnroberta.metrics.classification import (
-    AVERAGES,
-    bootstrap,
-    class_report,
-    confusion_counts,
+    AVERAGE_MODES,
+    bootstrap_intervals,
+    classification_report,
+    counts_from_confusion,
     confusion_matrix,
     multi_label_counts,
     multi_label_metrics,
@@ -35,8 +35,8 @@ from prelnroberta.metrics.classification import (
     single_label_metrics,
 )
 from prelnroberta.metrics.entities import EntityCounts
-from prelnroberta.metrics.squad import answer_f1, best_null_threshold, exact_match, question_scores
-from tests.helpers.support import run_oracle
+from prelnroberta.metrics.squad import answer_f1, find_best_null_threshold, exact_match, question_scores
+from tests.helpers.oracles import run_oracle
 
 HERE = Path(__file__).parent
 
@@ -66,7 +66,7 @@ def test_classes_as_scikit_learn():
         assert found["accuracy"] == pytest.approx((labels == predictions).mean(), abs=1e-12)
         matthews = sklearn_metrics.matthews_corrcoef(labels, predictions)
         assert found["matthews"] == pytest.approx(matthews, abs=1e-12)
-        for average in AVERAGES:
+        for average in AVERAGE_MODES:
             f1 = sklearn_metrics.f1_score(labels, predictions, average=average)
             assert found[f"f1_{average}"] == pytest.approx(f1, abs=1e-12)
         if classes == 2:
@@ -76,7 +76,7 @@ def test_classes_as_scikit_learn():
             labels, predictions, labels=range(classes)
         )
         names = [f"class {i}" for i in range(classes)]
-        report = class_report(confusion_counts(confusion), names)
+        report = classification_report(counts_from_confusion(confusion), names)
         assert [line.name for line in report] == names
         np.testing.assert_allclose([line[1:] for line in report], np.transpose(columns), atol=1e-12)
 
@@ -99,11 +99,11 @@ def test_several_labels_as_scikit_learn():
         assert found["exact_match"] == pytest.approx(exact, abs=1e-12)
         wrong = sklearn_metrics.hamming_loss(labels, predictions)
         assert found["label_accuracy"] == pytest.approx(1 - wrong, abs=1e-12)
-        for average in AVERAGES:
+        for average in AVERAGE_MODES:
             f1 = sklearn_metrics.f1_score(labels, predictions, average=average)
             assert found[f"f1_{average}"] == pytest.approx(f1, abs=1e-12)
         columns = sklearn_metrics.precision_recall_fscore_support(labels, predictions)
-        report = class_report(multi_label_counts(labels, predictions), "abcdef"[: shape[1]])
+        report = classification_report(multi_label_counts(labels, predictions), "abcdef"[: shape[1]])
         np.testing.assert_allclose([line[1:] for line in report], np.transpose(columns), atol=1e-12)
 
 
@@ -139,13 +139,13 @@ def test_bootstrap_covers_the_truth_as_often_as_it_says():
     covered = 0
     for trial in range(200):
         hits = rng.random(80) < 0.7
-        interval = bootstrap(lambda i, hits=hits: {"mean": hits[i].mean()}, 80, 200, seed=trial)
+        interval = bootstrap_intervals(lambda i, hits=hits: {"mean": hits[i].mean()}, 80, 200, seed=trial)
         covered += interval["mean"].low <= 0.7 <= interval["mean"].high
     assert 180 <= covered <= 199  # binomial(200, 0.95): mean 190, 3 standard deviations are 9
-    wider = bootstrap(lambda i: {"mean": hits[i].mean()}, 80, 200, confidence=0.99, seed=0)["mean"]
-    narrow = bootstrap(lambda i: {"mean": hits[i].mean()}, 80, 200, confidence=0.5, seed=0)["mean"]
+    wider = bootstrap_intervals(lambda i: {"mean": hits[i].mean()}, 80, 200, confidence=0.99, seed=0)["mean"]
+    narrow = bootstrap_intervals(lambda i: {"mean": hits[i].mean()}, 80, 200, confidence=0.5, seed=0)["mean"]
     assert wider.low < narrow.low <= hits.mean() <= narrow.high < wider.high
-    undefined = bootstrap(lambda i: {"x": math.nan}, 3, 5)["x"]
+    undefined = bootstrap_intervals(lambda i: {"x": math.nan}, 3, 5)["x"]
     assert math.isnan(undefined.low) and math.isnan(undefined.high)
 
 
@@ -218,7 +218,7 @@ def test_entity_counts_of_chosen_sentences():
     twice = EntityCounts([true[1], true[1], true[2]], [predicted[1], predicted[1], predicted[2]])
     assert counts.metrics(np.array([1, 1, 2])) == twice.metrics()
     assert counts.types == ["x", "y"]
-    assert [line.support for line in class_report(counts.counts(), counts.types)] == [2, 1]
+    assert [line.support for line in classification_report(counts.counts(), counts.types)] == [2, 1]
     with pytest.raises(ValueError, match="sentence 0 has 1 words, but 2 tags"):
         EntityCounts([["O"]], [["O", "O"]])
 
@@ -313,7 +313,7 @@ def test_answers_as_squad_2(tmp_path):
     ):
         # The script leaves out empty predictions; ours is given none that are empty.
         kept = filled | scores.answerable
-        found = best_null_threshold(
+        found = find_best_null_threshold(
             values[kept], scores.answerable[kept], np.array(list(null.values()))[kept]
         )
         empty = (~kept).sum()
@@ -330,5 +330,5 @@ def test_question_scores_take_the_best_answer_and_count_what_is_missing():
     assert metrics["has_answer_exact_match"] == 50 and metrics["no_answer_f1"] == 100
     answerable = question_scores({"a": "Cat"}, {"a": ["cat"]})
     assert answerable.metrics() == {"exact_match": 100, "f1": 100}
-    intervals = bootstrap(scores.metrics, 3, 50)
+    intervals = bootstrap_intervals(scores.metrics, 3, 50)
     assert intervals["exact_match"].low < 67 < intervals["exact_match"].high

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import RobertaPreLayerNormConfig as TorchConfig
-from transformers import RobertaPreLayerNormForMaskedLM as TorchMaskedLM
 
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
@@ -20,7 +18,9 @@ from prelnroberta.model import encoder
 from prelnroberta.model.encoder import Execution
 from prelnroberta.model.heads import MaskedLM, cross_entropy
 from prelnroberta.pretrained.hf_checkpoint import to_tensors
-from tests.helpers.support import ODD, TINY, assert_close, ragged_batch, random_params, rms_relative
+from tests.helpers.small_models import ODD, TINY, ragged_batch, random_params
+from tests.helpers.tolerances import assert_close, rms_relative
+from tests.helpers.torch_reference import TorchReference
 
 torch.set_num_threads(1)
 PLAIN = Execution()
@@ -32,39 +32,6 @@ CONFIGS = {
     "pad_0": TINY.replace(pad_token_id=0, bos_token_id=1),
     "one_layer": TINY.replace(num_hidden_layers=1),
 }
-
-
-class Reference:
-    """transformers' model in float64 on a batch, with what each submodule returned."""
-
-    def __init__(self, config: RobertaPreLayerNormConfig, params: dict, batch: dict):
-        values = {k: v for k, v in config.to_dict().items() if k != "model_type"}
-        self.model = TorchMaskedLM(TorchConfig(**values, attn_implementation="eager")).eval()
-        tensors = {k: torch.from_numpy(v) for k, v in to_tensors(params, config).items()}
-        if config.tie_word_embeddings:
-            word = tensors["roberta_prelayernorm.embeddings.word_embeddings.weight"]
-            tensors["lm_head.decoder.weight"] = word
-            tensors["lm_head.decoder.bias"] = tensors["lm_head.bias"]
-        self.model.load_state_dict(tensors, strict=True)
-        self.model.double()
-        self.seen = {}
-        for name, module in self.model.named_modules():
-            module.register_forward_hook(self._keep(name))
-        self.output = self.model(**{k: torch.from_numpy(v) for k, v in batch.items()})
-        self.output.loss.backward()
-
-    def _keep(self, name):
-        def hook(module, args, output):
-            output = output[0] if isinstance(output, tuple) else output
-            if isinstance(output, torch.Tensor):
-                self.seen[name] = output.detach().double().numpy()
-
-        return hook
-
-    def gradients(self) -> dict[str, np.ndarray]:
-        return {
-            name: p.grad.numpy() for name, p in self.model.named_parameters() if p.grad is not None
-        }
 
 
 def jax_gradients(config, params, batch, execution=PLAIN):
@@ -89,7 +56,7 @@ def jax_gradients(config, params, batch, execution=PLAIN):
 def case(request):
     config = CONFIGS[request.param]
     params, batch = random_params(config), ragged_batch(config)
-    return config, params, batch, Reference(config, params, batch)
+    return config, params, batch, TorchReference(config, params, batch)
 
 
 def test_parts(case):
@@ -165,7 +132,7 @@ def test_base_size():
     config = RobertaPreLayerNormConfig.preset("roberta-base")
     params = random_params(config, scale=0.05)
     batch = ragged_batch(config, L=24)
-    reference = Reference(config, params, batch)
+    reference = TorchReference(config, params, batch)
     loss, logits, gradients = jax_gradients(config, params, batch)
     real = batch["attention_mask"] == 1
     assert_close(logits[real], reference.output.logits.detach().numpy()[real], "logits")

@@ -15,7 +15,8 @@ from prelnroberta.errors import InputError
 from prelnroberta.model import attention_kernels
 from prelnroberta.model.attention_kernels import choose, refusals
 from prelnroberta.model.layers import visibility
-from tests.helpers.support import ROOT, TINY, call, tiny_flags
+from tests.helpers.programs import ROOT, call, tiny_flags
+from tests.helpers.small_models import TINY
 
 NO_DROPOUT = TINY.replace(attention_probs_dropout_prob=0.0)
 
@@ -101,7 +102,7 @@ def test_cudnn_is_called_forward_and_backward(queries, monkeypatch):
 
 def test_auto_takes_a_kernel_where_it_serves_alone(monkeypatch):
     def chosen(platform, config=NO_DROPOUT, dtype=jnp.bfloat16, training=True, **more):
-        monkeypatch.setattr(attention_kernels, "platform", lambda: platform)
+        monkeypatch.setattr(attention_kernels, "target_platform", lambda: platform)
         asked = {"a cache": more.get("cache", False)}
         return choose("auto", config, dtype, 32, more.get("mask"), training, asked)
 

@@ -19,7 +19,7 @@ from prelnroberta.model import encoder
 from prelnroberta.model.encoder import Encoder, Execution
 from prelnroberta.model.heads import MaskedLM, Scores, cross_entropy, masked_lm_scores
 from prelnroberta.model.layers import ACTIVATIONS
-from tests.helpers.support import ODD, TINY, random_params
+from tests.helpers.small_models import ODD, TINY, random_params
 
 SIMILAR = {"rtol": 2e-5, "atol": 2e-5}
 

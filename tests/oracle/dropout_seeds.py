@@ -41,7 +41,7 @@ def compare(name: str, folder: Path) -> None:
     judge = Judge(task, heads.MODULES[task.model](config), layout)
 
     def metric(params) -> float:
-        with layout.active():
+        with layout.use_mesh():
             rows, _ = judge(params, features, evaluation_batches(features, buckets, 2048))
         return task.measure(features, rows).metrics[task.metric]
 

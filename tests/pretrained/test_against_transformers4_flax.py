@@ -15,20 +15,13 @@ from safetensors.numpy import load_file, save_file
 from prelnroberta import params as parameters
 from prelnroberta.model import heads
 from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES, save_pretrained
-from tests.helpers.support import ODD, random_params, run_oracle
-from tests.pretrained.test_flax_models import (
-    SMALL,
-    TWO_TYPES,
-    assert_gradients_match,
-    assert_outputs_match,
-    case_batch,
-    flax_class,
-    for_full_rows,
-    loss_and_gradients,
-)
+from tests.helpers.model_cases import case_batch, flax_loss_and_gradients, with_minimal_positions
+from tests.helpers.oracles import run_oracle
+from tests.helpers.small_models import ODD, SMALL, TWO_TYPES, flax_class, random_params
+from tests.helpers.tolerances import assert_gradients_match, assert_outputs_match
 
 # Each class in another configuration than `test_models.py` has for it.
-CASES = for_full_rows(
+CASES = with_minimal_positions(
     {
         "base": ("base", TWO_TYPES),
         "masked_lm": ("masked_lm", ODD),
@@ -79,7 +72,7 @@ def answers(tmp_path_factory):
         save_pretrained(root / kind, random_params(config, model), config, model)
         (root / kind / "architecture.txt").write_text(ARCHITECTURES[model])
         batch = case_batch(model, config, kind)
-        *ours[kind], weight = loss_and_gradients(kind, CASES)
+        *ours[kind], weight = flax_loss_and_gradients(kind, CASES)
         weights = weights_of_outputs(kind, batch, ours[kind][1], weight)
         np.savez(root / kind / "batch.npz", **batch, **{f"of.{k}": v for k, v in weights.items()})
         if kind in TORCH_ALONE:

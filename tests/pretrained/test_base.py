@@ -27,8 +27,7 @@ from prelnroberta.pretrained.hf_checkpoint import (
     save_pretrained,
 )
 from prelnroberta.training.optimizer import freeze_labels
-from tests.helpers.support import random_params
-from tests.pretrained.test_flax_models import SMALL, flax_class, our_model
+from tests.helpers.small_models import SMALL, flax_class, flax_model, random_params
 
 MODELS = [model for model in ARCHITECTURES if model != "encoder"]
 DECODER = SMALL.replace(is_decoder=True, add_cross_attention=True)
@@ -42,7 +41,7 @@ def config_of(model):
 
 def made(model, config=None, seed=0, **options):
     config = config or config_of(model)
-    ours = our_model(model, config, **options)
+    ours = flax_model(model, config, **options)
     ours.params = random_params(config, model, seed)
     return ours
 
@@ -448,7 +447,7 @@ def test_bad_targets_are_refused():
 
 def test_bad_caches_are_refused():
     ours = made("causal_lm", PLAIN_DECODER)
-    deeper = our_model("causal_lm", PLAIN_DECODER.replace(num_hidden_layers=3))
+    deeper = flax_model("causal_lm", PLAIN_DECODER.replace(num_hidden_layers=3))
     for cache, complaint in (
         ({}, "no cache of this package"),
         (((1, 2),), "no cache of this package"),

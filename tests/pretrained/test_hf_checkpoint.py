@@ -20,7 +20,8 @@ from prelnroberta.pretrained.hf_checkpoint import (
     theirs,
     to_tensors,
 )
-from tests.helpers.support import ODD, TINY, assert_close, ragged_batch, random_params
+from tests.helpers.small_models import ODD, TINY, ragged_batch, random_params
+from tests.helpers.tolerances import assert_close
 
 CONFIGS = {"tied": TINY, "untied": ODD}
 

@@ -11,13 +11,13 @@ import numpy as np
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.distributed.sharding import Layout, Parallelism
-from prelnroberta.distributed.topology_compile import collectives
+from prelnroberta.distributed.topology_compile import count_collectives
 from prelnroberta.model.encoder import Execution
 from prelnroberta.model.heads import MaskedLM, masked_lm_scores
-from prelnroberta.training.optimizer import Optimization, adamw
-from prelnroberta.training.train_step import TrainState, evaluate, parallel, train_step
-from tests.helpers.support import random_params
-from tests.training.test_train_step import masked_batch
+from prelnroberta.training.optimizer import OptimizerConfig, adamw
+from prelnroberta.training.train_step import TrainState, compile_eval_step, compile_train_step, make_train_step
+from tests.helpers.masked_batches import masked_batch
+from tests.helpers.small_models import random_params
 
 CONFIG = RobertaPreLayerNormConfig.preset(
     "tiny", vocab_size=64, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2
@@ -37,7 +37,7 @@ STEPS, B = 10, 16
 def run(parallelism, devices, accumulate, scan):
     module = MaskedLM(CONFIG, Execution(scan_layers=scan, remat="dots" if scan else "none"))
     optimizer = adamw(
-        Optimization(steps=STEPS, learning_rate=1e-3, warmup_steps=2, clip_norm=1.0), CONFIG
+        OptimizerConfig(steps=STEPS, learning_rate=1e-3, warmup_steps=2, clip_norm=1.0), CONFIG
     )
 
     def score(params, batch, keys):
@@ -45,23 +45,23 @@ def run(parallelism, devices, accumulate, scan):
 
     layout = Layout(parallelism, CONFIG, devices=jax.devices()[:devices])
     layout.check_batch(B, accumulate)
-    assert layout.rows(B).tolist() == list(range(B))
-    with layout.active():
-        given = layout.put(random_params(CONFIG, scale=0.1))
-        state = layout.born(lambda given: TrainState.create(given, optimizer), given)
+    assert layout.local_batch_rows(B).tolist() == list(range(B))
+    with layout.use_mesh():
+        given = layout.device_put(random_params(CONFIG, scale=0.1))
+        state = layout.init_sharded(lambda given: TrainState.create(given, optimizer), given)
         # Rows whose masks differ in number, and some without any.
         batches = [
-            layout.place(masked_batch(B=B, seed=n, empty=(2 * n % B, 2 * n % B + 1)))
+            layout.shard_batch(masked_batch(B=B, seed=n, empty=(2 * n % B, 2 * n % B + 1)))
             for n in range(STEPS)
         ]
-        step = parallel(train_step(score, optimizer, 0, accumulate), layout)
+        step = compile_train_step(make_train_step(score, optimizer, 0, accumulate), layout)
         compiled = step.lower(state, batches[0]).compile()
         losses = []
         for batch in batches:
             state, scores = compiled(state, batch)
             losses.append(float(scores.loss) / float(scores.weight))
-        check = evaluate(score, layout)(state.params, batches[0])
-        flat = parameters.flatten(layout.gathered(state.params))
+        check = compile_eval_step(score, layout)(state.params, batches[0])
+        flat = parameters.flatten(layout.gather_to_host(state.params))
         held = {
             name: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
             for name, tree in (("params", state.params), ("optimizer", state.opt_state))
@@ -73,7 +73,7 @@ def run(parallelism, devices, accumulate, scan):
         "norm": float(state.gradient_norm),
         "held": held,
         "specs": placed,
-        "collectives": sorted(collectives(compiled.as_text())),
+        "collectives": sorted(count_collectives(compiled.as_text())),
     }
 
 

@@ -15,9 +15,9 @@ from prelnroberta.distributed.sharding import Layout, Parallelism
 from prelnroberta.model import attention_kernels
 from prelnroberta.model.encoder import Execution
 from prelnroberta.model.heads import MaskedLM, masked_lm_scores
-from prelnroberta.training.train_step import TrainState, parallel, train_step
-from tests.helpers.support import random_params
-from tests.training.test_train_step import masked_batch
+from prelnroberta.training.train_step import TrainState, compile_train_step, make_train_step
+from tests.helpers.masked_batches import masked_batch
+from tests.helpers.small_models import random_params
 
 CONFIG = RobertaPreLayerNormConfig.preset(
     "tiny", vocab_size=64, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.0
@@ -33,20 +33,20 @@ def run(parallelism, devices, attention):
     def score(params, batch, keys):
         return masked_lm_scores(module, params, batch, keys)
 
-    with layout.active():
-        given = layout.put(random_params(CONFIG, scale=0.1))
-        state = layout.born(lambda given: TrainState.create(given, optimizer), given)
+    with layout.use_mesh():
+        given = layout.device_put(random_params(CONFIG, scale=0.1))
+        state = layout.init_sharded(lambda given: TrainState.create(given, optimizer), given)
         packed = masked_batch(B=16)
         # Pads on both sides, and two sequences of other lengths in every row.
         packed["segment_ids"] = np.clip((np.arange(16) - np.arange(16)[:, None] % 4) // 5, 0, 2)
-        batch = layout.place(packed)
-        state, scores = parallel(train_step(score, optimizer, 0), layout)(state, batch)
-        return parameters.flatten(layout.gathered(state.params)), float(scores.loss)
+        batch = layout.shard_batch(packed)
+        state, scores = compile_train_step(make_train_step(score, optimizer, 0), layout)(state, batch)
+        return parameters.flatten(layout.gather_to_host(state.params)), float(scores.loss)
 
 
 def main():
     plain, loss = run(Parallelism(), 1, "xla")
-    attention_kernels.platform = lambda: "tpu"
+    attention_kernels.target_platform = lambda: "tpu"
     attention_kernels.splash = partial(attention_kernels.splash, interpret=True)
     found = {}
     for name, mesh in MESHES.items():

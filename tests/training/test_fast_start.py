@@ -16,9 +16,9 @@ from prelnroberta.model.encoder import embeddings
 from prelnroberta.model.heads import MaskedLM, masked_lm_scores
 from prelnroberta.model.layers import layer_norm, project
 from prelnroberta.training.fast_start import check_length, fast_start
-from prelnroberta.training.optimizer import Optimization, adamw
-from prelnroberta.training.train_step import TrainState, train_step
-from tests.helpers.support import TINY
+from prelnroberta.training.optimizer import OptimizerConfig, adamw
+from prelnroberta.training.train_step import TrainState, make_train_step
+from tests.helpers.small_models import TINY
 
 CONFIG = TINY.replace(
     vocab_size=64,
@@ -92,16 +92,16 @@ class Chains:
 
 
 def loss_after(steps: int, params: parameters.Tree, rows: Chains) -> float:
-    settings = Optimization(steps=steps, learning_rate=3e-3, warmup_steps=10, clip_norm=1.0)
+    settings = OptimizerConfig(steps=steps, learning_rate=3e-3, warmup_steps=10, clip_norm=1.0)
     optimizer, module = adamw(settings, CONFIG), MaskedLM(CONFIG)
     masking = Masking(CONFIG.vocab_size, rate=0.4, mask=1.0, random=0.0, same=0.0)
     loader = Loader(rows, masking, batch_size=16, seed=0)
     score = functools.partial(masked_lm_scores, module)
-    step = jax.jit(train_step(score, optimizer, seed=0), donate_argnums=0)
+    step = jax.jit(make_train_step(score, optimizer, seed=0), donate_argnums=0)
     state = TrainState.create(params, optimizer)
     for number in range(steps):
         if number == steps - 10:
-            state = state.new_window()
+            state = state.reset_window()
         state, _ = step(state, loader.batch(number))
     return float(state.window.loss / state.window.weight)
 

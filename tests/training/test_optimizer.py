@@ -10,12 +10,12 @@ import pytest
 
 from prelnroberta import params as parameters
 from prelnroberta.errors import InputError
-from prelnroberta.training.optimizer import Optimization, adamw, decay_mask, learning_rate, make
-from tests.helpers.support import TINY, random_params
+from prelnroberta.training.optimizer import OptimizerConfig, adamw, weight_decay_mask, learning_rate_schedule, make_optimizer
+from tests.helpers.small_models import TINY, random_params
 
 
 def settings(**changes):
-    return Optimization(**{"steps": 100, "learning_rate": 0.4, "warmup_steps": 20} | changes)
+    return OptimizerConfig(**{"steps": 100, "learning_rate": 0.4, "warmup_steps": 20} | changes)
 
 
 # Half way down: step 60 of 20..100, from 0.4 to 0.1.
@@ -29,7 +29,7 @@ HALF = {
 
 @pytest.mark.parametrize("schedule", HALF)
 def test_schedules(schedule):
-    rate = learning_rate(settings(schedule=schedule, end_learning_rate=0.1, polynomial_power=3.0))
+    rate = learning_rate_schedule(settings(schedule=schedule, end_learning_rate=0.1, polynomial_power=3.0))
     np.testing.assert_allclose(rate(0), 0.0)
     np.testing.assert_allclose(rate(5), 0.1, rtol=1e-6)
     np.testing.assert_allclose(rate(20), 0.4, rtol=1e-6)
@@ -43,11 +43,11 @@ def test_schedules(schedule):
 
 @pytest.mark.parametrize("schedule", HALF)
 def test_without_warm_up_the_first_step_has_the_peak(schedule):
-    np.testing.assert_allclose(learning_rate(settings(schedule=schedule, warmup_steps=0))(0), 0.4)
+    np.testing.assert_allclose(learning_rate_schedule(settings(schedule=schedule, warmup_steps=0))(0), 0.4)
 
 
 def test_warm_up_may_be_the_whole_run():
-    rate = learning_rate(settings(warmup_steps=100))
+    rate = learning_rate_schedule(settings(warmup_steps=100))
     np.testing.assert_allclose([rate(50), rate(99)], [0.2, 0.396], rtol=1e-6)
 
 
@@ -68,7 +68,7 @@ def test_what_is_said_to_decay_decays_by_rate_times_weight(biases, norms):
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     after = parameters.flatten(optax.apply_updates(params, updates))
     before = parameters.flatten(params)
-    mask = parameters.flatten(decay_mask(chosen, TINY))
+    mask = parameters.flatten(weight_decay_mask(chosen, TINY))
     kinds = {"kernel": True, "embedding": True, "bias": biases, "norm": norms}
     seen = set()
     for path, row in parameters.table(TINY).items():
@@ -138,7 +138,7 @@ def test_lamb_steps_are_as_long_as_the_layer_times_the_rate():
     gradient = jax.tree.map(jnp.asarray, random_params(TINY, seed=1))
     updates = {}
     for name in ("lamb", "adamw"):
-        optimizer = make(dataclasses.replace(chosen, optimizer=name), TINY)
+        optimizer = make_optimizer(dataclasses.replace(chosen, optimizer=name), TINY)
         updates[name], _ = optimizer.update(gradient, optimizer.init(params), params)
     updates = {name: parameters.flatten(tree) for name, tree in updates.items()}
     for path, row in parameters.table(TINY).items():

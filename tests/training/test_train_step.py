@@ -12,17 +12,16 @@ import pytest
 from experiments.common.loop import Cadence, resume, train
 from experiments.common.report import Report, read_records
 from prelnroberta import params as parameters
-from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.distributed.sharding import Layout, Parallelism
 from prelnroberta.errors import InputError
 from prelnroberta.model.heads import MaskedLM, Scores, masked_lm_scores
-from prelnroberta.training.checkpoint import CheckpointError, Checkpoints
-from prelnroberta.training.train_step import TrainState, evaluate, train_step
-from tests.helpers.support import filled_disk, ragged_batch, random_params
+from prelnroberta.training.checkpoint import CheckpointError, CheckpointManager
+from prelnroberta.training.train_step import TrainState, compile_eval_step, make_train_step
+from tests.helpers.full_disk import filled_disk
+from tests.helpers.masked_batches import ONE_LAYER, masked_batch
+from tests.helpers.small_models import random_params
 
-# One layer: these tests compile more than they compute.
-CONFIG = RobertaPreLayerNormConfig.preset("tiny", num_hidden_layers=1, vocab_size=64)
-MODULE = MaskedLM(CONFIG)
+MODULE = MaskedLM(ONE_LAYER)
 
 
 def score(params, batch, key):
@@ -30,28 +29,10 @@ def score(params, batch, key):
     return masked_lm_scores(MODULE, params, batch, None)
 
 
-def masked_batch(B=8, L=16, M=6, seed=0, empty=()):
-    """Rows whose masks differ in number: row i has i % M + 1, those of `empty` none."""
-    rng = np.random.default_rng(seed)
-    counts = np.array([0 if i in empty else i % M + 1 for i in range(B)])
-    positions = np.stack([np.sort(rng.choice(L, M, replace=False)) for _ in range(B)])
-    return {
-        "input_ids": ragged_batch(CONFIG, 5, L, seed)["input_ids"][np.zeros(B, int)].astype(
-            np.int32
-        )
-        + rng.integers(0, 5, (B, L), np.int32),
-        "segment_ids": np.ones((B, L), np.int32),
-        "position_ids": np.tile(np.arange(2, L + 2, dtype=np.int32), (B, 1)),
-        "masked_positions": positions.astype(np.int32),
-        "masked_labels": rng.integers(4, CONFIG.vocab_size, (B, M)).astype(np.int32),
-        "masked_weights": (np.arange(M) < counts[:, None]).astype(np.float32),
-    }
-
-
 def after(steps, accumulate, optimizer=None, **batch):
     optimizer = optimizer or optax.sgd(0.1)
-    step = jax.jit(train_step(score, optimizer, seed=0, accumulate=accumulate))
-    state = TrainState.create(jax.device_put(random_params(CONFIG)), optimizer)
+    step = jax.jit(make_train_step(score, optimizer, seed=0, accumulate=accumulate))
+    state = TrainState.create(jax.device_put(random_params(ONE_LAYER)), optimizer)
     for number in range(steps):
         state, scores = step(state, masked_batch(seed=number, **batch))
     return state, scores
@@ -76,39 +57,39 @@ def test_rows_without_masks_weigh_nothing(accumulate):
     changed = batch | {"masked_labels": batch["masked_labels"].copy()}
     changed["masked_labels"][[0, 1, 5]] = 7
     gradient = jax.jit(jax.grad(lambda params, batch: score(params, batch, None).loss))
-    gradients = [gradient(random_params(CONFIG), b) for b in (batch, changed)]
+    gradients = [gradient(random_params(ONE_LAYER), b) for b in (batch, changed)]
     jax.tree.map(np.testing.assert_array_equal, *gradients)
 
 
 def test_a_batch_without_any_mask_moves_nothing_but_the_step():
     state, scores = after(1, 2, optax.sgd(1.0), empty=range(8))
     assert float(scores.weight) == 0 and int(state.step) == 1
-    jax.tree.map(np.testing.assert_array_equal, state.params, random_params(CONFIG))
+    jax.tree.map(np.testing.assert_array_equal, state.params, random_params(ONE_LAYER))
 
 
 def test_the_window_is_the_sum_since_it_was_new():
-    step = jax.jit(train_step(score, optax.sgd(0.1), seed=0))
-    state = TrainState.create(jax.device_put(random_params(CONFIG)), optax.sgd(0.1))
+    step = jax.jit(make_train_step(score, optax.sgd(0.1), seed=0))
+    state = TrainState.create(jax.device_put(random_params(ONE_LAYER)), optax.sgd(0.1))
     total = Scores.zero()
     for number in range(3):
         state, scores = step(state, masked_batch(seed=number, empty=(number,)))
         total += scores
     jax.tree.map(np.testing.assert_array_equal, state.window, total)
-    assert all(float(x) == 0 for x in jax.tree.leaves(state.new_window().window))
+    assert all(float(x) == 0 for x in jax.tree.leaves(state.reset_window().window))
 
 
 def test_dropout_follows_seed_step_and_row_alone():
-    config = CONFIG.replace(hidden_dropout_prob=0.3)
+    config = ONE_LAYER.replace(hidden_dropout_prob=0.3)
     module = MaskedLM(config)
 
     def noisy(params, batch, key):
         return masked_lm_scores(module, params, batch, key)
 
     optimizer = optax.sgd(0.0)
-    state = TrainState.create(random_params(CONFIG), optimizer)
+    state = TrainState.create(random_params(ONE_LAYER), optimizer)
 
     def losses(seed, accumulate, *numbers):
-        step = jax.jit(train_step(noisy, optimizer, seed, accumulate))
+        step = jax.jit(make_train_step(noisy, optimizer, seed, accumulate))
         return [
             float(step(state.replace(step=jnp.int32(n)), masked_batch())[1].loss) for n in numbers
         ]
@@ -120,9 +101,9 @@ def test_dropout_follows_seed_step_and_row_alone():
 
 
 def test_evaluation_has_no_dropout():
-    layout = Layout(Parallelism(), CONFIG)
-    score = evaluate(lambda p, b, key: Scores(*[jnp.float32(key is None)] * 3), layout)
-    found = score({}, layout.place(masked_batch()))
+    layout = Layout(Parallelism(), ONE_LAYER)
+    score = compile_eval_step(lambda p, b, key: Scores(*[jnp.float32(key is None)] * 3), layout)
+    found = score({}, layout.shard_batch(masked_batch()))
     assert float(found.loss) == 1
 
 
@@ -146,7 +127,7 @@ def loop(directory, steps=20, batches=None, validate=None, start=None, **options
     cadence = Cadence(
         **cadence | {name: options.pop(name) for name in cadence.keys() & options.keys()}
     )
-    checkpoints = Checkpoints(directory / "checkpoints", keep=20)
+    checkpoints = CheckpointManager(directory / "checkpoints", keep=20)
     state = start or TrainState.create({"w": jnp.zeros(2)}, optax.sgd(0.1))
     report = Report(directory, steps, int(state.step))
     try:
@@ -259,18 +240,18 @@ def test_a_damaged_step_is_set_aside_on_request_alone(tmp_path, capsys):
         key=lambda p: p.stat().st_size * p.is_file(),
     )
     largest.write_bytes(b"")
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=20)
+    checkpoints = CheckpointManager(tmp_path / "checkpoints", keep=20)
     with pytest.raises(
         CheckpointError, match=r"20: the checkpoint is damaged.*--set_damaged_aside"
     ):
         resume(checkpoints, state, set_damaged_aside=False)
-    assert checkpoints.latest() == 20
+    assert checkpoints.latest_step() == 20
     assert int(resume(checkpoints, state, set_damaged_aside=True).step) == 16
     assert "set aside: " in capsys.readouterr().err
-    assert (tmp_path / "checkpoints/damaged/20").is_dir() and checkpoints.latest() == 16
+    assert (tmp_path / "checkpoints/damaged/20").is_dir() and checkpoints.latest_step() == 16
     checkpoints.save(state, {})  # the step comes again
     checkpoints.close()
-    assert Checkpoints(tmp_path / "checkpoints").latest() == 20
+    assert CheckpointManager(tmp_path / "checkpoints").latest_step() == 20
 
 
 def test_what_is_compiled_again_is_told(tmp_path, capsys):

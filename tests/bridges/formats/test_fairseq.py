@@ -14,7 +14,7 @@ from prelnroberta import FlaxRobertaPreLayerNormForSequenceClassification as Fla
 from prelnroberta import FlaxRobertaPreLayerNormModel, InputError
 from prelnroberta import params as parameters
 from prelnroberta.data.tokenizer import load_tokenizer, train_tokenizer
-from tests.helpers.foreign import (
+from tests.helpers.foreign_checkpoints import (
     D,
     S,
     V,
@@ -27,7 +27,8 @@ from tests.helpers.foreign import (
     save_shards,
     with_copies,
 )
-from tests.helpers.support import assert_close, random_params
+from tests.helpers.small_models import random_params
+from tests.helpers.tolerances import assert_close
 
 IDS = ragged_ids()
 REAL = IDS != 1

@@ -8,17 +8,19 @@ import pytest
 import torch
 
 from prelnroberta import InputError
-from tests.bridges.pytorch.test_models import pairs, target_of, tensors, twin
-from tests.helpers.support import (
+from tests.helpers.model_cases import MODEL_CASES, case_batch
+from tests.helpers.pytorch_models import paired_outputs, scalar_target, to_torch, twin
+from tests.helpers.small_models import (
     ODD,
+    SMALL,
     TINY,
-    assert_close,
+    flax_model,
     ragged_batch,
     random_params,
-    rms_relative,
     with_tokens,
 )
-from tests.pretrained.test_flax_models import CASES, SMALL, case_batch, our_model, torch_model
+from tests.helpers.tolerances import assert_close, rms_relative
+from tests.helpers.torch_reference import transformers_model
 
 torch.set_num_threads(1)
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -31,7 +33,7 @@ READS_FIRST = {"base", "sequence_classification", "multiple_choice"}
 
 def skipping_case(kind):
     """A batch whose labels count at real positions alone; rows that begin where they must."""
-    model, config = CASES[kind]
+    model, config = MODEL_CASES[kind]
     batch = with_tokens(case_batch(model, config, kind))
     if model in READS_FIRST:
         batch["attention_mask"][..., 0] = 1
@@ -39,10 +41,10 @@ def skipping_case(kind):
         batch["labels"] = np.where(batch["attention_mask"] == 1, batch["labels"], -100)
     elif model == "question_answering":
         del batch["start_positions"], batch["end_positions"]
-    return model, config, tensors(batch, torch.float64)
+    return model, config, to_torch(batch, torch.float64)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in CASES if kind != "cross"])
+@pytest.mark.parametrize("kind", [kind for kind in MODEL_CASES if kind != "cross"])
 def test_skipping_padding_changes_nothing_real(kind):
     """float64: outputs, streams and every gradient the same; zero where nothing was computed."""
     model, config, batch = skipping_case(kind)
@@ -81,7 +83,7 @@ def test_skipping_padding_changes_nothing_real(kind):
 def test_skipping_trains_with_dropout_and_checkpoints():
     ours = twin("masked_lm", ODD).train()
     ours.gradient_checkpointing_enable()
-    ours(**tensors(ragged_batch(ODD)), skip_padding=True).loss.backward()
+    ours(**to_torch(ragged_batch(ODD)), skip_padding=True).loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in ours.parameters())
 
 
@@ -118,7 +120,7 @@ def test_skipping_is_refused_where_it_cannot_serve():
 
 def test_checkpointed_layers_have_the_same_gradients():
     """With dropout as well: the same bits are drawn again."""
-    ours, batch = twin("masked_lm", ODD).train(), tensors(ragged_batch(ODD))
+    ours, batch = twin("masked_lm", ODD).train(), to_torch(ragged_batch(ODD))
     found = []
     for on in (False, True):
         (ours.gradient_checkpointing_enable if on else ours.gradient_checkpointing_disable)()
@@ -131,7 +133,7 @@ def test_checkpointed_layers_have_the_same_gradients():
 
 def test_checkpointing_stores_less():
     """By what autograd keeps for the backward pass."""
-    ours, batch = twin("masked_lm", TINY.replace(num_hidden_layers=6)), tensors(ragged_batch(TINY))
+    ours, batch = twin("masked_lm", TINY.replace(num_hidden_layers=6)), to_torch(ragged_batch(TINY))
     sizes = []
     for on in (False, True):
         (ours.gradient_checkpointing_enable if on else ours.gradient_checkpointing_disable)()
@@ -150,7 +152,7 @@ def test_every_dropout_is_drawn_in_training_alone(rate, options):
     """In whichever way attention is computed."""
     zero = {**NO_DROPOUT, "classifier_dropout": 0.0}
     name = rate + "_dropout" * (rate == "classifier") + "_dropout_prob" * (rate != "classifier")
-    batch = tensors(ragged_batch(SMALL))
+    batch = to_torch(ragged_batch(SMALL))
     del batch["labels"]
     still = twin("token_classification", SMALL.replace(**zero)).train()
     expected = still.eval()(**batch, **options).logits.detach()
@@ -169,13 +171,13 @@ def test_every_dropout_is_drawn_in_training_alone(rate, options):
 @pytest.mark.parametrize("kind", ["masked_lm", "single_label"])
 def test_fine_tuning_beside_flax(kind):
     """20 steps of the same AdamW on the same batch: the same losses to 1e-4."""
-    model, config = CASES[kind]
+    model, config = MODEL_CASES[kind]
     config = config.replace(**NO_DROPOUT)
     params, batch = (
         random_params(config, model, scale=0.1),
         with_tokens(case_batch(model, config, kind)),
     )
-    flax = our_model(model, config)
+    flax = flax_model(model, config)
     optimizer = optax.adamw(3e-3, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.01)
 
     @jax.jit
@@ -189,7 +191,7 @@ def test_fine_tuning_beside_flax(kind):
     state, losses = optimizer.init(params), []
     for _ in range(20):
         params, state, expected = step(params, state)
-        loss = ours(**tensors(batch)).loss
+        loss = ours(**to_torch(batch)).loss
         adamw.zero_grad()
         loss.backward()
         adamw.step()
@@ -205,13 +207,13 @@ def test_fine_tuning_beside_flax(kind):
 @pytest.mark.parametrize("kind", ["masked_lm", "single_label", "span"])
 def test_bfloat16_is_no_worse_than_transformers(kind):
     """Errors against float64, over models enough that luck does not decide."""
-    model, config = CASES[kind]
+    model, config = MODEL_CASES[kind]
     batch = with_tokens(case_batch(model, config, kind))
-    inputs = tensors({k: v for k, v in batch.items() if k[:5] not in ("label", "start", "end_p")})
+    inputs = to_torch({k: v for k, v in batch.items() if k[:5] not in ("label", "start", "end_p")})
     errors = []
     for seed in range(8):
         params = random_params(config, model, seed)
-        theirs = torch_model(model, config, params)
+        theirs = transformers_model(model, config, params)
         with torch.no_grad():
             exact = theirs(**inputs)[0].numpy()
             theirs = theirs.bfloat16()(**inputs)[0].float().numpy()
@@ -225,7 +227,7 @@ def test_bfloat16_is_no_worse_than_transformers(kind):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_computes_losses_in_float32(dtype):
     """And stays finite for rows that see nothing; gradients too."""
-    batch = tensors(ragged_batch(SMALL))
+    batch = to_torch(ragged_batch(SMALL))
     batch["attention_mask"][1] = 0
     for asked in ({}, {"output_attentions": True}):
         ours = twin("masked_lm", SMALL, random_params(SMALL, scale=0.1)).to(dtype)
@@ -238,7 +240,7 @@ def test_half_precision_computes_losses_in_float32(dtype):
 @pytest.mark.parametrize("skip", [False, True])
 def test_autocast(skip):
     """bfloat16 products over float32 parameters, with rows that see nothing."""
-    batch = tensors(ragged_batch(ODD))
+    batch = to_torch(ragged_batch(ODD))
     batch["attention_mask"][1] = 0
     batch["labels"][1] = -100
     ours = twin("masked_lm", ODD, random_params(ODD, scale=0.1))
@@ -253,7 +255,7 @@ def test_autocast(skip):
 
 def test_gradients_of_each_example():
     """torch.func: vmap over grad of a functional call."""
-    ours, batch = twin("masked_lm", SMALL), tensors(ragged_batch(SMALL))
+    ours, batch = twin("masked_lm", SMALL), to_torch(ragged_batch(SMALL))
     batch["labels"][:, 0] = 5
     params = dict(ours.named_parameters())
 
@@ -283,11 +285,11 @@ def test_one_graph_for_all_shapes():
 
     compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend=backend)
     for L in (16, 11):
-        batch = tensors(ragged_batch(SMALL, L=L))
+        batch = to_torch(ragged_batch(SMALL, L=L))
         output = compiled(**batch)
-        for name, a, b in pairs(output, ours(**batch)):
+        for name, a, b in paired_outputs(output, ours(**batch)):
             assert_close(a, b, name)
-        target_of(output).backward()
+        scalar_target(output).backward()
     assert len(shapes) == 1
 
 
@@ -296,14 +298,14 @@ def test_inductor():
     """C++ of its own, forward and backward."""
     ours, batch = twin("sequence_classification", SMALL), ragged_batch(SMALL)
     del batch["labels"]
-    batch = tensors(batch) | {"labels": torch.tensor([0, 1, 0, -100, 1])}
+    batch = to_torch(batch) | {"labels": torch.tensor([0, 1, 0, -100, 1])}
     output = torch.compile(ours, fullgraph=True)(**batch)
     output.loss.backward()
     gradients = [p.grad.clone() for p in ours.parameters()]
     ours.zero_grad()
     expected = ours(**batch)
     expected.loss.backward()
-    for name, a, b in pairs(output, expected):
+    for name, a, b in paired_outputs(output, expected):
         assert_close(a, b, name)
     for found, parameter in zip(gradients, ours.parameters(), strict=True):
         assert torch.allclose(found, parameter.grad, rtol=1e-4, atol=1e-6)
@@ -311,7 +313,7 @@ def test_inductor():
 
 @pytest.mark.parametrize("kind", ["base", "masked_lm", "causal_lm", "multiple_choice"])
 def test_exported_with_dynamic_batch_and_length(kind, tmp_path):
-    model, config = CASES[kind]
+    model, config = MODEL_CASES[kind]
     ours = twin(model, config)
     choices = model == "multiple_choice"
 
@@ -333,5 +335,5 @@ def test_exported_with_dynamic_batch_and_length(kind, tmp_path):
     again = torch.export.load(tmp_path / "model.pt2").module()
     for size in ((3, 8), (1, 1), (5, config.max_length - 1), (2, config.max_length)):
         batch = batch_of(*size)
-        for name, a, b in pairs(again(**batch), ours(**batch)):
+        for name, a, b in paired_outputs(again(**batch), ours(**batch)):
             assert_close(a, b, name)

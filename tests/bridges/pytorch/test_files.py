@@ -12,9 +12,12 @@ import transformers
 from prelnroberta import InputError
 from prelnroberta import params as parameters
 from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES
-from tests.bridges.pytorch.test_models import tensors, twin, twin_class
-from tests.helpers.support import ODD, ROOT, assert_close, random_params, run_oracle, with_tokens
-from tests.pretrained.test_flax_models import SMALL, TWO_TYPES, case_batch
+from tests.helpers.model_cases import case_batch
+from tests.helpers.oracles import run_oracle
+from tests.helpers.programs import ROOT
+from tests.helpers.pytorch_models import to_torch, twin, twin_class
+from tests.helpers.small_models import ODD, SMALL, TWO_TYPES, random_params, with_tokens
+from tests.helpers.tolerances import assert_close
 
 torch.set_num_threads(1)
 CASES = {
@@ -93,7 +96,7 @@ def test_round_trip_through_transformers_5(kind, tmp_path, caplog):
         )
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING], caplog.text
     assert not any(info.values()), info
-    batch = tensors(with_tokens(case_batch(model, config, kind)))
+    batch = to_torch(with_tokens(case_batch(model, config, kind)))
     with torch.no_grad():
         found, expected = ours(**batch), theirs.eval()(**batch)
     real = batch["attention_mask"] == 1 if config.is_decoder else slice(None)
@@ -125,7 +128,7 @@ def answers(tmp_path_factory):
 def test_transformers_4_reads_and_computes_the_same(kind, answers):
     model, config = CASES[kind]
     assert (answers / kind / "said.txt").read_text() == ""
-    batch = tensors(with_tokens(case_batch(model, config, kind)))
+    batch = to_torch(with_tokens(case_batch(model, config, kind)))
     again = twin_class(model).from_pretrained(answers / kind / "written")
     assert not str(again.swapped)
     assert_same(again.to_params(), random_params(config, model))

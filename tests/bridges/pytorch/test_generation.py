@@ -8,8 +8,8 @@ import torch
 from bridges.pytorch import generation
 from prelnroberta import FlaxRobertaPreLayerNormForCausalLM, InputError
 from prelnroberta.inference import generation as flax_generation
-from tests.bridges.pytorch.test_models import twin
-from tests.helpers.support import TINY, ragged_batch, random_params
+from tests.helpers.pytorch_models import twin
+from tests.helpers.small_models import TINY, ragged_batch, random_params
 
 torch.set_num_threads(1)
 CONFIG = TINY.replace(vocab_size=60, is_decoder=True, eos_token_id=(2, 7))

@@ -10,88 +10,58 @@ import numpy as np
 import pytest
 import torch
 
-import bridges.pytorch
 from bridges.pytorch import Cache
 from prelnroberta import InputError
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
-from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES, to_tensors
-from tests.helpers.support import ODD, assert_close, ragged_batch, random_params, with_tokens
-from tests.model.test_against_torch import Reference
-from tests.pretrained.test_flax_models import CASES, SMALL, case_batch, our_model, torch_model
+from prelnroberta.pretrained.hf_checkpoint import to_tensors
+from tests.helpers.model_cases import MODEL_CASES, case_batch
+from tests.helpers.pytorch_models import paired_outputs, scalar_target, to_torch, twin, twin_class
+from tests.helpers.small_models import (
+    ODD,
+    SMALL,
+    flax_model,
+    ragged_batch,
+    random_params,
+    with_tokens,
+)
+from tests.helpers.tolerances import assert_close
+from tests.helpers.torch_reference import TorchReference, transformers_model
 
 torch.set_num_threads(1)
 DECODER = SMALL.replace(is_decoder=True, add_cross_attention=True)
 
 
-def twin_class(model):
-    return getattr(bridges.pytorch, ARCHITECTURES[model])
-
-
-def twin(model, config, params=None):
-    params = random_params(config, model) if params is None else params
-    options = {"add_pooling_layer": False} if model == "encoder" else {}
-    return twin_class(model).from_params(params, config, **options)
-
-
-def tensors(batch, dtype=torch.float32):
-    found = {name: torch.from_numpy(np.array(value)) for name, value in batch.items()}
-    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in found.items()}
-
-
-def pairs(found, expected):
-    """(name, ours, theirs) of two outputs, tuples taken apart."""
-    for name, value in expected.items():
-        if name == "past_key_values" or (isinstance(value, tuple) and not value):
-            continue
-        several = isinstance(value, tuple)
-        a, b = (found[name], value) if several else ((found[name],), (value,))
-        assert len(a) == len(b), name
-        for i, (ours, theirs) in enumerate(zip(a, b, strict=True)):
-            ours = ours.detach().numpy() if isinstance(ours, torch.Tensor) else ours
-            theirs = theirs.detach().numpy() if isinstance(theirs, torch.Tensor) else theirs
-            yield f"{name} {i}", np.asarray(ours), np.asarray(theirs)
-
-
-def target_of(output):
-    """A number that everything the model computes goes into: its loss, or a weighted sum."""
-    if output.get("loss") is not None:
-        return output["loss"]
-    total = (output[0] * torch.linspace(-1, 1, output[0].numel()).view_as(output[0])).sum()
-    pooled = output.get("pooler_output")
-    return total if pooled is None else total + (pooled**2).sum()
-
-
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", MODEL_CASES)
 def test_against_flax(kind):
-    model, config = CASES[kind]
+    model, config = MODEL_CASES[kind]
     params, batch = random_params(config, model), case_batch(model, config, kind)
     asked = {"output_hidden_states": True, "output_attentions": True}
-    expected = our_model(model, config)(**batch, params=params, **asked)
+    expected = flax_model(model, config)(**batch, params=params, **asked)
     ours = twin(model, config, params)
-    found = ours(**tensors(batch), **asked)
+    found = ours(**to_torch(batch), **asked)
     assert [k for k in found if k != "past_key_values"] == list(expected)
-    for name, a, b in pairs(found, expected):
+    for name, a, b in paired_outputs(found, expected):
         assert_close(a, b, name, 3e-6, 3e-5)
     # Without attentions the fused kernel computes, and the last block no more than is read.
-    for name, a, b in pairs(found, ours(**tensors(batch))):
+    for name, a, b in paired_outputs(found, ours(**to_torch(batch))):
         assert_close(a, b, name, 2e-6, 2e-5)
-    assert isinstance(ours(**tensors(batch), return_dict=False), tuple)
+    assert isinstance(ours(**to_torch(batch), return_dict=False), tuple)
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", MODEL_CASES)
 def test_against_transformers(kind):
     """Outputs and gradients: float64 to the last digits, float32 to the ladder."""
-    model, config = CASES[kind]
+    model, config = MODEL_CASES[kind]
     params, batch = random_params(config, model), with_tokens(case_batch(model, config, kind))
-    theirs, asked = torch_model(model, config, params), {"use_cache": False}
-    wide = tensors(batch, torch.float64)
+    theirs, asked = transformers_model(model, config, params), {"use_cache": False}
+    wide = to_torch(batch, torch.float64)
     expected = theirs(**wide, output_hidden_states=True, output_attentions=True, **asked)
     if model == "causal_lm":
         # transformers rounds these logits to float32 for the loss.
         logits, labels = expected.logits[:, :-1].flatten(0, 1), wide["labels"][:, 1:].flatten()
         expected["loss"] = torch.nn.functional.cross_entropy(logits, labels)
-    target_of(expected).backward()
+    scalar_target(expected).backward()
     ladder = {n: p.grad.numpy() for n, p in theirs.named_parameters() if p.grad is not None}
     scale = max(np.abs(g).max() for g in ladder.values())
     real = batch["attention_mask"] == 1 if config.is_decoder else slice(None)
@@ -99,14 +69,14 @@ def test_against_transformers(kind):
     for dtype, rms, largest in [(torch.float64, 1e-13, 1e-12), (torch.float32, 2e-6, 2e-5)]:
         ours = twin(model, config, params).to(dtype)
         found = ours(
-            **tensors(batch, dtype), output_hidden_states=True, output_attentions=True, **asked
+            **to_torch(batch, dtype), output_hidden_states=True, output_attentions=True, **asked
         )
-        for name, a, b in pairs(found, expected):
+        for name, a, b in paired_outputs(found, expected):
             if a.ndim == 4:
                 a, b = a.swapaxes(1, 2), b.swapaxes(1, 2)
             a, b = (a[real], b[real]) if a.ndim else (a, b)
             assert_close(a, b, name, rms, largest)
-        target_of(ours(**tensors(batch, dtype))).backward()
+        scalar_target(ours(**to_torch(batch, dtype))).backward()
         gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
         for name, gradient in ladder.items():
             if name == "lm_head.decoder.bias":
@@ -126,12 +96,12 @@ def test_against_transformers(kind):
 @pytest.mark.parametrize("kind", ["masked_lm", "cross"])
 def test_gradients_against_flax(kind):
     """Where pads are seen, their rows of both tables too, which transformers leaves alone."""
-    model, config = CASES[kind]
+    model, config = MODEL_CASES[kind]
     params, batch = random_params(config, model), case_batch(model, config, kind)
     del batch["attention_mask"]
     ours = twin(model, config, params)
-    ours(**tensors(batch)).loss.backward()
-    flax = our_model(model, config)
+    ours(**to_torch(batch)).loss.backward()
+    flax = flax_model(model, config)
     expected = jax.jit(jax.grad(lambda p: flax(**batch, params=p).loss))(params)
     for name, gradient in to_tensors(expected, config, model).items():
         found = ours.get_parameter(name).grad.numpy()
@@ -144,9 +114,9 @@ def test_gradients_against_flax(kind):
 def test_base_size():
     config = RobertaPreLayerNormConfig.preset("roberta-base")
     params, batch = random_params(config, scale=0.05), ragged_batch(config, L=24)
-    reference = Reference(config, params, batch)
+    reference = TorchReference(config, params, batch)
     ours = twin("masked_lm", config, params)
-    found = ours(**tensors(batch))
+    found = ours(**to_torch(batch))
     real = batch["attention_mask"] == 1
     expected = reference.output.logits.detach().numpy()
     assert_close(found.logits.detach().numpy()[real], expected[real], "logits")
@@ -189,10 +159,10 @@ def test_arguments_mean_what_they_mean_to_flax(kind):
     params = random_params(ODD, model)
     batch = {k: v for k, v in ragged_batch(ODD).items() if k != "labels"} | changes
     batch = {name: value for name, value in batch.items() if value is not None}
-    expected = our_model(model, ODD)(**batch, params=params)
+    expected = flax_model(model, ODD)(**batch, params=params)
     ours = twin(model, ODD, params)
     for more in ({}, {"output_attentions": True}):
-        for name, a, b in pairs(ours(**tensors(batch), **more), expected):
+        for name, a, b in paired_outputs(ours(**to_torch(batch), **more), expected):
             assert_close(a, b, name, 3e-6, 3e-5)
 
 
@@ -202,8 +172,8 @@ def test_multiple_choice_takes_vectors_of_four_axes():
         "inputs_embeds": _rng.standard_normal((2, 3, 7, 16), np.float32),
         "attention_mask": np.tile([1, 1, 1, 1, 1, 0, 0], (2, 3, 1)),
     }
-    expected = our_model("multiple_choice", SMALL)(**batch, params=params)
-    found = twin("multiple_choice", SMALL, params)(**tensors(batch))
+    expected = flax_model("multiple_choice", SMALL)(**batch, params=params)
+    found = twin("multiple_choice", SMALL, params)(**to_torch(batch))
     assert_close(found.logits.detach(), expected.logits, "logits", 3e-6, 3e-5)
 
 
@@ -250,7 +220,7 @@ def rows_of_pads(config):
     batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
     batch["encoder_hidden_states"] = _rng.standard_normal((5, 6, 16), np.float32)
     batch["encoder_attention_mask"] = np.array([[1, 1, 1, 1, 0, 0]] * 5)
-    return tensors(batch)
+    return to_torch(batch)
 
 
 @pytest.mark.parametrize("whole_mask", [False, True])

@@ -10,8 +10,10 @@ import tensorflow as tf
 import bridges.tensorflow
 from prelnroberta import InputError
 from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES, save_pretrained, to_tensors
-from tests.helpers.support import ODD, assert_close, random_params, run_oracle, with_tokens
-from tests.pretrained.test_flax_models import SMALL, TWO_TYPES, case_batch
+from tests.helpers.model_cases import case_batch
+from tests.helpers.oracles import run_oracle
+from tests.helpers.small_models import ODD, SMALL, TWO_TYPES, random_params, with_tokens
+from tests.helpers.tolerances import assert_close
 
 # transformers' TF classes count positions from 1 whatever the pad id, and always tie the output.
 OURS = {"tie_last_hidden_states": False, "pad_token_id": 1, "bos_token_id": 0}

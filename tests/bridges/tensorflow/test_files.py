@@ -15,9 +15,10 @@ from bridges.tensorflow import export
 from bridges.tensorflow.export import save_saved_model, save_tflite
 from prelnroberta import InputError
 from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES
-from tests.bridges.tensorflow.test_models import MODELS, tf_model
-from tests.helpers.support import ODD, ROOT, assert_close, max_relative, ragged_batch, random_params
-from tests.pretrained.test_flax_models import SMALL, flax_class
+from tests.helpers.programs import ROOT
+from tests.helpers.small_models import ODD, SMALL, flax_class, ragged_batch, random_params
+from tests.helpers.tensorflow_models import MODELS, tf_model
+from tests.helpers.tolerances import assert_close, max_relative
 
 DECODER = SMALL.replace(is_decoder=True)
 

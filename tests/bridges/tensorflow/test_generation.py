@@ -7,8 +7,8 @@ import tensorflow as tf
 from bridges.tensorflow import generation
 from prelnroberta import InputError
 from prelnroberta.inference import generation as flax_generation
-from tests.bridges.tensorflow.test_models import pair, tf_model
-from tests.helpers.support import TINY, random_params
+from tests.helpers.small_models import TINY, random_params
+from tests.helpers.tensorflow_models import tf_and_flax, tf_model
 
 PLAIN = TINY.replace(
     # Tokens that these models like to say end a row, so that beams end early and often.
@@ -30,7 +30,7 @@ STATES = {
 @pytest.mark.parametrize("config", [PLAIN, CROSS], ids=["plain", "cross"])
 def test_cached_decoding_is_the_full_forward(config):
     """A prompt of four columns, then one, one and two: any padding, each row for itself."""
-    ours, flax = pair("causal_lm", config)
+    ours, flax = tf_and_flax("causal_lm", config)
     rng = np.random.default_rng(0)
     ids = rng.integers(4, 60, (5, 8))
     ids[1, :3] = ids[2, 2] = ids[3, 2:5] = ids[4, 6:] = PAD
@@ -78,7 +78,7 @@ WAYS = {
 def test_tokens_are_those_of_flax(way, config):
     if config is CROSS and way not in ("greedy", "beams"):
         return
-    ours, flax = pair("causal_lm", config)
+    ours, flax = tf_and_flax("causal_lm", config)
     states = STATES if config.add_cross_attention else {}
     found, expected = (m.generate(PROMPTS, **WAYS[way], **states) for m in (ours, flax))
     np.testing.assert_array_equal(found.sequences, expected.sequences)

@@ -10,33 +10,18 @@ import pytest
 import tensorflow as tf
 import torch
 
-import bridges.tensorflow
 from bridges.tensorflow import names
 from prelnroberta import InputError, RobertaPreLayerNormConfig
 from prelnroberta import params as parameters
-from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES, to_tensors
-from tests.helpers.support import ODD, assert_close, ragged_batch, random_params, rms_relative
-from tests.pretrained.test_flax_models import CASES, SMALL, case_batch, our_model, torch_model
+from prelnroberta.pretrained.hf_checkpoint import to_tensors
+from tests.helpers.model_cases import MODEL_CASES, case_batch
+from tests.helpers.small_models import ODD, SMALL, ragged_batch, random_params
+from tests.helpers.tensorflow_models import IDS, MODELS, tf_and_flax, tf_model
+from tests.helpers.tolerances import assert_close, rms_relative
+from tests.helpers.torch_reference import transformers_model
 
-MODELS = [model for model in ARCHITECTURES if model != "encoder"]
-IDS = np.array([[0, 5, 6, 7, 2], [0, 9, 8, 2, 1]])
 # Both sides are float32: the bounds are twice what each may be off by itself.
 BOTH = {"rms": 4e-6, "largest": 4e-5}
-
-
-def tf_model(model, config, params=None, **options):
-    cls = getattr(bridges.tensorflow, "TF" + ARCHITECTURES[model])
-    if model == "encoder":
-        options["add_pooling_layer"] = False
-    return cls(config, params=params, **options)
-
-
-def pair(model, config, **options):
-    """(TF, Flax) of the same random parameters."""
-    params = random_params(config, model)
-    flax = our_model(model, config)
-    flax.params = params
-    return tf_model(model, config, params, **options), flax
 
 
 def leaves(output):
@@ -56,11 +41,11 @@ def assert_same_output(found, expected, **bounds):
             assert_close(found[name], value, name, **(bounds or BOTH))
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", MODEL_CASES)
 def test_parity(kind):
     """Outputs with Flax's; outputs and every gradient with torch's in float64."""
-    model, config = CASES[kind]
-    ours, flax = pair(model, config)
+    model, config = MODEL_CASES[kind]
+    ours, flax = tf_and_flax(model, config)
     batch = case_batch(model, config, kind)
     asked = {"output_hidden_states": True, "output_attentions": True}
     with tf.GradientTape() as tape:
@@ -70,7 +55,7 @@ def test_parity(kind):
             target += tf.reduce_mean(found.pooler_output)
     assert_same_output(found, flax(**batch, **asked))
 
-    theirs = torch_model(model, config, flax.params)
+    theirs = transformers_model(model, config, flax.params)
     inputs = {k: torch.from_numpy(v) for k, v in batch.items()}
     inputs = {k: v.double() if v.dtype == torch.float32 else v for k, v in inputs.items()}
     exact = theirs(**inputs, use_cache=False)
@@ -112,8 +97,8 @@ def test_parity(kind):
 
 @pytest.mark.parametrize("kind", ["cross", "multiple_choice", "span"])
 def test_graph_xla_and_predict_agree_with_eager(kind):
-    model, config = CASES[kind]
-    ours, _ = pair(model, config)
+    model, config = MODEL_CASES[kind]
+    ours, _ = tf_and_flax(model, config)
     batch = {k: tf.constant(v) for k, v in case_batch(model, config, kind).items()}
     eager = ours(batch, output_hidden_states=True, output_attentions=True)
     for compiled in (False, True):
@@ -136,7 +121,7 @@ def test_graph_xla_and_predict_agree_with_eager(kind):
 
 
 def test_ways_to_call():
-    ours, flax = pair("masked_lm", SMALL)
+    ours, flax = tf_and_flax("masked_lm", SMALL)
     mask = (IDS != 1).astype(np.int64)
     expected = flax(IDS, mask).logits
     for found in (
@@ -175,7 +160,7 @@ def test_ways_to_call():
 )
 def test_odd_configurations(change):
     config = SMALL.replace(**change)
-    ours, flax = pair("masked_lm", config)
+    ours, flax = tf_and_flax("masked_lm", config)
     batch = ragged_batch(config, L=9)
     batch["attention_mask"][2] = 0  # a row that sees nothing attends evenly: finite, as in Flax
     found, expected = (m(**batch, output_hidden_states=True) for m in (ours, flax))
@@ -184,7 +169,7 @@ def test_odd_configurations(change):
 
 
 def test_masks_segments_heads_vectors_and_positions():
-    ours, flax = pair("base", ODD)
+    ours, flax = tf_and_flax("base", ODD)
     rng = np.random.default_rng(0)
     batch = ragged_batch(ODD, L=8)
     ids, H, N = batch["input_ids"], ODD.num_attention_heads, ODD.num_hidden_layers
@@ -200,20 +185,20 @@ def test_masks_segments_heads_vectors_and_positions():
     ):
         found, expected = (m(**inputs, output_attentions=True) for m in (ours, flax))
         assert_same_output(found, expected)
-    ours, flax = pair("multiple_choice", ODD)
+    ours, flax = tf_and_flax("multiple_choice", ODD)
     vectors = rng.standard_normal((3, 2, 8, 42)).astype(np.float32)
     assert_same_output(*(m(inputs_embeds=vectors) for m in (ours, flax)))
 
 
 def test_reading_the_first_position_alone_is_exact():
     for model in ("sequence_classification", "multiple_choice"):
-        ours, _ = pair(model, SMALL)
+        ours, _ = tf_and_flax(model, SMALL)
         ids = np.stack([IDS, IDS[::-1]], 1) if model == "multiple_choice" else IDS
         mask = np.ones(ids.shape, np.int32)
         whole = ours(ids, mask, output_hidden_states=True)
         np.testing.assert_allclose(ours(ids, mask).logits, whole.logits, rtol=1e-5, atol=1e-5)
     square = np.tril(np.ones((2, 5, 5), np.int32))
-    ours, _ = pair("sequence_classification", SMALL)
+    ours, _ = tf_and_flax("sequence_classification", SMALL)
     a, b = (ours(IDS, square, output_attentions=x).logits for x in (False, True))
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -242,9 +227,9 @@ def test_mixed_precision(policy):
 # The tree.
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", MODEL_CASES)
 def test_variables_and_leaves_are_a_bijection(kind):
-    model, config = CASES[kind]
+    model, config = MODEL_CASES[kind]
     params = random_params(config, model)
     ours = tf_model(model, config, params)
     variables, shapes = ours.variables_by_path(), names.variable_shapes(config, model)
@@ -329,7 +314,7 @@ def test_no_counted_label_is_a_loss_of_zero():
 def test_base_size():
     """The ladder of float32 at the published size, every parameter random."""
     config = RobertaPreLayerNormConfig.preset("roberta-base")
-    ours, flax = pair("masked_lm", config)
+    ours, flax = tf_and_flax("masked_lm", config)
     batch = ragged_batch(config, B=5, L=64)
     params = random_params(config, scale=0.04)
     ours.assign_params(params)

@@ -13,10 +13,9 @@ from bridges.tensorflow import names
 from bridges.tensorflow.outputs import Output
 from prelnroberta import InputError
 from prelnroberta import params as parameters
-from prelnroberta.training.optimizer import Optimization, adamw
-from tests.bridges.tensorflow.test_models import IDS, MODELS, pair, tf_model
-from tests.helpers.support import TINY, ragged_batch, random_params
-from tests.pretrained.test_flax_models import SMALL
+from prelnroberta.training.optimizer import OptimizerConfig, adamw
+from tests.helpers.small_models import SMALL, TINY, ragged_batch, random_params
+from tests.helpers.tensorflow_models import IDS, MODELS, tf_and_flax, tf_model
 
 CONFIG = SMALL.replace(num_labels=3)
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -123,11 +122,11 @@ def test_twenty_steps_of_adamw_are_those_of_flax():
     same; with 1e-6 they are 2e-3 apart.
     """
     config = EASY.replace(num_hidden_layers=2)
-    ours, flax = pair("masked_lm", config)
+    ours, flax = tf_and_flax("masked_lm", config)
     start = parameters.init(config, jax.random.key(1))
     ours.assign_params(start)
     batch = ragged_batch(config, L=9)
-    settings = Optimization(
+    settings = OptimizerConfig(
         steps=20, learning_rate=3e-3, schedule="constant", weight_decay=0.1, adam_epsilon=1e-8
     )
     optimizer = adamw(settings, config)

@@ -8,7 +8,8 @@ import torch
 from bridges.verify.parity import MODELS, check, diagnosis, make_batch, worst
 from prelnroberta import params as parameters
 from prelnroberta.pretrained.hf_checkpoint import load_pretrained, save_pretrained
-from tests.helpers.support import ODD, TINY, call, finished_run, random_params
+from tests.helpers.programs import call, finished_run
+from tests.helpers.small_models import ODD, TINY, random_params
 
 torch.set_num_threads(1)
 SMALL = TINY.replace(vocab_size=60, hidden_size=16, intermediate_size=24, num_attention_heads=2)

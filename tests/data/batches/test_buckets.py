@@ -11,14 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prelnroberta
-from prelnroberta.data.batches.buckets import (
-    IGNORE,
-    NOTHING,
-    bucket_lengths,
-    bucket_of,
-    evaluation_batches,
-    padded,
-)
+from prelnroberta.data.batches.buckets import bucket_lengths, bucket_of, evaluation_batches
+from prelnroberta.data.features.base import IGNORE, NOTHING, padded
 from prelnroberta.errors import InputError
 from prelnroberta.model import heads
 
@@ -104,7 +98,9 @@ def test_data_and_metrics_load_no_jax():
     """Whoever prepares data needs numpy and tokenizers; the ignored label is one all the same."""
     package = Path(prelnroberta.__file__).parent
     files = [*package.glob("data/**/[a-z]*.py")]
-    files += [package / "metrics" / f"{name}.py" for name in ("classification", "entities", "squad")]
+    files += [
+        package / "metrics" / f"{name}.py" for name in ("classification", "entities", "squad")
+    ]
     names = [str(f.relative_to(package.parent).with_suffix("")).replace("/", ".") for f in files]
     code = f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
     code += "print(sorted({'jax', 'flax', 'tokenizers', 'scipy', 'sklearn'} & set(sys.modules)))"

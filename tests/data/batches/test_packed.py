@@ -15,8 +15,8 @@ from prelnroberta.data.readers.row_errors import BadRows
 from prelnroberta.data.readers.swag import ChoiceExample
 from prelnroberta.errors import InputError
 from prelnroberta.model import heads
-from tests.helpers.support import TINY, random_params
-from tests.helpers.task_support import corpus, example_file
+from tests.helpers.small_models import TINY, random_params
+from tests.helpers.task_files import corpus, example_file
 
 
 class Rows(Features):

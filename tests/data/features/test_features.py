@@ -22,7 +22,7 @@ from prelnroberta.data.readers.swag import ChoiceExample
 from prelnroberta.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, save_tokenizer, train_tokenizer
 from prelnroberta.errors import InputError
 from prelnroberta.model.heads import IGNORE
-from tests.helpers.support import corpus_file
+from tests.helpers.programs import corpus_file
 
 WORDS = ["the", "of", "a", "in", "is", "model", "answer", "window", "question", "Don't", "it's"]
 WORDS += ["U.S.", "1,000", "(see)", "e-mail", "—", "café\n日本語", "🙂", "naïve", "\xa0", "ﬁ"]
@@ -177,7 +177,7 @@ def test_words_as_transformers(tokenizer, folder, max_length, stride):
 
     theirs = AutoTokenizer.from_pretrained(folder, add_prefix_space=True)
     given = list(sentences(np.random.default_rng(1), 500, 12))
-    features = token_features(given, tokenizer, max_length, TAGS, stride=stride)
+    features = token_features(given, tokenizer, max_length, TAGS, doc_stride=stride)
     expected = theirs(
         [sentence.words for sentence in given],
         is_split_into_words=True,
@@ -209,10 +209,10 @@ def test_words_as_transformers(tokenizer, folder, max_length, stride):
     assert asked == [set(range(len(sentence.words))) for sentence in given], "no word is lost"
 
 
-def test_all_pieces_continue_what_their_word_begins(tokenizer):
+def test_later_tokens_of_a_word_have_inside_tags(tokenizer):
     given = list(sentences(np.random.default_rng(2), 200, 12))
     first = token_features(given, tokenizer, 512, TAGS)
-    every = token_features(given, tokenizer, 512, TAGS, all_pieces=True)
+    every = token_features(given, tokenizer, 512, TAGS, label_all_tokens=True)
     for sentence, a, b, asked in zip(given, first.labels, every.labels, first.asked, strict=True):
         np.testing.assert_array_equal(b[a != IGNORE], a[a != IGNORE])
         assert b[0] == b[-1] == IGNORE and (b[1:-1] != IGNORE).all()
@@ -231,7 +231,7 @@ def test_all_pieces_continue_what_their_word_begins(tokenizer):
 
 def test_each_word_is_answered_where_it_has_most_context(tokenizer):
     words = ["a"] * 30
-    features = token_features([Sentence("f:1", words, None)], tokenizer, 12, stride=6)
+    features = token_features([Sentence("f:1", words, None)], tokenizer, 12, doc_stride=6)
     assert features.labels is None and len(features.input_ids) > 2
     (answers,) = features.by_word(
         [np.arange(len(ids))[:, None] * np.ones(2) for ids in features.input_ids]
@@ -262,8 +262,8 @@ def test_unknown_tags_and_impossible_strides(tokenizer):
         token_features(given, tokenizer, 16, TAGS)
     bad = BadRows(skip=True)
     assert len(token_features(given, tokenizer, 16, TAGS, bad=bad).examples) == 1 and bad.bad
-    with pytest.raises(InputError, match="stride=14"):
-        token_features(given[:1], tokenizer, 16, TAGS, stride=14)
+    with pytest.raises(InputError, match="doc_stride=14"):
+        token_features(given[:1], tokenizer, 16, TAGS, doc_stride=14)
 
 
 def test_entities_have_their_words_and_scores():

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prelnroberta.data.pretraining import corpus as module
-from prelnroberta.data.pretraining.corpus import DocstringCorpus, FileCorpus, is_validation, prose
+from prelnroberta.data.pretraining.corpus import FileCorpus, is_validation
+from prelnroberta.data.pretraining.docstrings import STDLIB, DocstringCorpus, prose
 from prelnroberta.errors import InputError
 
 
@@ -124,7 +125,7 @@ def toy(tmp_path, monkeypatch):
     (root / "test_d.py").write_text(f'"""{sentence % "test"}"""\n')
     monkeypatch.syspath_prepend(tmp_path)
     corpus = DocstringCorpus(["toy", "no_such_package"])
-    assert corpus.roots.pop(module.STDLIB)[0].is_dir()
+    assert corpus.roots.pop(STDLIB)[0].is_dir()
     return corpus
 
 

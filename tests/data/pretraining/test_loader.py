@@ -7,9 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from prelnroberta.data.pretraining.loader import Loader, Prefetch, evaluation_batches, permute
+from prelnroberta.data.pretraining.loader import Loader, evaluation_batches
 from prelnroberta.data.pretraining.masking import Masking
 from prelnroberta.data.pretraining.packing import Row
+from prelnroberta.data.shuffle import Prefetch, permute
 from prelnroberta.errors import InputError
 
 LENGTH = 12

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from prelnroberta.data.pretraining import docstrings
 from prelnroberta.data.pretraining import token_files as module
 from prelnroberta.data.pretraining.corpus import Document, FileCorpus, is_validation
 from prelnroberta.data.pretraining.token_files import TokenFiles, prepare
@@ -101,6 +102,20 @@ def test_anything_that_changes_the_tokens_has_files_of_its_own(tokenizer, tmp_pa
     made.append(prepare(corpora[0], tokenizer, tmp_path, 0.1)[0].directory)
     made.append(prepare(corpora[0], train_tokenizer(TEXTS, 290), tmp_path)[0].directory)
     assert len(set(made)) == 4
+
+
+def test_the_version_of_the_extraction_rules_is_in_the_cache_key(tokenizer, tmp_path, monkeypatch):
+    sentence = "The beginning of the module is to say a thing that no other one says."
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "a.py").write_text(f'"""{sentence}\n"""\n')
+    corpus = docstrings.DocstringCorpus([])
+    corpus.roots = {"package": [tmp_path / "package"]}
+    cache = tmp_path / "cache"
+    before = prepare(corpus, tokenizer, cache, 0.0)[0]
+    assert decoded(tokenizer, before) == [sentence]
+    assert prepare(corpus, tokenizer, cache, 0.0)[0].directory == before.directory
+    monkeypatch.setattr(docstrings, "EXTRACTION_VERSION", docstrings.EXTRACTION_VERSION + 1)
+    assert prepare(corpus, tokenizer, cache, 0.0)[0].directory != before.directory
 
 
 def only_locks(directory):

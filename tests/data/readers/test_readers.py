@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prelnroberta.data.features.multiple_choice import MOST_CHOICES, read_choices, stream_choices
-from prelnroberta.data.features.sequence_classification import read_examples, stream_examples
+from prelnroberta.data.readers.classification import read_examples, stream_examples
 from prelnroberta.data.readers.conll import read_sentences, stream_sentences, tag_names
 from prelnroberta.data.readers.labels import LabelIds, discover_labels, label_name
 from prelnroberta.data.readers.row_errors import BadRows
 from prelnroberta.data.readers.squad import Answer, read_questions, stream_questions
+from prelnroberta.data.readers.swag import MOST_CHOICES, read_choices, stream_choices
 from prelnroberta.data.readers.tables import read_table, stream_table
 from prelnroberta.errors import InputError
 

@@ -9,7 +9,7 @@ from experiments.benchmark import race, report
 from experiments.benchmark.cases import TASKS, Case, all_cases, checked, read, write, write_weights
 from experiments.benchmark.race import Result
 from prelnroberta.errors import InputError
-from tests.helpers.support import call
+from tests.helpers.programs import call
 
 TEXTS = [[0, *np.random.default_rng(i).integers(5, 400, 3 + 7 * i % 23), 2] for i in range(64)]
 RAGGED = {"preset": "tiny", "B": 3, "L": 24, "ragged": True}

@@ -13,8 +13,8 @@ from prelnroberta import params as parameters
 from prelnroberta.errors import InputError
 from prelnroberta.model import heads
 from prelnroberta.model.heads import IGNORE, LossSettings
-from prelnroberta.training.optimizer import Optimization, layer_rates, make
-from tests.helpers.support import TINY, random_params
+from prelnroberta.training.optimizer import OptimizerConfig, learning_rate_multipliers, make_optimizer
+from tests.helpers.small_models import TINY, random_params
 
 WEIGHTS = (0.3, 1.7, 2.0, 0.9, 1.1)
 
@@ -59,12 +59,12 @@ def test_rows_that_fill_a_batch_count_in_no_loss():
 
 def stepped(gradient=1.0, **changes):
     """The leaves that one AdamW step leaves, over where they began: path -> factor by element."""
-    settings = Optimization(
+    settings = OptimizerConfig(
         steps=10, learning_rate=0.1, weight_decay=0.0, adam_epsilon=1e-12, **changes
     )
     model = "token_classification"
     params = random_params(TINY, model)
-    optimizer = make(settings, TINY, model)
+    optimizer = make_optimizer(settings, TINY, model)
     gradients = jax.tree.map(lambda x: np.full_like(x, gradient), params)
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
     return parameters.flatten(updates)
@@ -95,15 +95,15 @@ def test_frozen_parts_stay_and_count_in_no_norm():
         else:
             assert np.all(update), path
     # Clipping sees what moves and nothing else.
-    rates = layer_rates(
-        Optimization(steps=1, learning_rate=1, freeze=("embeddings/*",)), TINY, "encoder"
+    rates = learning_rate_multipliers(
+        OptimizerConfig(steps=1, learning_rate=1, freeze=("embeddings/*",)), TINY, "encoder"
     )
     params = random_params(TINY, "encoder")
-    settings = Optimization(steps=1, learning_rate=1, clip_norm=1.0, freeze=("embeddings/*",))
+    settings = OptimizerConfig(steps=1, learning_rate=1, clip_norm=1.0, freeze=("embeddings/*",))
     huge = jax.tree.map(
         lambda p, rate: np.full_like(p, 1.0 if np.all(rate) else 1e9), params, rates
     )
-    optimizer = make(settings, TINY, "encoder")
+    optimizer = make_optimizer(settings, TINY, "encoder")
     _, state = optimizer.update(huge, optimizer.init(params), params)
     moments = [
         s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")
@@ -113,8 +113,8 @@ def test_frozen_parts_stay_and_count_in_no_norm():
 
 def test_bad_settings_are_named():
     with pytest.raises(InputError, match="freeze_layers=9, expected 0 to 2"):
-        make(Optimization(steps=1, learning_rate=1, freeze_layers=9), TINY)
+        make_optimizer(OptimizerConfig(steps=1, learning_rate=1, freeze_layers=9), TINY)
     with pytest.raises(InputError, match="freeze 'encodr/"):
-        make(Optimization(steps=1, learning_rate=1, freeze=("encodr/*",)), TINY)
+        make_optimizer(OptimizerConfig(steps=1, learning_rate=1, freeze=("encodr/*",)), TINY)
     with pytest.raises(InputError, match="layer_decay"):
-        Optimization(steps=1, learning_rate=1, layer_decay=1.5)
+        OptimizerConfig(steps=1, learning_rate=1, layer_decay=1.5)

@@ -3,9 +3,9 @@
 from functools import cache
 
 from experiments import example_data
-from prelnroberta.data.pretraining.corpus import DocstringCorpus
+from prelnroberta.data.pretraining.docstrings import DocstringCorpus
 from prelnroberta.data.tokenizer import train_tokenizer
-from tests.helpers.support import SCRATCH
+from tests.helpers.programs import SCRATCH
 
 
 @cache

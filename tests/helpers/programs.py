@@ -1,0 +1,92 @@
+"""Runs the programs of `experiments` as a user does, in processes of their own."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+from experiments.common.report import TIMES, read_records
+
+_SCRATCH = tempfile.TemporaryDirectory(prefix="prelnroberta-tests-")
+SCRATCH = Path(_SCRATCH.name)
+ROOT = Path(__file__).parents[2]
+# One compilation for all runs of the same shapes.
+ENVIRONMENT = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(SCRATCH / "compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
+
+def command(program: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", f"experiments.{program}", *map(str, arguments)]
+
+
+def call(program: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess:
+    """Runs a program to its end; text in, text out."""
+    options = {"capture_output": True, "text": True, "timeout": 300} | options
+    return subprocess.run(command(program, *arguments), cwd=ROOT, env=ENVIRONMENT, **options)
+
+
+@functools.cache
+def corpus_file() -> Path:
+    """450 KB of English that Python brings along."""
+    path = SCRATCH / "corpus.txt"
+    path.write_text("\n\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
+    return path
+
+
+def tiny_flags(**changes: Any) -> list[str]:
+    """A run of seconds: dropout, accumulation, and cadences that share no factor."""
+    values = {
+        "preset": "tiny",
+        "vocab_size": 300,
+        "sequence_length": 32,
+        "batch_size": 8,
+        "accumulate": 2,
+        "corpus": corpus_file(),
+        "cache_dir": SCRATCH / "cache",
+        "validation_fraction": 0.1,
+        "steps": 40,
+        "warmup_steps": 5,
+        "log_every": 7,
+        "eval_every": 9,
+        "save_every": 4,
+        "eval_rows": 16,
+    }
+    return [f"--{name}={value}" for name, value in (values | changes).items()]
+
+
+@functools.cache
+def finished_run() -> Path:
+    """A run of `tiny_flags()` that nothing interrupted."""
+    run_dir = SCRATCH / "finished"
+    done = call("pretrain", *tiny_flags(), f"--run_dir={run_dir}")
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def refused(*arguments, code=2, program="pretrain", **options):
+    """Runs a program that must refuse; returns its one line."""
+    done = call(program, *arguments, **options)
+    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr, done.stderr
+    assert "compiled" not in done.stdout and "step" not in done.stdout
+    lines = [x for x in done.stderr.splitlines() if not x.startswith("token files: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    return lines[0]
+
+
+def records(run_dir):
+    """What a run reported, without what a clock says."""
+    return [
+        {name: value for name, value in record.items() if name not in TIMES}
+        for record in read_records(run_dir / "metrics.jsonl")
+    ]
