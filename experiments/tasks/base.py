@@ -33,9 +33,9 @@ from prelnroberta.data.features.base import Features
 from prelnroberta.data.pretraining.loader import Loader
 from prelnroberta.data.readers.row_errors import BadRows
 from prelnroberta.metrics.classification import (
-    ClassScores,
-    class_report,
-    confusion_counts,
+    ClassReportRow,
+    classification_report,
+    counts_from_confusion,
     confusion_matrix,
     single_label_metrics,
 )
@@ -67,7 +67,7 @@ class Measured:
     count: int
     confusion: np.ndarray | None = None
     names: Sequence[str] = ()
-    classes: Sequence[ClassScores] = ()
+    classes: Sequence[ClassReportRow] = ()
 
     @functools.cached_property
     def metrics(self) -> dict[str, float]:
@@ -199,7 +199,7 @@ def of_classes(labels: np.ndarray, found: np.ndarray, names: Sequence[str]) -> M
         len(labels),
         confusion,
         names,
-        class_report(confusion_counts(confusion), names),
+        classification_report(counts_from_confusion(confusion), names),
     )
 
 

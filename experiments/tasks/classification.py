@@ -40,8 +40,8 @@ from prelnroberta.data.readers.row_errors import BadRows
 from prelnroberta.data.readers.swag import ChoiceExample, read_choices, stream_choices
 from prelnroberta.errors import InputError
 from prelnroberta.metrics.classification import (
-    class_report,
-    confusion_counts,
+    classification_report,
+    counts_from_confusion,
     confusion_matrix,
     multi_label_counts,
     multi_label_metrics,
@@ -152,7 +152,7 @@ class SequenceClassification(Task):
             return Measured(
                 lambda i: multi_label_metrics(labels[i], sides[i]),
                 len(rows),
-                classes=class_report(multi_label_counts(labels, sides), names),
+                classes=classification_report(multi_label_counts(labels, sides), names),
             )
         return of_classes(labels, stacked(rows, "probabilities").argmax(axis=-1), names)
 
@@ -198,7 +198,7 @@ class TokenClassification(Task):
     ) -> Features:
         s = self.settings
         return token_features(
-            examples, tokenizer, s.max_length, s.labels, s.all_pieces, s.stride, bad
+            examples, tokenizer, s.max_length, s.labels, s.label_all_tokens, s.doc_stride, bad
         )
 
     def _tags(
@@ -236,14 +236,14 @@ class TokenClassification(Task):
                 len(found),
                 confusion,
                 names,
-                class_report(counts.counts(), counts.types),
+                classification_report(counts.counts(), counts.types),
             )
         return Measured(
             lambda i: single_label_metrics(sum(confusions[k] for k in i)),
             len(found),
             confusion,
             names,
-            class_report(confusion_counts(confusion), names),
+            classification_report(counts_from_confusion(confusion), names),
         )
 
     def trivial(self, train: Features, features: Features) -> float:

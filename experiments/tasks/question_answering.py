@@ -62,8 +62,9 @@ class QuestionAnswering(Task):
         self, examples: Sequence, tokenizer: tokenizers.Tokenizer, bad: BadRows, training: bool
     ) -> Features:
         s = self.settings
-        stride = s.max_length // 3 if s.stride is None else s.stride  # run_qa's 128 of 384
-        return question_features(examples, tokenizer, s.max_length, stride, bad)
+        # run_qa takes 128 of 384.
+        doc_stride = s.max_length // 3 if s.doc_stride is None else s.doc_stride
+        return question_features(examples, tokenizer, s.max_length, doc_stride, bad)
 
     def loss(
         self,
@@ -94,10 +95,10 @@ class QuestionAnswering(Task):
         return predict_answers(
             features,
             [row["logits"] for row in rows],
-            s.n_best,
+            s.n_best_size,
             s.max_answer_length,
             s.may_be_null,
-            s.null_threshold,
+            s.null_score_diff_threshold,
         )
 
     def answers(self, features: Features, rows: Sequence[Row]) -> Iterator[Answer]:

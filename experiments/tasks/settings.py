@@ -23,7 +23,7 @@ class TaskSettings:
         label_all_tokens: whether every token of a word has its label, or only the first.
         doc_stride: tokens by which windows over a long input overlap; None: the task's default.
         may_be_null: whether questions may have no answer.
-        n_best, max_answer_length, null_score_diff_threshold: see
+        n_best_size, max_answer_length, null_score_diff_threshold: see
             `question_answering.predict_answers`.
         mask_rate: share of tokens to predict, in masked language modeling.
     """
@@ -38,7 +38,7 @@ class TaskSettings:
     label_all_tokens: bool = False
     doc_stride: int | None = None
     may_be_null: bool = False
-    n_best: int = 20
+    n_best_size: int = 20
     max_answer_length: int = 30
     null_score_diff_threshold: float = 0.0
     mask_rate: float = 0.15

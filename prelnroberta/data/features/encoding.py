@@ -93,16 +93,18 @@ def check_max_length(max_length: int) -> None:
         raise InputError(f"max_length={max_length}: expected {PAIR_SPECIALS} or more tokens a row")
 
 
-def windows(tokens: int, room: int, stride: int) -> Sequence[tuple[int, int]]:
-    """(start, end) of the windows of at most `room` tokens over `tokens`, overlapping by `stride`.
+def windows(tokens: int, room: int, doc_stride: int) -> Sequence[tuple[int, int]]:
+    """(start, end) of the windows of at most `room` of `tokens`, `doc_stride` in common.
 
     As tokenizers' overflow: the last window ends with the text, and begins where it begins.
 
     Raises:
-        InputError: a stride that leaves no step.
+        InputError: doc_stride leaves no step.
     """
-    if not 0 <= stride < room:
-        raise InputError(f"stride={stride}: expected 0 to {room - 1} for windows of {room} tokens")
-    step = room - stride
-    starts = range(0, max(tokens - stride, 1), step)
+    if not 0 <= doc_stride < room:
+        raise InputError(
+            f"doc_stride={doc_stride}: expected 0 to {room - 1} for windows of {room} tokens"
+        )
+    step = room - doc_stride
+    starts = range(0, max(tokens - doc_stride, 1), step)
     return [(start, min(start + room, tokens)) for start in starts]

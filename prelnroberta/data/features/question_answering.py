@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from prelnroberta.data.batches.buckets import IGNORE, NOTHING, Features, row_batch
+from prelnroberta.data.features.base import IGNORE, NOTHING, Features, row_batch
 from prelnroberta.data.features.encoding import PAIR_SPECIALS, encodings, plain, token_ids, windows
-from prelnroberta.data.pretraining.loader import Batch
 from prelnroberta.data.readers.row_errors import BadRows, settled
 from prelnroberta.data.readers.squad import Question
+from prelnroberta.data.shuffle import Batch
 from prelnroberta.data.tokenizer import BOS_ID, EOS_ID
 from prelnroberta.errors import InputError
 
@@ -71,7 +71,7 @@ def question_features(
     questions: Sequence[Question],
     tokenizer: tokenizers.Tokenizer,
     max_length: int = 384,
-    stride: int = 128,
+    doc_stride: int = 128,
     bad: BadRows | None = None,
 ) -> QuestionFeatures:
     """Features of questions, with the positions of their first answers if they have any.
@@ -81,8 +81,8 @@ def question_features(
 
     Args:
         max_length: longest row, with its four specials.
-        stride: tokens of context that neighbouring windows share.
-        bad: takes questions so long that `stride` tokens of context do not fit beside them.
+        doc_stride: tokens of context that neighbouring windows share.
+        bad: takes questions so long that `doc_stride` tokens of context do not fit beside them.
 
     Raises:
         InputError: no questions (left), or bad ones where `bad` is None.
@@ -101,17 +101,17 @@ def question_features(
     owners, input_ids, context_starts, offsets, positions = [], [], [], [], []
     for question, ids in zip(questions, asked, strict=True):
         room = max_length - PAIR_SPECIALS - len(ids)
-        if room <= stride:
+        if room <= doc_stride:
             bad.add(
                 question.place,
                 f"the question has {len(ids)} tokens: beside it a row of {max_length} has room for "
-                f"{max(room, 0)} of context, and windows that share {stride} need more",
+                f"{max(room, 0)} of context, and windows that share {doc_stride} need more",
             )
             continue
         context_ids, context_offsets = contexts[question.context]
         context_start = len(ids) + 3
         head = np.concatenate([[BOS_ID], ids, [EOS_ID, EOS_ID]])
-        for start, end in windows(len(context_ids), room, stride):
+        for start, end in windows(len(context_ids), room, doc_stride):
             row_offsets = context_offsets[start:end]
             owners.append(len(kept))
             input_ids.append(
@@ -171,7 +171,7 @@ class Candidate(NamedTuple):
 class Prediction(NamedTuple):
     """The answer of a question.
 
-    candidates: best first, at most n_best and the empty one. `text` is that of one of them.
+    candidates: best first, at most n_best_size and the empty one. `text` is that of one of them.
     null_difference: score of 'no answer' minus that of the best answer; None in v1.1.
     """
 
@@ -184,18 +184,18 @@ class Prediction(NamedTuple):
 def predict_answers(
     features: QuestionFeatures,
     logits: Sequence[np.ndarray],
-    n_best: int = 20,
+    n_best_size: int = 20,
     max_answer_length: int = 30,
     may_be_null: bool = False,
-    null_threshold: float = 0.0,
+    null_score_diff_threshold: float = 0.0,
 ) -> list[Prediction]:
     """An answer for each question from the logits of its rows.
 
-    As utils_qa.postprocess_qa_predictions: of each row the `n_best` starts and ends, paired where
+    As utils_qa.postprocess_qa_predictions: of each row the `n_best_size` starts and ends, paired where
     the end is not before the start and not over `max_answer_length` tokens, are candidates. With
     `may_be_null` (SQuAD v2.0) the answer is empty if the least score of `<s>` over the rows exceeds
-    the best answer's by more than `null_threshold`. Where no row has a candidate, the answer is
-    empty; utils_qa says 'empty'.
+    the best answer's by more than `null_score_diff_threshold`. Where no row has a candidate, the
+    answer is empty; utils_qa says 'empty'.
 
     Args:
         logits: of each row [L, 2], starts and ends; L may exceed the row's tokens.
@@ -214,10 +214,10 @@ def predict_answers(
                 )
                 for row in rows
             ],
-            n_best,
+            n_best_size,
             max_answer_length,
             may_be_null,
-            null_threshold,
+            null_score_diff_threshold,
         )
         for question, rows in zip(features.examples, rows_of, strict=True)
     ]
@@ -226,17 +226,17 @@ def predict_answers(
 def _predict(
     question: Question,
     rows: list[tuple[np.ndarray, int, np.ndarray]],
-    n_best: int,
+    n_best_size: int,
     max_answer_length: int,
     may_be_null: bool,
-    null_threshold: float,
+    null_score_diff_threshold: float,
 ) -> Prediction:
-    found = [c for row in rows for c in _row_candidates(*row, n_best, max_answer_length)]
+    found = [c for row in rows for c in _row_candidates(*row, n_best_size, max_answer_length)]
     null_score = min(float(logits[0].sum()) for logits, _, _ in rows)
     if may_be_null:
         found.append((null_score, 0, 0))
     # Sorted by score alone and stably: rows and ranks decide between equals, as in utils_qa.
-    best = sorted(found, key=lambda candidate: -candidate[0])[:n_best]
+    best = sorted(found, key=lambda candidate: -candidate[0])[:n_best_size]
     if may_be_null and (0, 0) not in [candidate[1:] for candidate in best]:
         best.append((null_score, 0, 0))
     if not best:
@@ -253,7 +253,7 @@ def _predict(
     if answer is None:
         return Prediction(question.id, "", np.inf, candidates)
     difference = null_score - answer.score
-    text = "" if difference > null_threshold else answer.text
+    text = "" if difference > null_score_diff_threshold else answer.text
     return Prediction(question.id, text, difference, candidates)
 
 
@@ -261,11 +261,11 @@ def _row_candidates(
     logits: np.ndarray,
     context_start: int,
     offsets: np.ndarray,
-    n_best: int,
+    n_best_size: int,
     max_answer_length: int,
 ) -> Iterator[tuple[float, int, int]]:
     """(score, start, end in characters) of the pairs of best starts and ends that are spans."""
-    starts, ends = (np.argsort(side)[: -n_best - 1 : -1] for side in logits.T)
+    starts, ends = (np.argsort(side)[: -n_best_size - 1 : -1] for side in logits.T)
     first, last = (x.ravel() for x in np.meshgrid(starts, ends, indexing="ij"))
     context_end = context_start + len(offsets)
     inside = (first >= context_start) & (last < context_end)

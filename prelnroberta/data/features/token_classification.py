@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from prelnroberta.data.batches.buckets import IGNORE, Features, padded, row_batch
+from prelnroberta.data.features.base import IGNORE, Features, padded, row_batch
 from prelnroberta.data.features.encoding import (
     check_max_length,
     encodings,
     windows,
     with_prefix_space,
 )
-from prelnroberta.data.pretraining.loader import Batch
 from prelnroberta.data.readers.bio_tags import is_tag, spans
 from prelnroberta.data.readers.conll import Sentence
 from prelnroberta.data.readers.labels import LabelIds
 from prelnroberta.data.readers.row_errors import BadRows, settled
+from prelnroberta.data.shuffle import Batch
 from prelnroberta.data.tokenizer import BOS_ID, EOS_ID
 from prelnroberta.errors import InputError
 
@@ -85,8 +85,8 @@ def token_features(
     tokenizer: tokenizers.Tokenizer,
     max_length: int,
     labels: Sequence[str] = (),
-    all_pieces: bool = False,
-    stride: int | None = None,
+    label_all_tokens: bool = False,
+    doc_stride: int | None = None,
     bad: BadRows | None = None,
 ) -> TokenFeatures:
     """Features of sentences, tags as ids of the names `labels`.
@@ -97,8 +97,8 @@ def token_features(
     Args:
         max_length: longest row, with `<s>` and `</s>`.
         labels: names of the tags, id by id (`conll.tag_names`). Unread for sentences without tags.
-        all_pieces: label every piece of a word, B- continued by I-; else the first piece alone.
-        stride: tokens that neighbouring windows share; by default a quarter of a row.
+        label_all_tokens: label every token of a word, B- continued by I-, or only the first.
+        doc_stride: tokens that neighbouring windows share; by default a quarter of a row.
         bad: takes sentences with a tag that is not among `labels`; they are left out.
 
     Raises:
@@ -106,7 +106,7 @@ def token_features(
     """
     check_max_length(max_length)
     room = max_length - 2
-    stride = room // 4 if stride is None else stride
+    doc_stride = room // 4 if doc_stride is None else doc_stride
     bad, own = settled(bad)
     bad.at_least(len(sentences))
     tagged = bool(sentences) and sentences[0].tags is not None
@@ -137,7 +137,7 @@ def token_features(
         tokens = np.array(encoding.ids, np.int32)
         word_of = np.array(encoding.word_ids)
         first = np.flatnonzero(np.diff(word_of, prepend=-1))
-        where = windows(len(tokens), room, stride)
+        where = windows(len(tokens), room, doc_stride)
         at_home = _homes(first, where)
         for number, (start, end) in enumerate(where):
             mine = first[at_home == number]
@@ -147,7 +147,7 @@ def token_features(
             if continued is not None:
                 row = np.full(end - start + 2, IGNORE, np.int32)
                 row[mine - start + 1] = word_labels[owner][word_of[mine]]
-                if all_pieces:
+                if label_all_tokens:
                     inside = np.setdiff1d(np.arange(start, end), first)
                     inside = inside[np.isin(word_of[inside], word_of[mine])]
                     row[inside - start + 1] = continued[word_labels[owner][word_of[inside]]]

@@ -403,7 +403,7 @@ def test_question_batches_and_questions_that_are_too_long(tokenizer):
     assert "start_positions" not in question_features(unknown, tokenizer).batch(np.array([0]), 64)
 
 
-def reference_answers(features, logits, n_best, longest, version_2, threshold):
+def reference_answers(features, logits, n_best_size, longest, version_2, threshold):
     """utils_qa.postprocess_qa_predictions, in other words."""
     for number, question in enumerate(features.examples):
         candidates, null = [], None
@@ -414,14 +414,14 @@ def reference_answers(features, logits, n_best, longest, version_2, threshold):
             offsets = {first + i: tuple(o) for i, o in enumerate(features.offsets[row].tolist())}
             score = start_logits[0] + end_logits[0]
             null = score if null is None else min(null, score)
-            for s in np.argsort(start_logits)[-1 : -n_best - 1 : -1]:
-                for e in np.argsort(end_logits)[-1 : -n_best - 1 : -1]:
+            for s in np.argsort(start_logits)[-1 : -n_best_size - 1 : -1]:
+                for e in np.argsort(end_logits)[-1 : -n_best_size - 1 : -1]:
                     if s in offsets and e in offsets and s <= e < s + longest:
                         span = offsets[s][0], offsets[e][1]
                         candidates.append((start_logits[s] + end_logits[e], span))
         if version_2:
             candidates.append((null, (0, 0)))
-        candidates = sorted(candidates, key=lambda c: c[0], reverse=True)[:n_best]
+        candidates = sorted(candidates, key=lambda c: c[0], reverse=True)[:n_best_size]
         if version_2 and all(span != (0, 0) for _, span in candidates):
             candidates.append((null, (0, 0)))
         texts = [question.context[a:b] for _, (a, b) in candidates]
