@@ -3,8 +3,9 @@
 Importing this loads torch, and jax for the parameter table, but runs nothing on jax.
 """
 
-from bridges.pytorch.cache import Cache
-from bridges.pytorch.heads import (
+from bridges.pytorch.encoder import RobertaPreLayerNormModel
+from bridges.pytorch.kv_cache import Cache
+from bridges.pytorch.task_models import (
     RobertaPreLayerNormForCausalLM,
     RobertaPreLayerNormForMaskedLM,
     RobertaPreLayerNormForMultipleChoice,
@@ -12,7 +13,6 @@ from bridges.pytorch.heads import (
     RobertaPreLayerNormForSequenceClassification,
     RobertaPreLayerNormForTokenClassification,
 )
-from bridges.pytorch.modeling import RobertaPreLayerNormModel
 from prelnroberta.config import RobertaPreLayerNormConfig
 
 __all__ = [

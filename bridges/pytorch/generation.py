@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridges.pytorch.cache import Cache
+from bridges.pytorch.kv_cache import Cache
 from prelnroberta.errors import InputError
 from prelnroberta.inference.generation import GenerationOutput
 from prelnroberta.inference.generation_config import Generation
 
 if TYPE_CHECKING:
-    from bridges.pytorch.heads import RobertaPreLayerNormForCausalLM
+    from bridges.pytorch.task_models import RobertaPreLayerNormForCausalLM
 
 LOWEST = float("-inf")
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bridges.pytorch.cache import Cache
-from bridges.pytorch.packing import Packing
+from bridges.pytorch.kv_cache import Cache
+from bridges.pytorch.unpadding import Packing
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig, require_config
 from prelnroberta.errors import InputError

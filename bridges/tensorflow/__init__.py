@@ -8,7 +8,7 @@
 `export.save_saved_model` and `export.save_tflite` write files that need none of this code.
 """
 
-from bridges.tensorflow.backend import require_tensorflow
+from bridges.tensorflow.keras_backend import require_tensorflow
 
 require_tensorflow()
 

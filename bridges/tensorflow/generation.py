@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from bridges.tensorflow.cache import Cache
+from bridges.tensorflow.kv_cache import Cache
 from prelnroberta.inference.generation_config import Generation
 
 Tensor = tf.Tensor

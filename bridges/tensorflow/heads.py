@@ -10,11 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from bridges.tensorflow.cache import sizes
-from bridges.tensorflow.modeling import ACTIVATIONS, Dropout, Norm, Part, Projection
-from prelnroberta.config import RobertaPreLayerNormConfig
-from prelnroberta.model import heads
-from prelnroberta.model.heads import IGNORE
+from bridges.tensorflow.encoder import ACTIVATIONS, Dropout, Norm, Part, Projection
+from bridges.tensorflow.kv_cache import sizes
+from prelnroberta.config import IGNORE_INDEX, RobertaPreLayerNormConfig
+from prelnroberta.model.losses import infer_problem_type
 
 Tensor = tf.Tensor
 
@@ -96,9 +95,9 @@ class Scores(NamedTuple):
 
 def label_scores(logits: Tensor, labels: Tensor) -> Scores:
     """Cross entropy of logits [..., C] against labels [...] int; -100 does not count."""
-    counted = tf.cast(labels != IGNORE, tf.float32)
+    counted = tf.cast(labels != IGNORE_INDEX, tf.float32)
     losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
-        tf.where(labels == IGNORE, 0, labels), tf.cast(logits, tf.float32)
+        tf.where(labels == IGNORE_INDEX, 0, labels), tf.cast(logits, tf.float32)
     )
     return Scores(tf.reduce_sum(losses * counted), tf.reduce_sum(counted))
 
@@ -124,7 +123,7 @@ def multi_label_scores(logits: Tensor, labels: Tensor) -> Scores:
 
 def problem_type(config: RobertaPreLayerNormConfig, labels: Tensor) -> str:
     """The config's, or what the labels' dtype says."""
-    return heads.problem_type(config, np.empty(0, labels.dtype.as_numpy_dtype))
+    return infer_problem_type(config, np.empty(0, labels.dtype.as_numpy_dtype))
 
 
 def sequence_scores(config: RobertaPreLayerNormConfig, logits: Tensor, labels: Tensor) -> Scores:
@@ -140,4 +139,4 @@ def sequence_scores(config: RobertaPreLayerNormConfig, logits: Tensor, labels: T
 def span_labels(positions: Tensor, length: Tensor | int) -> Tensor:
     """Positions [B] of an answer's side as labels: outside of the row they do not count."""
     inside = (positions >= 0) & (positions < length)
-    return tf.where(inside, positions, IGNORE)
+    return tf.where(inside, positions, IGNORE_INDEX)

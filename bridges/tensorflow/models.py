@@ -11,11 +11,11 @@ import numpy as np
 import tensorflow as tf
 
 from bridges.tensorflow import generation, heads
-from bridges.tensorflow.cache import Cache
-from bridges.tensorflow.cache import sizes as sizes_of
+from bridges.tensorflow.encoder import Dropout, Encoded, Projection, read_encoder
 from bridges.tensorflow.generation import GenerationOutput
 from bridges.tensorflow.heads import Scores
-from bridges.tensorflow.modeling import Dropout, Encoded, Projection, read_encoder
+from bridges.tensorflow.kv_cache import Cache
+from bridges.tensorflow.kv_cache import sizes as sizes_of
 from bridges.tensorflow.outputs import Output, output
 from bridges.tensorflow.pretrained import (
     DECODER_ARGUMENTS,

@@ -16,14 +16,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from bridges.tensorflow import cache as caches
-from bridges.tensorflow import heads, names
-from bridges.tensorflow.cache import Cache, sizes
-from bridges.tensorflow.h5_weights import read_weights
+from bridges.tensorflow import heads, variable_mapping
+from bridges.tensorflow import kv_cache as caches
+from bridges.tensorflow.encoder import Dropout, Embeddings, Encoded, Encoder, encode
 from bridges.tensorflow.heads import IGNORE, Scores
-from bridges.tensorflow.modeling import Dropout, Embeddings, Encoded, Encoder, encode
+from bridges.tensorflow.keras_fit import OwnLoss
+from bridges.tensorflow.kv_cache import Cache, sizes
 from bridges.tensorflow.outputs import Output, output
-from bridges.tensorflow.training import OwnLoss
+from bridges.tensorflow.weight_files import read_weights
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig, require_config
 from prelnroberta.errors import InputError
@@ -122,7 +122,7 @@ class TFRobertaPreLayerNormPreTrainedModel(OwnLoss, keras.Model):
     def assign_params(self, params: Tree) -> None:
         """Takes the values of a tree, float32. Raises InputError listing all that differs."""
         own = self.variables_by_path()
-        for path, value in names.to_variables(params, self.config, self.model).items():
+        for path, value in variable_mapping.to_variables(params, self.config, self.model).items():
             own[path].assign(value)
 
     @classmethod
@@ -133,7 +133,7 @@ class TFRobertaPreLayerNormPreTrainedModel(OwnLoss, keras.Model):
     def to_params(self) -> Tree:
         """The parameter tree, float32 numpy."""
         values = {path: v.value.numpy() for path, v in self.variables_by_path().items()}
-        return names.from_variables(values, self.config, self.model, self.name)
+        return variable_mapping.from_variables(values, self.config, self.model, self.name)
 
     # Files.
 

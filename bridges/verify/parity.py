@@ -346,7 +346,7 @@ def _tensorflow(
 ) -> Found:
     # First, because it keeps TensorFlow from chatting on standard error.
     from bridges import tensorflow as twins
-    from bridges.tensorflow.names import from_variables
+    from bridges.tensorflow.variable_mapping import from_variables
 
     # isort: split
     import tensorflow as tf

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 import torch
 
-from bridges.tensorflow import names
+from bridges.tensorflow import variable_mapping
 from prelnroberta import InputError, RobertaPreLayerNormConfig
 from prelnroberta import params as parameters
 from prelnroberta.pretrained.hf_checkpoint import to_tensors
@@ -78,7 +78,9 @@ def test_parity(kind):
         else tf.convert_to_tensor(gradient).numpy()
         for (path, variable), gradient in zip(variables.items(), taken, strict=True)
     }
-    gradients = to_tensors(names.from_variables(of_path, config, ours.model), config, model)
+    gradients = to_tensors(
+        variable_mapping.from_variables(of_path, config, ours.model), config, model
+    )
     ladder = {n: p.grad.numpy() for n, p in theirs.named_parameters() if p.grad is not None}
     scale = max(np.abs(g).max() for g in ladder.values())
     moved = {name for name in gradients if np.abs(gradients[name]).max() > 1e-6 * scale}
@@ -232,10 +234,10 @@ def test_variables_and_leaves_are_a_bijection(kind):
     model, config = MODEL_CASES[kind]
     params = random_params(config, model)
     ours = tf_model(model, config, params)
-    variables, shapes = ours.variables_by_path(), names.variable_shapes(config, model)
+    variables, shapes = ours.variables_by_path(), variable_mapping.variable_shapes(config, model)
     assert {path: tuple(v.shape) for path, v in variables.items()} == shapes
     assert len(variables) == len(ours.weights)
-    pairs = names.variable_paths(config, model)
+    pairs = variable_mapping.variable_paths(config, model)
     assert len(set(pairs.values())) == len(pairs)
     assert {leaf for leaf, _ in pairs.values()} == set(parameters.table(config, model))
     back = ours.to_params()
@@ -259,7 +261,7 @@ def test_every_difference_is_listed_with_the_nearest_name():
     values["encoder/layers/1/mlp/w0/bias"] = values.pop("encoder/layers/1/mlp/wo/bias")
     del values["lm_head/bias"]
     with pytest.raises(InputError) as error:
-        names.from_variables(values, SMALL, "masked_lm")
+        variable_mapping.from_variables(values, SMALL, "masked_lm")
     for part in ("missing lm_head/bias", "w0/bias (nearest: encoder/layers/1/mlp/wo/bias)"):
         assert part in str(error.value)
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 import tensorflow as tf
 
-from bridges.tensorflow import names
+from bridges.tensorflow import variable_mapping
 from bridges.tensorflow.outputs import Output
 from prelnroberta import InputError
 from prelnroberta import params as parameters
@@ -144,7 +144,7 @@ def test_twenty_steps_of_adamw_are_those_of_flax():
 
     twin = keras.optimizers.AdamW(3e-3, weight_decay=0.1, beta_1=0.9, beta_2=0.98, epsilon=1e-8)
     kinds = {path: row.kind for path, row in parameters.table(config).items()}
-    paths = names.variable_paths(config, "masked_lm")
+    paths = variable_mapping.variable_paths(config, "masked_lm")
     twin.exclude_from_weight_decay(
         var_list=[
             variable

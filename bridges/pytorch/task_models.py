@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bridges.pytorch.encoder import RobertaPreLayerNormModel, at_least_float32
 from bridges.pytorch.generation import generate
-from bridges.pytorch.modeling import RobertaPreLayerNormModel, at_least_float32
-from bridges.pytorch.packing import Packing
 from bridges.pytorch.pretrained import PreTrained, on_host, values_can_be_read
+from bridges.pytorch.unpadding import Packing
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 from prelnroberta.inference.generation import GenerationOutput

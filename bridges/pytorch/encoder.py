@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bridges.pytorch.cache import Cache, Past
-from bridges.pytorch.packing import Packing
+from bridges.pytorch.kv_cache import Cache, Past
 from bridges.pytorch.pretrained import PreTrained, values_can_be_read
+from bridges.pytorch.unpadding import Packing
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.pretrained.outputs import BaseModelOutput
 

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from bridges.tensorflow import cache as caches
-from bridges.tensorflow.cache import Cache, sizes
+from bridges.tensorflow import kv_cache as caches
+from bridges.tensorflow.kv_cache import Cache, sizes
 from prelnroberta.config import RobertaPreLayerNormConfig
 
 Tensor = tf.Tensor

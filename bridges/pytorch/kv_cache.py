@@ -86,5 +86,6 @@ class Cache:
         return Cache(layers, rows(self.valid), rows(self.count), rows(self.cross_valid))
 
 
-for _kind in (Past, Cache):
-    torch.export.register_dataclass(_kind, serialized_type_name=f"{__name__}.{_kind.__name__}")
+# Names in programs that torch.export saved: identifiers of the format, no longer module paths.
+for _kind, _name in ((Past, "bridges.pytorch.cache.Past"), (Cache, "bridges.pytorch.cache.Cache")):
+    torch.export.register_dataclass(_kind, serialized_type_name=_name)
