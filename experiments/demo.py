@@ -57,7 +57,7 @@ def main() -> int:
 
 def fill_masks(run_dir: Path) -> None:
     """Hides a word in each of some sentences that training never saw, and shows the guesses."""
-    from prelnroberta.data.pretraining.corpus import DocstringCorpus
+    from prelnroberta.data.pretraining.docstrings import DocstringCorpus
     from prelnroberta.data.tokenizer import load_tokenizer
     from prelnroberta.inference.fill_mask import FillMask
     from prelnroberta.pretrained.hf_checkpoint import load_pretrained

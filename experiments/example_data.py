@@ -45,7 +45,7 @@ def main() -> int:
     flags.positive("train_examples", "dev_examples")
     flags.check_new_folder(FLAGS.output)
 
-    from prelnroberta.data.pretraining.corpus import DocstringCorpus
+    from prelnroberta.data.pretraining.docstrings import DocstringCorpus
     from prelnroberta.files import written_whole
 
     corpus = DocstringCorpus()

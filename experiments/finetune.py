@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     import tokenizers
 
     from experiments.tasks import Task
-    from prelnroberta.data.batches.buckets import Features
+    from prelnroberta.data.features.base import Features
     from prelnroberta.distributed.sharding import Layout
-    from prelnroberta.model.heads import LossSettings
+    from prelnroberta.model.losses import LossSettings
     from prelnroberta.params import Tree
-    from prelnroberta.training.optimizer import Optimization
+    from prelnroberta.training.optimizer import OptimizerConfig
     from prelnroberta.training.train_step import TrainState
 
 flags.declare("run", "task", "model", "optimization", "compute", "scale", "finetuning")
@@ -60,7 +60,7 @@ def main() -> int:
             print(f"{sweep.name(point)}, in {FLAGS.run_dir}", flush=True)
             if code := finetune(Path(FLAGS.run_dir)):
                 return code
-    if multihost.is_first():
+    if multihost.is_primary_host():
         print(sweep.write_table(run_dir, points))
     return 0
 
@@ -70,7 +70,7 @@ def finetune(run_dir: Path) -> int:
     from prelnroberta.data.tokenizer import load_tokenizer
     from prelnroberta.distributed import multihost
 
-    with multihost.first_before_others(f"claim {run_dir}"):
+    with multihost.primary_host_first(f"claim {run_dir}"):
         check_settings(run_dir)
         if (run_dir / "results.json").exists():  # the last file that a run writes
             print(f"{run_dir} is complete\n{described(run_dir)}")
@@ -81,7 +81,7 @@ def finetune(run_dir: Path) -> int:
         plan = make_plan(data, config)
         layout = flags.layout(config, data.task.model, FLAGS.batch_size, FLAGS.accumulate)
         claim(run_dir, data)
-    with layout.active():
+    with layout.use_mesh():
         state = first_state(layout, params, plan)
         del params  # the state has its own: a second copy would last as long as the run
         return run(run_dir, tokenizer, config, layout, state, data, plan)
@@ -209,7 +209,7 @@ class Plan:
     """How the model is to learn; `epoch` is in steps."""
 
     epoch: int
-    settings: Optimization
+    settings: OptimizerConfig
     optimizer: optax.GradientTransformation
     losses: LossSettings
 
@@ -224,13 +224,13 @@ def make_plan(data: Data, config: RobertaPreLayerNormConfig) -> Plan:
     if warmup is None:
         warmup = math.ceil(FLAGS.warmup_ratio * steps)
     settings = flags.optimization(steps=steps, warmup_steps=warmup)
-    optimizer = optimizers.make(settings, config, data.task.model)
+    optimizer = optimizers.make_optimizer(settings, config, data.task.model)
     return Plan(epoch, settings, optimizer, loss_settings(data))
 
 
 def loss_settings(data: Data) -> LossSettings:
     """--label_smoothing, --class_weights"""
-    from prelnroberta.model.heads import LossSettings
+    from prelnroberta.model.losses import LossSettings
 
     names, given = data.task.settings.labels, FLAGS.class_weights
     weights = None
@@ -256,7 +256,7 @@ def first_state(layout: Layout, params: Tree, plan: Plan) -> TrainState:
     """The state before the first step, where its parts lie."""
     from prelnroberta.training.train_step import TrainState
 
-    return layout.born(lambda given: TrainState.create(given, plan.optimizer), layout.put(params))
+    return layout.init_sharded(lambda given: TrainState.create(given, plan.optimizer), layout.device_put(params))
 
 
 def run(
@@ -279,16 +279,17 @@ def run(
     from prelnroberta.data.batches.buckets import evaluation_batches
     from prelnroberta.data.tokenizer import save_tokenizer
     from prelnroberta.distributed import multihost
-    from prelnroberta.model.heads import MODULES, Scores
+    from prelnroberta.model.heads import MODULES
+    from prelnroberta.model.losses import Scores
     from prelnroberta.pretrained.hf_checkpoint import save_pretrained
-    from prelnroberta.training.checkpoint import Checkpoints
-    from prelnroberta.training.optimizer import learning_rate
-    from prelnroberta.training.train_step import parallel, train_step
+    from prelnroberta.training.checkpoint import CheckpointManager
+    from prelnroberta.training.optimizer import learning_rate_schedule
+    from prelnroberta.training.train_step import compile_train_step, make_train_step
 
     begin = time.monotonic()
     task, losses, steps, optimizer = data.task, plan.losses, plan.settings.steps, plan.optimizer
     module = MODULES[task.model](config, flags.execution())
-    ways = layout.row_ways
+    ways = layout.num_batch_shards
     loader = task.batches(
         data.train, FLAGS.batch_size, FLAGS.seed, steps, multiple=ways * FLAGS.accumulate
     )
@@ -297,8 +298,8 @@ def run(
     def score(params: Tree, batch: dict, dropout_keys: jax.Array | None) -> Scores:
         return task.loss(config, task.logits(module, params, batch, dropout_keys), batch, losses)
 
-    checkpoints = Checkpoints(run_dir / "checkpoints", FLAGS.keep_checkpoints)
-    if checkpoints.latest() is not None:
+    checkpoints = CheckpointManager(run_dir / "checkpoints", FLAGS.keep_checkpoints)
+    if checkpoints.latest_step() is not None:
         state = resume(checkpoints, state, FLAGS.set_damaged_aside)
         print(f"resuming {run_dir} at step {int(state.step):,} of {steps:,}, bit for bit")
     start = int(state.step)
@@ -342,19 +343,19 @@ def run(
     tokens = float(data.train.sizes.mean()) * FLAGS.batch_size
     try:
         if start < steps and not enough():
-            rows = layout.rows(loader.rows)
-            step = parallel(train_step(score, optimizer, FLAGS.seed, FLAGS.accumulate), layout)
-            first = layout.place(loader.batch(start, rows))
+            rows = layout.local_batch_rows(loader.rows)
+            step = compile_train_step(make_train_step(score, optimizer, FLAGS.seed, FLAGS.accumulate), layout)
+            first = layout.shard_batch(loader.batch(start, rows))
             step, compile_seconds = compiled(step, state, first)
             if (
-                multihost.is_first()
+                multihost.is_primary_host()
             ):  # only now: it tells what is left by the time since it was made
                 report = Report(run_dir, steps, start, description(task, trivial))
             with loader.prefetch(start, rows=rows) as batches:
                 state, stopped = train(
                     state,
                     step,
-                    map(layout.place, batches),
+                    map(layout.shard_batch, batches),
                     cadence=Cadence(
                         steps=steps,
                         log_every=FLAGS.log_every,
@@ -364,7 +365,7 @@ def run(
                     report=report,
                     checkpoints=checkpoints,
                     validate=validate,
-                    learning_rate=learning_rate(plan.settings),
+                    learning_rate=learning_rate_schedule(plan.settings),
                     tokens_per_step=tokens,
                     objective=lambda metrics: -worth(metrics),
                     enough=enough,
@@ -373,7 +374,7 @@ def run(
                     profile_steps=flags.profile_steps(),
                 )
         if stopped is None:
-            best = max((s for s in checkpoints.kept() if s in worths), key=worths.get)
+            best = max((s for s in checkpoints.all_steps() if s in worths), key=worths.get)
             state, _ = checkpoints.restore(state, best)
     finally:
         report.close()
@@ -386,8 +387,8 @@ def run(
         return 128 + stopped
 
     rows, _ = judged(state)
-    params = layout.gathered(state.params)
-    if multihost.is_first():
+    params = layout.gather_to_host(state.params)
+    if multihost.is_primary_host():
         save_tokenizer(tokenizer, run_dir / "model", config.max_length)
         flags.save_task_settings(task.settings, run_dir / "model")
         save_pretrained(run_dir / "model", params, config, task.model)

@@ -123,7 +123,7 @@ def documents(count: int, cache: Path) -> list[list[int]]:
 
     Tokenized with 8,192 pieces, which every preset has.
     """
-    from prelnroberta.data.pretraining.corpus import DocstringCorpus
+    from prelnroberta.data.pretraining.docstrings import DocstringCorpus
     from prelnroberta.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
     texts = [document.text for document in DocstringCorpus().documents()]

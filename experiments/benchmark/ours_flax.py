@@ -17,12 +17,13 @@ from prelnroberta.data.batches.packed import TrainingBatches
 from prelnroberta.data.features.base import Features
 from prelnroberta.distributed.sharding import Layout, Parallelism
 from prelnroberta.inference.ragged import PackedBatch, pack_sequences
-from prelnroberta.model import heads
-from prelnroberta.model.heads import MODULES, Scores
+from prelnroberta.model import losses
+from prelnroberta.model.heads import MODULES
+from prelnroberta.model.losses import Scores
 from prelnroberta.pretrained import flax_models as pretrained
 from prelnroberta.pretrained.hf_checkpoint import load_pretrained
-from prelnroberta.training.optimizer import Optimization, adamw
-from prelnroberta.training.train_step import TrainState, parallel, train_step
+from prelnroberta.training.optimizer import OptimizerConfig, adamw
+from prelnroberta.training.train_step import TrainState, compile_train_step, make_train_step
 
 Batch = dict[str, np.ndarray]
 
@@ -36,15 +37,15 @@ def build(weights: Path, case: Case, batch: Batch, modes: list[str]) -> dict[str
 def _train(weights: Path, case: Case, batch: Batch, mode: str) -> Work:
     params, config = load_pretrained(weights, case.model)[:2]
     module = MODULES[case.model](config)
-    optimizer = adamw(Optimization(steps=10_000, learning_rate=1e-4), config, case.model)
+    optimizer = adamw(OptimizerConfig(steps=10_000, learning_rate=1e-4), config, case.model)
 
     def score(params: dict, batch: dict, dropout_keys: jax.Array | None) -> Scores:
         return _scores(case.model, module, params, batch, dropout_keys)
 
     layout = Layout(Parallelism(), config, case.model)
-    step = parallel(train_step(score, optimizer, seed=0), layout)
-    state = layout.born(lambda given: TrainState.create(given, optimizer), params)
-    batches = [layout.place(part) for part in _batches(case, batch, mode)]
+    step = compile_train_step(make_train_step(score, optimizer, seed=0), layout)
+    state = layout.init_sharded(lambda given: TrainState.create(given, optimizer), params)
+    batches = [layout.shard_batch(part) for part in _batches(case, batch, mode)]
     programs: dict[int, Callable] = {}  # by rows, which packed language models' batches differ in
 
     def check() -> float:
@@ -68,7 +69,7 @@ def _scores(
     model: str, module: Any, params: dict, batch: dict, dropout_keys: jax.Array | None
 ) -> Scores:
     if model == "masked_lm":
-        return heads.masked_lm_scores(module, params, batch, dropout_keys)
+        return losses.masked_lm_scores(module, params, batch, dropout_keys)
     names = ["input_ids", "attention_mask", "segment_ids", "position_ids"]
     if model in ("sequence_classification", "multiple_choice"):  # the others read every token
         names.append("read_positions")
@@ -76,9 +77,9 @@ def _scores(
     logits, _ = module.apply({"params": params}, **inputs, dropout_keys=dropout_keys)
     if model == "question_answering":
         spans = batch["start_positions"], batch["end_positions"]
-        starts, ends = heads.span_scores(logits, *spans, segment_ids=batch.get("segment_ids"))
+        starts, ends = losses.span_scores(logits, *spans, segment_ids=batch.get("segment_ids"))
         return starts + ends
-    score = heads.causal_lm_scores if model == "causal_lm" else heads.label_scores
+    score = losses.causal_lm_scores if model == "causal_lm" else losses.label_scores
     return score(logits, batch["labels"])
 
 

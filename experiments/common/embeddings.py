@@ -74,8 +74,9 @@ def embedded(folder: Path, layers: list[int]) -> Iterator[tuple[str, np.ndarray]
 
     from experiments.common.evaluator import by_length
     from experiments.common.text_input import reads_keyboard, texts
-    from prelnroberta.data.batches.buckets import NOTHING
-    from prelnroberta.data.features.sequence_classification import TextExample, text_features
+    from prelnroberta.data.features.base import NOTHING
+    from prelnroberta.data.features.sequence_classification import text_features
+    from prelnroberta.data.readers.classification import TextExample
     from prelnroberta.data.readers.row_errors import BadRows
     from prelnroberta.data.tokenizer import load_tokenizer
 

@@ -20,16 +20,17 @@ import numpy as np
 
 from experiments.common.plots import draw_confusion
 from experiments.tasks import Answer, Row, Task
-from prelnroberta.data.batches.buckets import NOTHING, Features, bucket_of
-from prelnroberta.data.pretraining.loader import Batch
+from prelnroberta.data.batches.buckets import bucket_of
+from prelnroberta.data.features.base import NOTHING, Features
+from prelnroberta.data.shuffle import Batch
 from prelnroberta.distributed.sharding import Layout
 from prelnroberta.files import written_whole
-from prelnroberta.metrics.classification import bootstrap
-from prelnroberta.model import heads
+from prelnroberta.metrics.classification import bootstrap_intervals
+from prelnroberta.model import losses
 from prelnroberta.model.encoder import TableModule
-from prelnroberta.model.heads import LossSettings, Scores
+from prelnroberta.model.losses import LossSettings, Scores
 from prelnroberta.params import Tree
-from prelnroberta.training.train_step import predict
+from prelnroberta.training.train_step import compile_predict_step
 
 
 class Judge:
@@ -44,7 +45,7 @@ class Judge:
         task: Task,
         module: TableModule,
         layout: Layout,
-        settings: LossSettings = heads.PLAIN,
+        settings: LossSettings = losses.DEFAULT_LOSS,
     ):
         def judge(params: Tree, batch: dict[str, jax.Array]) -> tuple[dict, Scores]:
             logits = task.logits(module, params, batch)
@@ -55,12 +56,12 @@ class Judge:
 
         self._layout = layout
         self._execution = module.execution
-        self._judge = predict(judge, layout)
+        self._judge = compile_predict_step(judge, layout)
 
     def weights(self, params: Tree) -> Tree:
         """The host's parameters to where they are read, and as they are read fastest."""
         several = self._layout.mesh.size > 1
-        return self._layout.put(params) if several else self._execution.prepared(params)
+        return self._layout.device_put(params) if several else self._execution.prepared(params)
 
     def __call__(
         self,
@@ -75,11 +76,11 @@ class Judge:
         rows: list[Row] = [{}] * len(features.lengths)
         total = jax.tree.map(np.float64, Scores.zero())
         for indices, batch in batches:
-            if missing := -len(indices) % self._layout.row_ways:
+            if missing := -len(indices) % self._layout.num_batch_shards:
                 indices = np.concatenate([indices, np.full(missing, NOTHING)])
                 batch = features.batch(indices, batch["input_ids"].shape[-1])
-            here = self._layout.rows(len(indices))
-            placed = self._layout.place({name: values[here] for name, values in batch.items()})
+            here = self._layout.local_batch_rows(len(indices))
+            placed = self._layout.shard_batch({name: values[here] for name, values in batch.items()})
             outputs, scores = jax.device_get(self._judge(params, placed))
             total = jax.tree.map(lambda sum_, part: sum_ + part.sum(), total, scores)
             for place in np.flatnonzero(indices != NOTHING):
@@ -131,7 +132,7 @@ def write_results(
     measured = task.measure(features, rows)
     results = {"task": task.model, "examples": measured.count, **more, "metrics": measured.metrics}
     if resamples:
-        results["intervals"] = bootstrap(measured.of, measured.count, resamples)
+        results["intervals"] = bootstrap_intervals(measured.of, measured.count, resamples)
     if folder is None:
         return results
     folder.mkdir(parents=True, exist_ok=True)

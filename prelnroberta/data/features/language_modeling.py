@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from prelnroberta.data.batches.buckets import IGNORE, NOTHING, Features, padded, row_batch
+from prelnroberta.data.features.base import IGNORE, NOTHING, Features, padded, row_batch
 from prelnroberta.data.features.encoding import token_ids
-from prelnroberta.data.pretraining.loader import Batch
 from prelnroberta.data.pretraining.packing import Row
+from prelnroberta.data.shuffle import Batch
 from prelnroberta.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
 from prelnroberta.errors import InputError
 

@@ -8,27 +8,15 @@ is tokenized: token_files.py.)
 
 from __future__ import annotations
 
-import codecs
-import contextlib
 import glob
-import gzip
 import hashlib
-import importlib.metadata
-import importlib.util
-import io
 import json
-import platform
 import re
-import sysconfig
-import warnings
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
-from types import CodeType
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
-from prelnroberta.data.pretraining.docstrings import prose
+from prelnroberta.data.text import lines, text_chunks
 from prelnroberta.errors import InputError
 
 
@@ -43,113 +31,6 @@ def is_validation(key: str, fraction: float) -> bool:
     """Whether the document of this key is held out: the same on every machine, in any order."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2**64
 
-
-# ---------------------------------------------------------------------------------------------
-# The default corpus: English that every installation already has.
-
-# The largest bodies of prose among what installing prelnroberta brings along.
-PACKAGES = (
-    "absl", "etils", "flax", "huggingface_hub", "humanize", "jax", "numpy", "optax",
-    "orbax", "rich", "scipy", "tensorboardX",
-)  # fmt: skip
-STDLIB = "python"
-_NOT_PROSE = {"test", "tests", "testing", "idle_test", "lib2to3", "site-packages", "dist-packages"}
-
-
-class DocstringCorpus:
-    """The prose of the docstrings of the standard library and of the installed `packages`.
-
-    Sources are compiled, never run; what is read is every string constant of several lines: so
-    documentation kept elsewhere counts too (numpy's `add_newdoc`, the stdlib's `pydoc_data`).
-    A document is the prose of one such string, a paragraph a line; a paragraph is given once in
-    the whole corpus. The key is the module's path, so that training and validation never share a
-    module. Packages that are not installed are left out, and named in the manifest.
-    """
-
-    def __init__(self, packages: Sequence[str] = PACKAGES):
-        self.roots = {STDLIB: [Path(sysconfig.get_path("stdlib"))]}
-        self.missing = []
-        for package in sorted(set(packages)):
-            # find_spec of a top-level name looks for the package without running it.
-            spec = importlib.util.find_spec(package)
-            if spec is None or not spec.submodule_search_locations:
-                self.missing.append(package)
-            else:
-                self.roots[package] = [Path(p) for p in sorted(spec.submodule_search_locations)]
-
-    def documents(self) -> Iterator[Document]:
-        """One document for each docstring that holds prose; stdlib first, then packages by name."""
-        return iter(self._documents)
-
-    @cached_property
-    def _documents(self) -> list[Document]:
-        """Kept, all 6 MB: to read them takes 10 s, and a tokenizer is trained on them first."""
-        return list(self._read())
-
-    def _read(self) -> Iterator[Document]:
-        seen = set()
-        for string, key in self.strings():
-            new = [p for p in dict.fromkeys(prose(string)) if p not in seen]
-            seen.update(new)
-            if new:
-                yield Document("\n".join(new), key)
-
-    def strings(self) -> Iterator[Document]:
-        """What the documents are found in: every string of several lines, with all its markup."""
-        for package, roots in self.roots.items():
-            for root in roots:
-                for path in _sources(root):
-                    key = f"{package}/{path.relative_to(root).with_suffix('').as_posix()}"
-                    for string in _long_strings(path):
-                        yield Document(string, key)
-
-    def manifest(self) -> dict:
-        """The versions of all that is read, and the checksum of the rules that read it."""
-        distributions = importlib.metadata.packages_distributions()
-        rules = Path(__file__).read_bytes() + Path(prose.__code__.co_filename).read_bytes()
-        return {
-            "kind": "docstrings",
-            "python": platform.python_version(),
-            "packages": {
-                package: {name: importlib.metadata.version(name) for name in sorted(set(names))}
-                for package in self.roots
-                if (names := distributions.get(package))
-            },
-            "missing_packages": self.missing,
-            "rules_sha256": hashlib.sha256(rules).hexdigest(),
-        }
-
-
-def _sources(root: Path) -> list[Path]:
-    def is_library(path: Path) -> bool:
-        inside = path.relative_to(root)
-        is_test = path.stem.startswith("test_") or path.stem.endswith("_test")
-        return not is_test and _NOT_PROSE.isdisjoint(inside.parts)
-
-    return sorted(path for path in root.rglob("*.py") if is_library(path))
-
-
-def _long_strings(path: Path) -> Iterator[str]:
-    """Every string constant of more than one line, in the order of the source."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other people's invalid escapes
-            code = compile(path.read_bytes(), str(path), "exec", dont_inherit=True, optimize=0)
-    except (SyntaxError, ValueError):  # templates, and files for another Python
-        return
-    pending = [code]
-    while pending:
-        constant = pending.pop()
-        if isinstance(constant, str) and "\n" in constant:
-            yield constant
-        elif isinstance(constant, tuple | frozenset):
-            pending += reversed(list(constant))
-        elif isinstance(constant, CodeType):
-            pending += reversed(constant.co_consts)
-
-
-# ---------------------------------------------------------------------------------------------
-# The user's own text.
 
 SUFFIXES = (".txt", ".text", ".md", ".jsonl")
 # A longer document is passed on in pieces, so that memory does not depend on how text is divided.
@@ -227,39 +108,6 @@ def _find(pattern: str) -> list[Path]:
     return files
 
 
-def text_chunks(path: Path, file: BinaryIO | None = None) -> Iterator[str]:
-    """The file's text in chunks of a megabyte: decompressed, decoded, newlines made one kind.
-
-    Args:
-        file: read in the path's place, which is then only its name (standard input, say).
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    offset = 0  # of the chunk, in bytes of the (decompressed) text
-    try:
-        with contextlib.ExitStack() as stack:
-            if file is None:
-                file = stack.enter_context(open(path, "rb"))
-            if path.suffix == ".gz":
-                file = stack.enter_context(gzip.open(file))
-            while True:
-                chunk = file.read(1 << 20)
-                pending = len(decoder.getstate()[0])
-                text = newlines.decode(decoder.decode(chunk, final=not chunk), final=not chunk)
-                yield text.removeprefix("\ufeff") if offset == 0 else text
-                if not chunk:
-                    return
-                offset += len(chunk)
-    except UnicodeDecodeError as error:
-        inside = " of the decompressed text" if path.suffix == ".gz" else ""
-        raise InputError(
-            f"{path}: not UTF-8 at byte {offset - pending + error.start}{inside} "
-            f"({error.object[error.start]:#04x}, {error.reason}); convert the file to UTF-8"
-        ) from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-
-
 def _plain_documents(chunks: Iterable[str]) -> Iterator[str]:
     pending = ""
     for chunk in chunks:
@@ -310,15 +158,3 @@ def _json_documents(path: Path, field: str) -> Iterator[str]:
         except UnicodeEncodeError as error:
             raise InputError(f"{path}:{number}: lone surrogate in {field!r}: {error}") from error
         yield from _cut(record[field])
-
-
-def lines(chunks: Iterable[str]) -> Iterator[str]:
-    pending = []  # the parts of a line longer than a chunk, joined once
-    for chunk in chunks:
-        head, *rest = chunk.split("\n")
-        pending.append(head)
-        if rest:
-            yield "".join(pending)
-            yield from rest[:-1]
-            pending = [rest[-1]]
-    yield "".join(pending)

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import inspect
+import platform
 import re
-from collections.abc import Iterator
+import sysconfig
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import CodeType
+
+from prelnroberta.data.pretraining.corpus import Document
+
+# Part of the corpus manifest, and so of the key under which token files are cached. Raise it with
+# every change that can alter a document: the rules of `extract_prose`, which files and strings are
+# read, their order, or the keys. Otherwise runs would reuse the tokens of the old rules.
+EXTRACTION_VERSION = 1
 
 _COMMON_WORDS = frozenset(
     re.findall(
@@ -95,3 +110,107 @@ def _reads_as_english(text: str) -> bool:
     plain = sum(map(str.isalpha, text)) + text.count(" ")
     common = sum(word.strip(".,;:!?()'\"").lower() in _COMMON_WORDS for word in words)
     return plain >= 0.9 * len(text) and common >= 0.25 * len(words)
+
+
+# The largest bodies of prose among what installing prelnroberta brings along.
+PACKAGES = (
+    "absl", "etils", "flax", "huggingface_hub", "humanize", "jax", "numpy", "optax",
+    "orbax", "rich", "scipy", "tensorboardX",
+)  # fmt: skip
+
+
+STDLIB = "python"
+
+
+_NOT_PROSE = {"test", "tests", "testing", "idle_test", "lib2to3", "site-packages", "dist-packages"}
+
+
+class DocstringCorpus:
+    """The prose of the docstrings of the standard library and of the installed `packages`.
+
+    Sources are compiled, never run; what is read is every string constant of several lines: so
+    documentation kept elsewhere counts too (numpy's `add_newdoc`, the stdlib's `pydoc_data`).
+    A document is the prose of one such string, a paragraph a line; a paragraph is given once in
+    the whole corpus. The key is the module's path, so that training and validation never share a
+    module. Packages that are not installed are left out, and named in the manifest.
+    """
+
+    def __init__(self, packages: Sequence[str] = PACKAGES):
+        self.roots = {STDLIB: [Path(sysconfig.get_path("stdlib"))]}
+        self.missing = []
+        for package in sorted(set(packages)):
+            # find_spec of a top-level name looks for the package without running it.
+            spec = importlib.util.find_spec(package)
+            if spec is None or not spec.submodule_search_locations:
+                self.missing.append(package)
+            else:
+                self.roots[package] = [Path(p) for p in sorted(spec.submodule_search_locations)]
+
+    def documents(self) -> Iterator[Document]:
+        """One document for each docstring that holds prose; stdlib first, then packages by name."""
+        return iter(self._documents)
+
+    @cached_property
+    def _documents(self) -> list[Document]:
+        """Kept, all 6 MB: to read them takes 10 s, and a tokenizer is trained on them first."""
+        return list(self._read())
+
+    def _read(self) -> Iterator[Document]:
+        seen = set()
+        for string, key in self.strings():
+            new = [p for p in dict.fromkeys(prose(string)) if p not in seen]
+            seen.update(new)
+            if new:
+                yield Document("\n".join(new), key)
+
+    def strings(self) -> Iterator[Document]:
+        """What the documents are found in: every string of several lines, with all its markup."""
+        for package, roots in self.roots.items():
+            for root in roots:
+                for path in _sources(root):
+                    key = f"{package}/{path.relative_to(root).with_suffix('').as_posix()}"
+                    for string in _long_strings(path):
+                        yield Document(string, key)
+
+    def manifest(self) -> dict:
+        """Versions of everything that is read, and of the rules that extract the prose."""
+        distributions = importlib.metadata.packages_distributions()
+        return {
+            "kind": "docstrings",
+            "python": platform.python_version(),
+            "packages": {
+                package: {name: importlib.metadata.version(name) for name in sorted(set(names))}
+                for package in self.roots
+                if (names := distributions.get(package))
+            },
+            "missing_packages": self.missing,
+            "extraction_version": EXTRACTION_VERSION,
+        }
+
+
+def _sources(root: Path) -> list[Path]:
+    def is_library(path: Path) -> bool:
+        inside = path.relative_to(root)
+        is_test = path.stem.startswith("test_") or path.stem.endswith("_test")
+        return not is_test and _NOT_PROSE.isdisjoint(inside.parts)
+
+    return sorted(path for path in root.rglob("*.py") if is_library(path))
+
+
+def _long_strings(path: Path) -> Iterator[str]:
+    """Every string constant of more than one line, in the order of the source."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other people's invalid escapes
+            code = compile(path.read_bytes(), str(path), "exec", dont_inherit=True, optimize=0)
+    except (SyntaxError, ValueError):  # templates, and files for another Python
+        return
+    pending = [code]
+    while pending:
+        constant = pending.pop()
+        if isinstance(constant, str) and "\n" in constant:
+            yield constant
+        elif isinstance(constant, tuple | frozenset):
+            pending += reversed(list(constant))
+        elif isinstance(constant, CodeType):
+            pending += reversed(constant.co_consts)

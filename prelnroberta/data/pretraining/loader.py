@@ -11,26 +11,16 @@ A batch is a dict of numpy arrays (B batch, L length, M masked positions):
     masked_weights                                    float32 [B, M], 1 where scored, else 0
 """
 
-import functools
-import queue
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from prelnroberta.data.pretraining.masking import Masking
 from prelnroberta.data.pretraining.packing import Rows
+from prelnroberta.data.shuffle import Batch, Prefetch, check_seed, permute
 from prelnroberta.errors import InputError
 
-Batch = dict[str, np.ndarray]
-
 _ALL = slice(None)
-
-
-def check_seed(seed: int) -> None:
-    """Raises InputError for a seed that is negative or beyond 63 bits."""
-    if not 0 <= seed < 2**63:
-        raise InputError(f"seed={seed}: expected 0 or more, below 2^63")
 
 
 class Loader:
@@ -72,63 +62,9 @@ class Loader:
 
     def prefetch(
         self, start_step: int, depth: int = 2, rows: slice | np.ndarray = _ALL
-    ) -> "Prefetch":
+    ) -> Prefetch:
         """Batches from `start_step` on, made ahead by a thread; close it when done."""
         return Prefetch(lambda step: self.batch(step, rows), start_step, depth)
-
-
-class Prefetch:
-    """Iterates over make(start), make(start + 1), .. with up to `depth` results made ahead.
-
-    One thread suffices: numpy lets go of the interpreter lock only now and then, and a batch takes
-    far less time than a step. An exception of `make` is raised at the `next` that would have given
-    its result. `close`, or leaving the `with` block, ends the thread.
-    """
-
-    def __init__(self, make: Callable[[int], Batch], start: int, depth: int = 2):
-        self._make = make
-        self._ready: queue.Queue = queue.Queue(maxsize=max(depth, 1))
-        self._closed = threading.Event()
-        self._thread = threading.Thread(
-            target=self._work, args=(start,), name="prefetch", daemon=True
-        )
-        self._thread.start()
-
-    def _work(self, step: int) -> None:
-        while not self._closed.is_set():
-            try:
-                made = (self._make(step), None)
-            except BaseException as error:  # handed over whole: it belongs to the consumer
-                made = (None, error)
-            self._ready.put(made)
-            if made[1] is not None:
-                return
-            step += 1
-
-    def __iter__(self) -> "Prefetch":
-        return self
-
-    def __next__(self) -> Batch:
-        if self._closed.is_set():
-            raise StopIteration
-        batch, error = self._ready.get()
-        if error is not None:
-            self.close()
-            raise error
-        return batch
-
-    def close(self) -> None:
-        self._closed.set()
-        # A worker that waits for room finds it once the queue is empty, and then sees the flag.
-        while not self._ready.empty():
-            self._ready.get_nowait()
-        self._thread.join()
-
-    def __enter__(self) -> "Prefetch":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
 
 
 def evaluation_batches(
@@ -154,46 +90,3 @@ def evaluation_batches(
 def _assemble(source: Rows, masking: Masking, seed: int, pairs: Iterable[tuple[int, int]]) -> Batch:
     masked = [masking.apply(source[index], seed, epoch, index) for epoch, index in pairs]
     return {name: np.stack([example[name] for example in masked]) for name in masked[0]}
-
-
-_ROUNDS = 6
-
-
-def permute(indices: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Where each of `indices` (int64, in [0, n)) goes in the epoch's permutation of [0, n).
-
-    A Feistel network over the smallest even number of bits that holds n is a bijection whatever its
-    round function; an image outside [0, n) is encrypted again until it lies inside, which takes
-    under 4 turns on average (Luby and Rackoff 1988; cycle walking: Black and Rogaway, "Ciphers
-    with Arbitrary Finite Domains", 2002). No memory, any n below 2^62, any index at once.
-
-    grain's index_shuffle does the same. Measured here (grain 0.2.18): importing it loads jax, orbax
-    and absl.flags, registers 18 flags and takes 0.9 s alone, 0.3 s after jax and flax, with no part
-    of it importable alone; it takes scalars, at 3.6 us each, and 32-bit sizes. This package's data
-    code needs numpy only.
-    """
-    half = max(1, -(-(n - 1).bit_length() // 2))
-    mask = np.uint64((1 << half) - 1)
-    shift = np.uint64(half)
-    keys = _round_keys(seed, epoch)
-    image = indices.astype(np.uint64)
-    outside = np.arange(len(image))
-    while len(outside):
-        left, right = image[outside] >> shift, image[outside] & mask
-        for key in keys:
-            left, right = right, left ^ (_scramble(right ^ key) & mask)
-        image[outside] = left << shift | right
-        outside = outside[image[outside] >= n]
-    return image.astype(np.int64)
-
-
-@functools.lru_cache(maxsize=16)
-def _round_keys(seed: int, epoch: int) -> np.ndarray:
-    return np.random.SeedSequence((seed, epoch)).generate_state(_ROUNDS, np.uint64)
-
-
-def _scramble(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer (Steele, Lea, Flood 2014): every output bit depends on every input."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from prelnroberta.data.pretraining.corpus import lines, text_chunks
 from prelnroberta.data.readers.bio_tags import is_tag, scheme_of, spans, tags_of
 from prelnroberta.data.readers.labels import label_name
 from prelnroberta.data.readers.row_errors import BadRows, settled
 from prelnroberta.data.readers.tables import stream_table, text_problem
+from prelnroberta.data.text import lines, text_chunks
 from prelnroberta.errors import InputError
 
 _CONLLU_COLUMNS = 10

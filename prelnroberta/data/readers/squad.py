@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from prelnroberta.data.pretraining.corpus import text_chunks
 from prelnroberta.data.readers.row_errors import BadRows, settled
 from prelnroberta.data.readers.tables import stream_table, text_problem
+from prelnroberta.data.text import text_chunks
 from prelnroberta.errors import InputError
 
 

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from prelnroberta.data.pretraining.corpus import lines, text_chunks
 from prelnroberta.data.readers.row_errors import BadRows, settled
+from prelnroberta.data.text import lines, text_chunks
 from prelnroberta.errors import InputError
 
 FORMATS = {

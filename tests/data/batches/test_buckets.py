@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prelnroberta
+from prelnroberta.config import IGNORE_INDEX
 from prelnroberta.data.batches.buckets import bucket_lengths, bucket_of, evaluation_batches
 from prelnroberta.data.features.base import IGNORE, NOTHING, padded
 from prelnroberta.errors import InputError
-from prelnroberta.model import heads
 
 
 class Rows:
@@ -106,4 +106,4 @@ def test_data_and_metrics_load_no_jax():
     code += "print(sorted({'jax', 'flax', 'tokenizers', 'scipy', 'sklearn'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    assert heads.IGNORE == IGNORE
+    assert IGNORE_INDEX == IGNORE

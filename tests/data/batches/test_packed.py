@@ -14,7 +14,7 @@ from prelnroberta.data.readers.classification import TextExample
 from prelnroberta.data.readers.row_errors import BadRows
 from prelnroberta.data.readers.swag import ChoiceExample
 from prelnroberta.errors import InputError
-from prelnroberta.model import heads
+from prelnroberta.model import heads, losses
 from tests.helpers.small_models import TINY, random_params
 from tests.helpers.task_files import corpus, example_file
 
@@ -167,7 +167,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("settings", [heads.PLAIN, heads.LossSettings(label_smoothing=0.2)])
+@pytest.mark.parametrize("settings", [losses.DEFAULT_LOSS, losses.LossSettings(label_smoothing=0.2)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_sums_and_gradients_are_those_of_padded_examples(kind, settings):
     task, features = learned(kind)
@@ -201,6 +201,6 @@ def test_packed_sums_and_gradients_are_those_of_padded_examples(kind, settings):
 def test_smoothing_spreads_over_the_classes_there_are():
     """Of four logits two are no class: the loss is that of the two others alone."""
     logits, labels = np.float32([[0.3, -1.2, -1e30, -1e30]]), np.array([1])
-    smooth = heads.LossSettings(label_smoothing=0.3)
-    alone = heads.label_scores(logits[:, :2], labels, smooth)
-    np.testing.assert_allclose(heads.label_scores(logits, labels, smooth).loss, alone.loss)
+    smooth = losses.LossSettings(label_smoothing=0.3)
+    alone = losses.label_scores(logits[:, :2], labels, smooth)
+    np.testing.assert_allclose(losses.label_scores(logits, labels, smooth).loss, alone.loss)

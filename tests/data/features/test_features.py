@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from prelnroberta.config import MULTI_LABEL, REGRESSION
+from prelnroberta.config import IGNORE_INDEX, MULTI_LABEL, REGRESSION
 from prelnroberta.data.batches.buckets import evaluation_batches
 from prelnroberta.data.batches.packed import TrainingBatches
 from prelnroberta.data.features.language_modeling import Blocks, token_stream
@@ -21,7 +21,6 @@ from prelnroberta.data.readers.squad import Answer, Question
 from prelnroberta.data.readers.swag import ChoiceExample
 from prelnroberta.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, save_tokenizer, train_tokenizer
 from prelnroberta.errors import InputError
-from prelnroberta.model.heads import IGNORE
 from tests.helpers.programs import corpus_file
 
 WORDS = ["the", "of", "a", "in", "is", "model", "answer", "window", "question", "Don't", "it's"]
@@ -120,7 +119,7 @@ def test_labels_of_every_kind(tokenizer):
         return features.batch(np.array(indices), 8)
 
     single = batch("single_label_classification", ["no", "yes"], ["yes", "no"])
-    assert single["labels"].tolist() == [0, IGNORE, 1] and single["labels"].dtype == np.int32
+    assert single["labels"].tolist() == [0, IGNORE_INDEX, 1] and single["labels"].dtype == np.int32
     assert single["weights"].tolist() == [1, 0, 1]
     assert single["input_ids"].shape == (3, 8) and (single["input_ids"][1] == PAD_ID).all()
     np.testing.assert_array_equal(single["attention_mask"], single["input_ids"] != PAD_ID)
@@ -192,7 +191,7 @@ def test_words_as_transformers(tokenizer, folder, max_length, stride):
     asked = [set() for _ in given]
     for row, owner in enumerate(features.owners):
         word_ids = expected.word_ids(row)
-        wanted = np.full(len(word_ids), IGNORE)
+        wanted = np.full(len(word_ids), IGNORE_INDEX)
         for position, word in features.asked[row]:
             assert word_ids[position] == word and word not in asked[owner]
             asked[owner].add(int(word))
@@ -200,7 +199,7 @@ def test_words_as_transformers(tokenizer, folder, max_length, stride):
         np.testing.assert_array_equal(features.labels[row], wanted)
         if max_length == 512:  # the guide's rule: the first piece of each word
             guide = [
-                IGNORE
+                IGNORE_INDEX
                 if word is None or (i and word == word_ids[i - 1])
                 else TAGS.index(given[owner].tags[word])
                 for i, word in enumerate(word_ids)
@@ -214,13 +213,13 @@ def test_later_tokens_of_a_word_have_inside_tags(tokenizer):
     first = token_features(given, tokenizer, 512, TAGS)
     every = token_features(given, tokenizer, 512, TAGS, label_all_tokens=True)
     for sentence, a, b, asked in zip(given, first.labels, every.labels, first.asked, strict=True):
-        np.testing.assert_array_equal(b[a != IGNORE], a[a != IGNORE])
-        assert b[0] == b[-1] == IGNORE and (b[1:-1] != IGNORE).all()
+        np.testing.assert_array_equal(b[a != IGNORE_INDEX], a[a != IGNORE_INDEX])
+        assert b[0] == b[-1] == IGNORE_INDEX and (b[1:-1] != IGNORE_INDEX).all()
         word = -1
         for position in range(1, len(a) - 1):
-            word += a[position] != IGNORE
+            word += a[position] != IGNORE_INDEX
             tag = sentence.tags[word]
-            if a[position] == IGNORE:
+            if a[position] == IGNORE_INDEX:
                 assert TAGS[b[position]] == ("I" + tag[1:] if tag[0] == "B" else tag)
         assert len(asked) == len(sentence.words)
     plain = token_features(
@@ -397,7 +396,7 @@ def test_question_batches_and_questions_that_are_too_long(tokenizer):
     features = question_features(given, tokenizer, 64, 16, bad=bad)
     batch = features.batch(np.array([0, 1, -1]), 48)
     assert batch["start_positions"][0] > 0 and batch["start_positions"][1] == 0
-    assert batch["end_positions"].tolist()[2] == IGNORE and batch["weights"].tolist() == [1, 1, 0]
+    assert batch["end_positions"].tolist()[2] == IGNORE_INDEX and batch["weights"].tolist() == [1, 1, 0]
     assert batch["start_positions"].dtype == batch["end_positions"].dtype == np.int32
     unknown = [question._replace(answers=None) for question in given[:2]]
     assert "start_positions" not in question_features(unknown, tokenizer).batch(np.array([0]), 64)
@@ -487,7 +486,7 @@ def test_choices_as_transformers(tokenizer, theirs):
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, 5, 40)
     sizes = batch["choice_mask"].sum(axis=1).tolist()
     assert sizes == [len(given[0].choices), 0, len(given[7].choices)]
-    assert batch["labels"].tolist() == [1, IGNORE, 1] and batch["labels"].dtype == np.int32
+    assert batch["labels"].tolist() == [1, IGNORE_INDEX, 1] and batch["labels"].dtype == np.int32
     for i, index in ((0, 0), (2, 7)):
         for c, ids in enumerate(features.input_ids[index]):
             np.testing.assert_array_equal(batch["input_ids"][i, c, : len(ids)], ids)
@@ -499,7 +498,7 @@ def test_absent_choices_are_never_chosen_and_fillers_stay_finite():
     import jax
     import jax.numpy as jnp
 
-    from prelnroberta.model.heads import label_scores
+    from prelnroberta.model.losses import label_scores
 
     mask = np.array([[True, True, False], [True] * 3, [False] * 3])
     logits = np.array([[-5.0, -4.0, 9.0], [1.0, 2.0, 0.0], [3.0, 1.0, 2.0]], np.float32)
@@ -507,7 +506,7 @@ def test_absent_choices_are_never_chosen_and_fillers_stay_finite():
     assert masked.argmax(axis=1)[:2].tolist() == [1, 1]
 
     def loss(x):
-        return label_scores(masked_logits(x, jnp.asarray(mask)), jnp.array([1, 0, IGNORE])).loss
+        return label_scores(masked_logits(x, jnp.asarray(mask)), jnp.array([1, 0, IGNORE_INDEX])).loss
 
     value, gradient = jax.value_and_grad(loss)(jnp.asarray(logits))
     two = label_scores(jnp.asarray(logits[:1, :2]), jnp.array([1])).loss
@@ -534,8 +533,8 @@ def test_blocks_as_transformers_group_texts(tokenizer, theirs):
     for row, ids in zip(range(len(blocks)), expected, strict=True):
         assert batch["input_ids"][row, : len(ids)].tolist() == ids
         # Labels are the ids, unshifted; none asks a first token of what stands before it in a row.
-        assert batch["labels"][row, : len(ids)].tolist() == [IGNORE, *ids[1:]]
-        assert (batch["labels"][row, len(ids) :] == IGNORE).all()
+        assert batch["labels"][row, : len(ids)].tolist() == [IGNORE_INDEX, *ids[1:]]
+        assert (batch["labels"][row, len(ids) :] == IGNORE_INDEX).all()
     np.testing.assert_array_equal(batch["attention_mask"], batch["input_ids"] != PAD_ID)
 
 
@@ -547,12 +546,12 @@ def test_overlapping_blocks_ask_for_every_token_once(overlap):
         indices = np.array([*range(len(blocks)), -1])
         batch = blocks.batch(indices, 16)
         asked = batch["labels"][:, 1:]  # the shift
-        assert sorted(asked[asked != IGNORE].tolist()) == stream[1:].tolist()
-        context = np.flatnonzero((asked != IGNORE).any(axis=1))
+        assert sorted(asked[asked != IGNORE_INDEX].tolist()) == stream[1:].tolist()
+        context = np.flatnonzero((asked != IGNORE_INDEX).any(axis=1))
         assert len(context) == len(blocks), "no row without a question"
-        assert (batch["labels"][-1] == IGNORE).all() and batch["weights"][-1] == 0
+        assert (batch["labels"][-1] == IGNORE_INDEX).all() and batch["weights"][-1] == 0
         for row in range(1, len(blocks)):
-            first = np.flatnonzero(asked[row] != IGNORE)[0] + 1
+            first = np.flatnonzero(asked[row] != IGNORE_INDEX)[0] + 1
             assert first == overlap, "at least that much context"
 
 

@@ -1,0 +1,59 @@
+"""Reads text files, plain or gzipped, in chunks and by line, in bounded memory."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import gzip
+import io
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from prelnroberta.errors import InputError
+
+
+def text_chunks(path: Path, file: BinaryIO | None = None) -> Iterator[str]:
+    """The file's text in chunks of a megabyte: decompressed, decoded, newlines made one kind.
+
+    Args:
+        file: read in the path's place, which is then only its name (standard input, say).
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    offset = 0  # of the chunk, in bytes of the (decompressed) text
+    try:
+        with contextlib.ExitStack() as stack:
+            if file is None:
+                file = stack.enter_context(open(path, "rb"))
+            if path.suffix == ".gz":
+                file = stack.enter_context(gzip.open(file))
+            while True:
+                chunk = file.read(1 << 20)
+                pending = len(decoder.getstate()[0])
+                text = newlines.decode(decoder.decode(chunk, final=not chunk), final=not chunk)
+                yield text.removeprefix("\ufeff") if offset == 0 else text
+                if not chunk:
+                    return
+                offset += len(chunk)
+    except UnicodeDecodeError as error:
+        inside = " of the decompressed text" if path.suffix == ".gz" else ""
+        raise InputError(
+            f"{path}: not UTF-8 at byte {offset - pending + error.start}{inside} "
+            f"({error.object[error.start]:#04x}, {error.reason}); convert the file to UTF-8"
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def lines(chunks: Iterable[str]) -> Iterator[str]:
+    pending = []  # the parts of a line longer than a chunk, joined once
+    for chunk in chunks:
+        head, *rest = chunk.split("\n")
+        pending.append(head)
+        if rest:
+            yield "".join(pending)
+            yield from rest[:-1]
+            pending = [rest[-1]]
+    yield "".join(pending)
