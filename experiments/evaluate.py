@@ -28,8 +28,8 @@ def main() -> int:
     flags.start_hosts()
     folder = flags.model_folder(FLAGS.model)
 
-    from experiments.common.evaluator import Judge, write_results
-    from experiments.tasks import TASKS, cut
+    from experiments.common.evaluator import Evaluator, write_results
+    from experiments.tasks import TASKS, truncation_message
     from prelnroberta.config import RobertaPreLayerNormConfig
     from prelnroberta.data.batches.buckets import bucket_lengths, evaluation_batches
     from prelnroberta.data.readers.row_errors import BadRows
@@ -46,17 +46,17 @@ def main() -> int:
     bad.settle()
     if bad.bad:
         print(f"left out: {bad.summary}")
-    if told := cut(features, settings.max_length):
+    if told := truncation_message(features, settings.max_length):
         print(told)
     params, config = load_pretrained(folder, task.model)
     layout = flags.layout(config, task.model, FLAGS.eval_positions, 1)
     buckets = bucket_lengths(features.lengths, FLAGS.length_buckets)
-    with layout.active():
-        judge = Judge(task, MODULES[task.model](config, flags.execution()), layout)
-        positions, ways = FLAGS.eval_positions, layout.row_ways
+    with layout.use_mesh():
+        evaluator = Evaluator(task, MODULES[task.model](config, flags.execution()), layout)
+        positions, ways = FLAGS.eval_positions, layout.num_batch_shards
         batches = evaluation_batches(features, buckets, positions, ways)
-        rows, scores = judge(judge.weights(params), features, batches)
-    if multihost.is_first():
+        rows, scores = evaluator(evaluator.weights(params), features, batches)
+    if multihost.is_primary_host():
         more = {"model": str(folder), "file": FLAGS.file, "loss": float(scores.mean)}
         output = Path(FLAGS.output) if FLAGS.output else None
         print(in_words(task, write_results(output, task, features, rows, FLAGS.bootstrap, **more)))

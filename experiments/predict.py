@@ -30,7 +30,7 @@ from prelnroberta.errors import InputError
 from prelnroberta.files import written_whole
 
 if TYPE_CHECKING:
-    from experiments.tasks import Answer
+    from experiments.tasks import Prediction
     from prelnroberta.inference.fill_mask import Guess
 
 flags.declare("predict", "task_or_use", "compute")
@@ -80,7 +80,7 @@ class Problems:
             raise InputError(f"{len(self.places):,} of {total:,} got no answer: {shown}")
 
 
-def write_lines(answers: Iterable[Answer]) -> int:
+def write_lines(answers: Iterable[Prediction]) -> int:
     """JSON lines, to --output or as they come to standard output."""
     with ExitStack() as stack:
         file = sys.stdout
@@ -99,7 +99,7 @@ def write_lines(answers: Iterable[Answer]) -> int:
 
 def answer_examples(folder: Path) -> int:
     """The answers of a fine-tuned model, chunk by chunk."""
-    from experiments.common.evaluator import Judge, by_length
+    from experiments.common.evaluator import Evaluator, batches_by_length
     from experiments.tasks import TASKS
     from prelnroberta.data.readers.row_errors import BadRows
     from prelnroberta.data.tokenizer import load_tokenizer
@@ -110,7 +110,7 @@ def answer_examples(folder: Path) -> int:
     settings = flags.task_settings(RobertaPreLayerNormConfig.from_json(folder), folder)
     task, bad = TASKS[settings.task](settings), BadRows(skip=True)
     if FLAGS.text:
-        examples = iter(task.typed(FLAGS.text, FLAGS.pair, FLAGS.choice))
+        examples = iter(task.examples_from_text(FLAGS.text, FLAGS.pair, FLAGS.choice))
         bad.seen(len(FLAGS.text))
     elif FLAGS.file:
         opened()[0].close()
@@ -125,23 +125,23 @@ def answer_examples(folder: Path) -> int:
     params, config = load_pretrained(folder, task.model)
     layout = Layout(Parallelism(), config, task.model)
 
-    def answers() -> Iterator[Answer]:
-        judge = Judge(task, MODULES[task.model](config, flags.execution()), layout)
-        weights = judge.weights(params)
+    def answers() -> Iterator[Prediction]:
+        evaluator = Evaluator(task, MODULES[task.model](config, flags.execution()), layout)
+        weights = evaluator.weights(params)
         while chunk := list(itertools.islice(examples, 1 if reads_keyboard() else _CHUNK)):
             features = task.features(chunk, tokenizer, bad, training=False)
-            batches = by_length(features, settings.max_length)
-            rows, _ = judge(weights, features, batches)
+            batches = batches_by_length(features, settings.max_length)
+            rows, _ = evaluator(weights, features, batches)
             yield from task.answers(features, rows)
 
-    with layout.active():
+    with layout.use_mesh():
         write_lines(answers())
     if bad.bad and not FLAGS.skip_bad_rows:
         raise InputError(f"without an answer: {bad.summary}")
     return 0
 
 
-def continuations(folder: Path) -> Iterator[Answer]:
+def continuations(folder: Path) -> Iterator[Prediction]:
     """What a causal language model writes after each text."""
     import jax
     import numpy as np

@@ -91,19 +91,20 @@ def masked_lm_step(
     config: RobertaPreLayerNormConfig, execution: Execution, layout: Layout, B: int, L: int
 ) -> tuple[Any, Any, Any]:
     """The training step at 15 % masks, and the shapes, on the layout's devices, of what it takes:
-    `step.lower(state, batch)`, inside `layout.active()`."""
+    `step.lower(state, batch)`, inside `layout.use_mesh()`."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
     from prelnroberta import params as parameters
-    from prelnroberta.distributed.sharding import ROWS
-    from prelnroberta.model.heads import MaskedLM, masked_lm_scores
-    from prelnroberta.training.optimizer import Optimization, adamw
-    from prelnroberta.training.train_step import TrainState, parallel, train_step
+    from prelnroberta.distributed.sharding import BATCH_AXES
+    from prelnroberta.model.heads import MaskedLM
+    from prelnroberta.model.losses import masked_lm_scores
+    from prelnroberta.training.optimizer import OptimizerConfig, adamw
+    from prelnroberta.training.train_step import TrainState, compile_train_step, make_train_step
 
     module = MaskedLM(config, execution)
-    optimizer = adamw(Optimization(steps=100, learning_rate=1e-4), config)
+    optimizer = adamw(OptimizerConfig(steps=100, learning_rate=1e-4), config)
 
     def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -117,10 +118,10 @@ def masked_lm_step(
     batch = dict.fromkeys(("input_ids", "segment_ids", "position_ids"), rows)
     batch |= {"masked_positions": masked, "masked_labels": masked}
     batch["masked_weights"] = jax.ShapeDtypeStruct(masked.shape, jnp.float32)
-    by_rows = NamedSharding(layout.mesh, PartitionSpec(ROWS))
+    by_rows = NamedSharding(layout.mesh, PartitionSpec(BATCH_AXES))
     batch = {name: placed(leaf, by_rows) for name, leaf in batch.items()}
-    step = train_step(lambda *a: masked_lm_scores(module, *a), optimizer, seed=0)
-    return parallel(step, layout), state, batch
+    step = make_train_step(lambda *a: masked_lm_scores(module, *a), optimizer, seed=0)
+    return compile_train_step(step, layout), state, batch
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.benchmark.cases import IGNORE, Case, checked
+from experiments.benchmark.cases import Case, checked
 from experiments.benchmark.work import Work
 from experiments.common.loop import compiled
+from prelnroberta.config import IGNORE_INDEX
 from prelnroberta.data.batches.packed import TrainingBatches
 from prelnroberta.data.features.base import Features
 from prelnroberta.distributed.sharding import Layout, Parallelism
@@ -137,8 +138,8 @@ def _language_model_rows(case: Case, batch: Batch, mode: str) -> Batch:
     if case.model == "causal_lm":
         # Nothing predicts the first token of a segment.
         first = np.diff(packed.inputs["segment_ids"], axis=1, prepend=0) != 0
-        return {**packed.inputs, "labels": np.where(first, IGNORE, labels)}
-    masked = labels != IGNORE
+        return {**packed.inputs, "labels": np.where(first, IGNORE_INDEX, labels)}
+    masked = labels != IGNORE_INDEX
     M = int(masked.sum(1).max())
     positions = np.argsort(~masked, axis=1, kind="stable")[:, :M].astype(np.int32)
     counted = np.take_along_axis(masked, positions, axis=1)
@@ -157,7 +158,7 @@ def _rows(case: Case, batch: Batch, mode: str) -> tuple[PackedBatch, np.ndarray]
     sequences = [row[:n] for row, n in zip(batch["input_ids"], lengths, strict=True)]
     rows = pack_sequences(sequences, case.L) if mode == "packed" else _one_a_row(batch, lengths)
     labels = [row[:n] for row, n in zip(batch["labels"], lengths, strict=True)]
-    return rows, rows.pack_values(labels, IGNORE, np.int32)
+    return rows, rows.pack_values(labels, IGNORE_INDEX, np.int32)
 
 
 def _one_a_row(batch: Batch, lengths: np.ndarray) -> PackedBatch:

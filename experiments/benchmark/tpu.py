@@ -38,7 +38,7 @@ def main() -> None:
     from prelnroberta.distributed.sharding import Layout, Parallelism
     from prelnroberta.model.encoder import Execution
 
-    jax.config.update("jax_exec_time_optimization_effort", topology_compile.EFFORT)
+    jax.config.update("jax_exec_time_optimization_effort", topology_compile.COMPILE_EFFORT)
     config = RobertaPreLayerNormConfig.preset(
         "roberta-base", vocab_size=50265, attention_probs_dropout_prob=0.0
     )
@@ -47,7 +47,7 @@ def main() -> None:
     first: list[float] = []
     for name, options in WAYS.items():
         execution = Execution(dtype=jnp.bfloat16, scan_layers=True, **options)
-        with layout.active():
+        with layout.use_mesh():
             step, *shapes = masked_lm_step(config, execution, layout, B, L)
             compiled = step.lower(*shapes).compile()
         cost = compiled.cost_analysis()

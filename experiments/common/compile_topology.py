@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import optax
 
     from prelnroberta.config import RobertaPreLayerNormConfig
-    from prelnroberta.distributed.topology_compile import Rehearsal
+    from prelnroberta.distributed.topology_compile import CompileReport
     from prelnroberta.training.train_step import ScoreFn
 
 _GIB = 2**30
@@ -43,15 +43,15 @@ def rehearse(
 
     from prelnroberta import params as parameters
     from prelnroberta.distributed import topology_compile
-    from prelnroberta.distributed.sharding import ROWS
-    from prelnroberta.training.train_step import TrainState, parallel, train_step
+    from prelnroberta.distributed.sharding import BATCH_AXES
+    from prelnroberta.training.train_step import TrainState, compile_train_step, make_train_step
 
     devices = topology_compile.topology_devices(FLAGS.rehearse)
     layout = flags.layout(config, model, FLAGS.batch_size, FLAGS.accumulate, devices)
     state = jax.eval_shape(
         lambda: TrainState.create(parameters.init(config, jax.random.key(0), model), optimizer)
     )
-    by_rows = NamedSharding(layout.mesh, PartitionSpec(ROWS))
+    by_rows = NamedSharding(layout.mesh, PartitionSpec(BATCH_AXES))
 
     def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -61,10 +61,10 @@ def rehearse(
         name: jax.ShapeDtypeStruct((FLAGS.batch_size, *shape), dtype, sharding=by_rows)
         for name, (shape, dtype) in row.items()
     }
-    forward = flops_per_row * FLAGS.batch_size / layout.devices
-    with layout.active():
-        found = topology_compile.rehearse(
-            parallel(train_step(score, optimizer, FLAGS.seed, FLAGS.accumulate), layout),
+    forward = flops_per_row * FLAGS.batch_size / layout.num_devices
+    with layout.use_mesh():
+        found = topology_compile.compile_for_topology(
+            compile_train_step(make_train_step(score, optimizer, FLAGS.seed, FLAGS.accumulate), layout),
             state,
             batch,
             devices,
@@ -75,13 +75,13 @@ def rehearse(
     return 0 if found.fits else 1
 
 
-def tell(found: Rehearsal) -> str:
+def tell(found: CompileReport) -> str:
     """The rehearsal in lines for eyes."""
     chip = found.chip
-    room = chip.memory / _GIB
+    room = chip.memory_bytes / _GIB
     lines = [
         f"compiled in {found.compile_seconds:.0f} s for {found.chips} chips {chip.name} "
-        f"({room:.0f} GiB, {chip.flops / 1e12:.0f} TFLOP/s)",
+        f"({room:.0f} GiB, {chip.peak_flops / 1e12:.0f} TFLOP/s)",
         f"a chip holds   parameters {found.params / _GIB:.2f} GiB, optimizer "
         f"{found.optimizer / _GIB:.2f} GiB",
     ]
@@ -110,11 +110,11 @@ def tell(found: Rehearsal) -> str:
     return "\n".join(lines + advice(found))
 
 
-def advice(found: Rehearsal) -> list[str]:
+def advice(found: CompileReport) -> list[str]:
     """Which flag to change where it does not fit: the one that frees most, first."""
     if found.fits:
         return []
-    state, room = found.params + found.optimizer, found.chip.memory
+    state, room = found.params + found.optimizer, found.chip.memory_bytes
     advised = []
     if state > room / 4:
         fsdp, ways = FLAGS.mesh_fsdp, 1

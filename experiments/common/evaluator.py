@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.common.plots import draw_confusion
-from experiments.tasks import Answer, Row, Task
+from experiments.tasks import Prediction, RowOutputs, Task
 from prelnroberta.data.batches.buckets import bucket_of
 from prelnroberta.data.features.base import NOTHING, Features
 from prelnroberta.data.shuffle import Batch
@@ -33,7 +33,7 @@ from prelnroberta.params import Tree
 from prelnroberta.training.train_step import compile_predict_step
 
 
-class Judge:
+class Evaluator:
     """Runs a model over features, without dropout.
 
     Args:
@@ -47,7 +47,7 @@ class Judge:
         layout: Layout,
         settings: LossSettings = losses.DEFAULT_LOSS,
     ):
-        def judge(params: Tree, batch: dict[str, jax.Array]) -> tuple[dict, Scores]:
+        def evaluator(params: Tree, batch: dict[str, jax.Array]) -> tuple[dict, Scores]:
             logits = task.logits(module, params, batch)
             known = task.target in batch
             scores = task.loss(module.config, logits, batch, settings) if known else Scores.zero()
@@ -56,7 +56,7 @@ class Judge:
 
         self._layout = layout
         self._execution = module.execution
-        self._judge = compile_predict_step(judge, layout)
+        self._judge = compile_predict_step(evaluator, layout)
 
     def weights(self, params: Tree) -> Tree:
         """The host's parameters to where they are read, and as they are read fastest."""
@@ -68,12 +68,12 @@ class Judge:
         params: Tree,
         features: Features,
         batches: Iterable[tuple[np.ndarray, Batch]],
-    ) -> tuple[list[Row], Scores]:
+    ) -> tuple[list[RowOutputs], Scores]:
         """What the model says of each row of the features, in order, and the summed scores.
 
         `batches` has each row once: (indices [B], -1 where filled up; the batch).
         """
-        rows: list[Row] = [{}] * len(features.lengths)
+        rows: list[RowOutputs] = [{}] * len(features.lengths)
         total = jax.tree.map(np.float64, Scores.zero())
         for indices, batch in batches:
             if missing := -len(indices) % self._layout.num_batch_shards:
@@ -88,10 +88,10 @@ class Judge:
         return rows, total
 
 
-_ROWS = 8  # of each batch of `by_length`
+_ROWS = 8  # of each batch of `batches_by_length`
 
 
-def by_length(features: Features, longest: int) -> Iterator[tuple[np.ndarray, Batch]]:
+def batches_by_length(features: Features, longest: int) -> Iterator[tuple[np.ndarray, Batch]]:
     """Batches of one shape a length: `_ROWS` rows padded to the next power of two, or `longest`.
 
     XLA's kernels differ by shape, and with them the last bits of a row. A row's shape follows here
@@ -107,7 +107,7 @@ def by_length(features: Features, longest: int) -> Iterator[tuple[np.ndarray, Ba
             yield indices, features.batch(indices, int(length))
 
 
-def write_answers(path: Path, answers: Iterable[Answer]) -> None:
+def write_answers(path: Path, answers: Iterable[Prediction]) -> None:
     """JSON lines."""
     with written_whole(path) as partial, partial.open("w", encoding="utf-8") as file:
         for answer in answers:
@@ -118,7 +118,7 @@ def write_results(
     folder: Path | None,
     task: Task,
     features: Features,
-    rows: list[Row],
+    rows: list[RowOutputs],
     resamples: int = 0,
     **more: Any,
 ) -> dict[str, Any]:

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.tasks.settings import TaskSettings
-from prelnroberta.config import RobertaPreLayerNormConfig
+from prelnroberta.config import IGNORE_INDEX, RobertaPreLayerNormConfig
 from prelnroberta.data.batches.packed import TrainingBatches
 from prelnroberta.data.features.base import Features
 from prelnroberta.data.pretraining.loader import Loader
@@ -35,25 +35,25 @@ from prelnroberta.data.readers.row_errors import BadRows
 from prelnroberta.metrics.classification import (
     ClassReportRow,
     classification_report,
-    counts_from_confusion,
     confusion_matrix,
+    counts_from_confusion,
     single_label_metrics,
 )
-from prelnroberta.model import heads
+from prelnroberta.model import losses
 from prelnroberta.model.encoder import TableModule
-from prelnroberta.model.heads import IGNORE, LossSettings, Scores
+from prelnroberta.model.losses import LossSettings, Scores
 from prelnroberta.params import Tree
 
 if TYPE_CHECKING:
     import tokenizers
 
 Array = jax.Array
-Row = dict[str, np.ndarray]  # what the model said of one row of the features
-Answer = dict[str, Any]
+RowOutputs = dict[str, np.ndarray]  # what the model said of one row of the features
+Prediction = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class EvalResult:
     """What a model's answers to some examples are worth.
 
     Attributes:
@@ -148,7 +148,7 @@ class Task:
         batch: dict[str, Array],
         settings: LossSettings,
     ) -> Scores:
-        return heads.label_scores(logits, batch["labels"], settings)
+        return losses.label_scores(logits, batch["labels"], settings)
 
     def outputs(
         self, config: RobertaPreLayerNormConfig, logits: Array, batch: dict[str, Array]
@@ -158,18 +158,18 @@ class Task:
 
     # Results.
 
-    def answers(self, features: Features, rows: Sequence[Row]) -> Iterator[Answer]:
+    def answers(self, features: Features, rows: Sequence[RowOutputs]) -> Iterator[Prediction]:
         """One for each example, in order."""
         raise NotImplementedError
 
-    def measure(self, features: Features, rows: Sequence[Row]) -> Measured:
+    def measure(self, features: Features, rows: Sequence[RowOutputs]) -> EvalResult:
         raise NotImplementedError
 
     def trivial(self, train: Features, features: Features) -> float:
         """`metric` of whoever knows the labels of training, and reads no text."""
         raise NotImplementedError
 
-    def merit(self, metrics: Mapping[str, float]) -> float:
+    def selection_score(self, metrics: Mapping[str, float]) -> float:
         """More is better; what is undefined is worse than anything."""
         value = metrics[self.metric]
         return value if math.isfinite(value) else -1e9
@@ -177,24 +177,24 @@ class Task:
     def label_counts(self, features: Features) -> np.ndarray:
         """[C]: how often each class is asked for."""
         labels = np.concatenate([np.atleast_1d(x) for x in features.labels])
-        return np.bincount(labels[labels != IGNORE], minlength=len(self.settings.labels))
+        return np.bincount(labels[labels != IGNORE_INDEX], minlength=len(self.settings.labels))
 
 
-def cut(features: Features, max_length: int) -> str:
+def truncation_message(features: Features, max_length: int) -> str:
     """Says how many examples lost their end; empty where none did."""
     count = getattr(features, "truncated", 0)
-    return f"{count:,} of {len(features.lengths):,} cut to {max_length} tokens" if count else ""
+    return f"{count:,} of {len(features.lengths):,} truncation_message to {max_length} tokens" if count else ""
 
 
-def stacked(rows: Sequence[Row], name: str) -> np.ndarray:
+def stacked(rows: Sequence[RowOutputs], name: str) -> np.ndarray:
     return np.stack([row[name] for row in rows])
 
 
-def of_classes(labels: np.ndarray, found: np.ndarray, names: Sequence[str]) -> Measured:
+def of_classes(labels: np.ndarray, found: np.ndarray, names: Sequence[str]) -> EvalResult:
     """One class of `names` for each of n examples: labels, found [n] int."""
     C = len(names)
     confusion = confusion_matrix(labels, found, C)
-    return Measured(
+    return EvalResult(
         lambda i: single_label_metrics(confusion_matrix(labels[i], found[i], C)),
         len(labels),
         confusion,

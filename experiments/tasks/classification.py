@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.tasks.base import (
-    Answer,
+    Prediction,
     Array,
-    Measured,
-    Row,
+    EvalResult,
+    RowOutputs,
     Task,
     most_frequent,
     of_classes,
@@ -41,17 +41,17 @@ from prelnroberta.data.readers.swag import ChoiceExample, read_choices, stream_c
 from prelnroberta.errors import InputError
 from prelnroberta.metrics.classification import (
     classification_report,
-    counts_from_confusion,
     confusion_matrix,
+    counts_from_confusion,
     multi_label_counts,
     multi_label_metrics,
     regression_metrics,
     single_label_metrics,
 )
 from prelnroberta.metrics.entities import EntityCounts
-from prelnroberta.model import heads
+from prelnroberta.model import losses
 from prelnroberta.model.encoder import TableModule
-from prelnroberta.model.heads import LossSettings, Scores
+from prelnroberta.model.losses import LossSettings, Scores
 from prelnroberta.params import Tree
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class SequenceClassification(Task):
         batch: dict[str, Array],
         settings: LossSettings,
     ) -> Scores:
-        return heads.sequence_scores(config, logits, batch["labels"], settings, batch["weights"])
+        return losses.sequence_scores(config, logits, batch["labels"], settings, batch["weights"])
 
     def outputs(
         self, config: RobertaPreLayerNormConfig, logits: Array, batch: dict[str, Array]
@@ -126,7 +126,7 @@ class SequenceClassification(Task):
             return {"probabilities": jax.nn.sigmoid(logits)}
         return {"probabilities": jax.nn.softmax(logits, axis=-1)}
 
-    def answers(self, features: Features, rows: Sequence[Row]) -> Iterator[Answer]:
+    def answers(self, features: Features, rows: Sequence[RowOutputs]) -> Iterator[Prediction]:
         names, kind = self.settings.labels, self.settings.problem_type
         for example, row in zip(features.examples, rows, strict=True):
             answer = {"text": example.text}
@@ -142,14 +142,14 @@ class SequenceClassification(Task):
                 answer["label"] = max(probabilities, key=probabilities.get)
             yield answer | {"probabilities": probabilities}
 
-    def measure(self, features: Features, rows: Sequence[Row]) -> Measured:
+    def measure(self, features: Features, rows: Sequence[RowOutputs]) -> EvalResult:
         labels, names = features.labels, self.settings.labels
         if self.settings.problem_type == REGRESSION:
             values = stacked(rows, "value")
-            return Measured(lambda i: regression_metrics(labels[i], values[i]), len(rows))
+            return EvalResult(lambda i: regression_metrics(labels[i], values[i]), len(rows))
         if self.settings.problem_type == MULTI_LABEL:
             sides = stacked(rows, "probabilities") > 0.5
-            return Measured(
+            return EvalResult(
                 lambda i: multi_label_metrics(labels[i], sides[i]),
                 len(rows),
                 classes=classification_report(multi_label_counts(labels, sides), names),
@@ -202,7 +202,7 @@ class TokenClassification(Task):
         )
 
     def _tags(
-        self, features: Features, rows: Sequence[Row]
+        self, features: Features, rows: Sequence[RowOutputs]
     ) -> Iterator[tuple[Any, list[str], list[float]]]:
         """Of each sentence: itself, its predicted tags, and their probabilities."""
         by_word = features.by_word([row["probabilities"] for row in rows])
@@ -210,7 +210,7 @@ class TokenClassification(Task):
             tags = [self.settings.labels[i] for i in words.argmax(axis=-1)]
             yield sentence, tags, words.max(axis=-1).tolist()
 
-    def answers(self, features: Features, rows: Sequence[Row]) -> Iterator[Answer]:
+    def answers(self, features: Features, rows: Sequence[RowOutputs]) -> Iterator[Prediction]:
         for sentence, tags, probabilities in self._tags(features, rows):
             answer = {"words": sentence.words, "tags": tags, "probabilities": probabilities}
             if self._of_entities:
@@ -218,7 +218,7 @@ class TokenClassification(Task):
                 answer["entities"] = [entity._asdict() for entity in found]
             yield answer
 
-    def measure(self, features: Features, rows: Sequence[Row]) -> Measured:
+    def measure(self, features: Features, rows: Sequence[RowOutputs]) -> EvalResult:
         names = self.settings.labels
         ids = {name: i for i, name in enumerate(names)}
         found = [tags for _, tags, _ in self._tags(features, rows)]
@@ -231,14 +231,14 @@ class TokenClassification(Task):
         if self._of_entities:
             counts = EntityCounts(true, found, scheme=None)  # conlleval's, seqeval's default
             strict = EntityCounts(true, found)
-            return Measured(
+            return EvalResult(
                 lambda i: {**counts.metrics(i), "f1_strict": strict.metrics(i)["f1"]},
                 len(found),
                 confusion,
                 names,
                 classification_report(counts.counts(), counts.types),
             )
-        return Measured(
+        return EvalResult(
             lambda i: single_label_metrics(sum(confusions[k] for k in i)),
             len(found),
             confusion,
@@ -298,7 +298,7 @@ class MultipleChoice(Task):
         logits = super().logits(module, params, batch, keys)
         return masked_logits(logits.astype(jnp.float32), batch["choice_mask"])
 
-    def answers(self, features: Features, rows: Sequence[Row]) -> Iterator[Answer]:
+    def answers(self, features: Features, rows: Sequence[RowOutputs]) -> Iterator[Prediction]:
         for example, row in zip(features.examples, rows, strict=True):
             probabilities = row["probabilities"][: len(example.choices)].tolist()
             best = int(np.argmax(probabilities))
@@ -309,9 +309,9 @@ class MultipleChoice(Task):
                 "probabilities": probabilities,
             }
 
-    def measure(self, features: Features, rows: Sequence[Row]) -> Measured:
+    def measure(self, features: Features, rows: Sequence[RowOutputs]) -> EvalResult:
         right = stacked(rows, "probabilities").argmax(axis=-1) == features.labels
-        return Measured(lambda i: {"accuracy": float(right[i].mean())}, len(right))
+        return EvalResult(lambda i: {"accuracy": float(right[i].mean())}, len(right))
 
     def trivial(self, train: Features, features: Features) -> float:
         return most_frequent(train, features)

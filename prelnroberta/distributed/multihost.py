@@ -20,7 +20,7 @@ from prelnroberta.errors import InputError
 _PATIENCE_SECONDS = 7 * 24 * 3600
 
 
-def start(
+def initialize(
     coordinator: str | None = None,
     hosts: int | None = None,
     host: int | None = None,
@@ -49,7 +49,7 @@ def start(
         ) from error
 
 
-def is_first() -> bool:
+def is_primary_host() -> bool:
     """Whether this host speaks for all: it alone prints, and writes what is written once."""
     return jax.process_index() == 0
 
@@ -65,19 +65,19 @@ def barrier(name: str) -> None:
 
 
 @contextlib.contextmanager
-def first_before_others(name: str) -> Iterator[None]:
+def primary_host_first(name: str) -> Iterator[None]:
     """The first host runs the body alone, then the others do, and find what it made on the disk;
     or fail as it failed."""
-    if not is_first():
+    if not is_primary_host():
         barrier(name)
     try:
         yield
     finally:
-        if is_first():
+        if is_primary_host():
             barrier(name)
 
 
-def total(values: Sequence[float]) -> list[float]:
+def sum_over_hosts(values: Sequence[float]) -> list[float]:
     """The sums over hosts, in float64, the same on every host."""
     if jax.process_count() == 1:
         return list(values)
@@ -89,7 +89,7 @@ def total(values: Sequence[float]) -> list[float]:
     return [math.fsum(column) for column in found.T]
 
 
-class Vote:
+class AsyncMaxOverHosts:
     """The largest number that any host has said, the same for all at the same call.
 
     Each call tells this host's number, and returns the outcome of the last call's: by then it is
@@ -118,7 +118,7 @@ class Vote:
 _LOST = ("Gloo", "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "Connection reset", "coordination")
 
 
-def is_lost_host(error: BaseException) -> bool:
+def is_lost_host_error(error: BaseException) -> bool:
     """Whether an error of jax's runtime means that another host is gone."""
     return (
         jax.process_count() > 1
@@ -128,9 +128,9 @@ def is_lost_host(error: BaseException) -> bool:
 
 
 # What a launcher starts again (sysexits.h: EX_TEMPFAIL).
-TRY_AGAIN = 75
+RETRY_EXIT_CODE = 75
 
 
-def leave(code: int) -> None:
+def exit_immediately(code: int) -> None:
     """Ends this process at once: jax's own end waits for hosts that are not there any more."""
     os._exit(code)

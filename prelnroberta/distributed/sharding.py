@@ -1,6 +1,6 @@
 """Where arrays live: the mesh, the rules from shape letters to its axes, and what follows of them.
 
-One typed place (`RULES`) says which mesh axis cuts which letter of the parameter table; shardings
+One typed place (`SHARDING_RULES`) says which mesh axis cuts which letter of the parameter table; shardings
 of parameters, optimizer state, batches and activations all follow. The model names letters only,
 by `constrain`, which does nothing where no mesh of ours is set.
 
@@ -25,13 +25,13 @@ from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
 Strategy = Literal["jit", "pmap"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
+class ShardingRules:
     """Shape letter -> the mesh axes that cut it. A letter that is not named is never cut.
 
     Attributes:
@@ -48,9 +48,9 @@ class Rules:
 
 
 _TENSOR = {"H": ("tensor",), "F": ("tensor",), "V": ("tensor",)}
-RULES = Rules(
+SHARDING_RULES = ShardingRules(
     stored={"D": ("fsdp",), "E": ("fsdp",), **_TENSOR},
-    computed={"B": ROWS, **_TENSOR},
+    computed={"B": BATCH_AXES, **_TENSOR},
     may_be_whole="V",
 )
 
@@ -86,7 +86,7 @@ class Parallelism:
     dcn_axis: Literal["data", "fsdp"] = "data"
 
     def __post_init__(self) -> None:
-        for axis in AXES:
+        for axis in MESH_AXES:
             size = getattr(self, axis)
             if size < 1 and size != -1:
                 raise InputError(f"mesh_{axis}={size}, expected 1 or more, or -1 for the rest")
@@ -101,7 +101,7 @@ class Parallelism:
                 "device of a pmap holds the whole model; expected 1 and 1, or parallelism=jit"
             )
 
-    def shape(self, devices: int) -> tuple[int, int, int]:
+    def mesh_shape(self, devices: int) -> tuple[int, int, int]:
         """The mesh of this many devices. Raises InputError where its axes do not fill them."""
         sizes = [self.data, self.fsdp, self.tensor]
         known = math.prod(size for size in sizes if size != -1)
@@ -122,15 +122,15 @@ def make_mesh(parallelism: Parallelism, devices: list[Any]) -> Mesh:
     """
     from jax.experimental import mesh_utils
 
-    shape = parallelism.shape(len(devices))
+    shape = parallelism.mesh_shape(len(devices))
     if parallelism.strategy == "pmap":  # in its order: a host's devices are neighbours
         devices = sorted(devices, key=lambda device: (device.process_index, device.id))
-        return Mesh(np.array(devices).reshape(shape), AXES)
+        return Mesh(np.array(devices).reshape(shape), MESH_AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
-        across = AXES.index(parallelism.dcn_axis)
+        across = MESH_AXES.index(parallelism.dcn_axis)
         if shape[across] % slices:
             raise InputError(
                 f"mesh_{parallelism.dcn_axis}={shape[across]} does not divide by {slices} slices: "
@@ -142,7 +142,7 @@ def make_mesh(parallelism: Parallelism, devices: list[Any]) -> Mesh:
             within, over, devices, allow_split_physical_axes=True
         )
     # Linen's and our gathers fail under Explicit, which jax.make_mesh has by default.
-    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def spec(letters: str, axes: dict[str, tuple[str, ...]], cuts: Callable) -> PartitionSpec:
@@ -171,7 +171,7 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _computed([x], [letters])[0])
 
 
-def on_parts(function: Callable, arrays: list[jax.Array], letters: list[str]) -> jax.Array:
+def apply_per_shard(function: Callable, arrays: list[jax.Array], letters: list[str]) -> jax.Array:
     """function(*arrays), each device on its part of them: for a kernel that no partitioner can cut.
 
     Rows and heads must not depend on one another, and the result lies as the first array does.
@@ -182,22 +182,22 @@ def on_parts(function: Callable, arrays: list[jax.Array], letters: list[str]) ->
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
 
-def platform() -> str:
+def target_platform() -> str:
     """cpu, gpu or tpu: of the mesh that is set, whose devices a rehearsal only describes, or else
     of this process."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
-def on_one_cpu() -> bool:
+def is_single_cpu() -> bool:
     """Whether the program is for a CPU that has all of every array."""
-    return platform() == "cpu" and not _cuts()
+    return target_platform() == "cpu" and not _cuts()
 
 
 def _cuts() -> bool:
     """Whether a mesh of ours is set, and one of several devices."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.axis_names == AXES and mesh.size > 1
+    return mesh.axis_names == MESH_AXES and mesh.size > 1
 
 
 def _computed(arrays: list[jax.Array], letters: list[str]) -> list[PartitionSpec]:
@@ -210,7 +210,7 @@ def _computed(arrays: list[jax.Array], letters: list[str]) -> list[PartitionSpec
         def divides(letter: str, axes: tuple[str, ...]) -> bool:
             return size[letter] % math.prod(mesh.shape[axis] for axis in axes) == 0
 
-        return spec(names, RULES.computed, divides)
+        return spec(names, SHARDING_RULES.computed, divides)
 
     return [lies(x, names) for x, names in zip(arrays, letters, strict=True)]
 
@@ -243,29 +243,29 @@ class Layout:
         self._size = parameters.sizes(config)
         self._letters = {path: row.shape for path, row in parameters.table(config, model).items()}
         used = {letter for letters in self._letters.values() for letter in letters}
-        undivided = [x for x in sorted(used & RULES.stored.keys()) if not self._divides(x)]
+        undivided = [x for x in sorted(used & SHARDING_RULES.stored.keys()) if not self._divides(x)]
         # E is D again: one line is enough.
         problems = [
             self._problem(letter)
             for letter in undivided
-            if letter not in RULES.may_be_whole and letter != "E"
+            if letter not in SHARDING_RULES.may_be_whole and letter != "E"
         ]
         if problems:
             raise InputError("the model does not fit the mesh: " + "; ".join(problems))
         self.notes = [
             f"{self._problem(letter)}: it stays whole on each of them"
             for letter in undivided
-            if letter in RULES.may_be_whole
+            if letter in SHARDING_RULES.may_be_whole
         ]
 
     def _divides(self, letter: str, axes: tuple[str, ...] | None = None) -> bool:
-        return self._size[letter] % self._ways(axes or RULES.stored[letter]) == 0
+        return self._size[letter] % self._ways(axes or SHARDING_RULES.stored[letter]) == 0
 
     def _ways(self, axes: tuple[str, ...]) -> int:
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
     def _problem(self, letter: str) -> str:
-        [axis] = RULES.stored[letter]
+        [axis] = SHARDING_RULES.stored[letter]
         return (
             f"{_NAMES[letter]}={self._size[letter]:,} does not divide by mesh_{axis}="
             f"{self.mesh.shape[axis]}"
@@ -276,38 +276,38 @@ class Layout:
         return self.parallelism.strategy == "pmap"
 
     @property
-    def devices(self) -> int:
+    def num_devices(self) -> int:
         return self.mesh.size
 
     @property
-    def row_ways(self) -> int:
+    def num_batch_shards(self) -> int:
         """How many parts the rows of a batch are cut into."""
-        return self._ways(ROWS)
+        return self._ways(BATCH_AXES)
 
     def describe(self) -> str:
         """One line for whoever started the run."""
         kind = self.mesh.devices.flat[0].device_kind
-        if self.devices == 1:
+        if self.num_devices == 1:
             return f"1 device ({kind})"
         axes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1)
         how = "pmap" if self.is_pmap else "jit"
-        return f"{self.devices} devices ({kind}), {how}, mesh {axes}"
+        return f"{self.num_devices} devices ({kind}), {how}, mesh {axes}"
 
-    def check_batch(self, batch_size: int, accumulate: int = 1) -> None:
+    def check_batch(self, batch_size: int, gradient_accumulation_steps: int = 1) -> None:
         """Raises InputError where a device would not get the same number of rows as the others."""
-        if batch_size % (self.row_ways * accumulate):
+        if batch_size % (self.num_batch_shards * gradient_accumulation_steps):
             raise InputError(
-                f"batch_size={batch_size} does not divide by {self.row_ways} devices that share "
+                f"batch_size={batch_size} does not divide by {self.num_batch_shards} devices that share "
                 f"its rows (mesh_data={self.mesh.shape['data']} x mesh_fsdp="
-                f"{self.mesh.shape['fsdp']})" + f" x accumulate={accumulate}" * (accumulate > 1)
+                f"{self.mesh.shape['fsdp']})" + f" x gradient_accumulation_steps={gradient_accumulation_steps}" * (gradient_accumulation_steps > 1)
             )
 
-    def active(self) -> contextlib.AbstractContextManager:
+    def use_mesh(self) -> contextlib.AbstractContextManager:
         """While entered, `constrain` means this mesh. Trace and run the program inside."""
         return contextlib.nullcontext() if self.is_pmap else jax.set_mesh(self.mesh)
 
     @property
-    def whole(self) -> NamedSharding:
+    def replicated(self) -> NamedSharding:
         """The same on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
@@ -315,7 +315,7 @@ class Layout:
         """Of one parameter, or of whatever has its shape."""
         if self.is_pmap:
             return PartitionSpec()
-        return spec(self._letters[path], RULES.stored, self._divides)
+        return spec(self._letters[path], SHARDING_RULES.stored, self._divides)
 
     def shardings(self, state: Any) -> Any:
         """The shardings of any pytree of arrays or of their shapes: a leaf whose path ends in a
@@ -327,17 +327,17 @@ class Layout:
                 letters = self._letters.get(found := "/".join(names[start:]))
                 if letters is not None and len(letters) == leaf.ndim:
                     return NamedSharding(self.mesh, self.parameter_spec(found))
-            return self.whole
+            return self.replicated
 
         return jax.tree_util.tree_map_with_path(sharding, state)
 
-    def born(self, make: Callable[..., Any], *given: Any) -> Any:
+    def init_sharded(self, make: Callable[..., Any], *given: Any) -> Any:
         """make(*given), each array made where it lies: no host or device holds one it need not."""
         return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make, *given)))(*given)
 
-    def gathered(self, tree: Any) -> Any:
+    def gather_to_host(self, tree: Any) -> Any:
         """The tree as numpy arrays on the first host, None on the others; all hosts must call."""
-        collect = jax.jit(lambda x: x, out_shardings=self.whole)
+        collect = jax.jit(lambda x: x, out_shardings=self.replicated)
 
         def gather(leaf: jax.Array) -> np.ndarray | None:
             whole = collect(leaf)  # one after the other: only one need fit a device
@@ -345,7 +345,7 @@ class Layout:
 
         return jax.tree.map(gather, tree)
 
-    def put(self, tree: Any) -> Any:
+    def device_put(self, tree: Any) -> Any:
         """Arrays of the host, the same on every host, to where they lie."""
 
         def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
@@ -354,20 +354,20 @@ class Layout:
         return jax.tree.map(place, tree, self.shardings(tree))
 
     def _parts(self) -> list[int]:
-        """Which of the `row_ways` parts of a batch lie on this host's devices, ascending."""
-        indices = self._by_rows.addressable_devices_indices_map((self.row_ways,))
+        """Which of the `num_batch_shards` parts of a batch lie on this host's devices, ascending."""
+        indices = self._by_rows.addressable_devices_indices_map((self.num_batch_shards,))
         return sorted({index.start or 0 for (index,) in indices.values()})
 
     @property
     def _by_rows(self) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec(ROWS))
+        return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
 
-    def rows(self, batch_size: int) -> np.ndarray:
+    def local_batch_rows(self, batch_size: int) -> np.ndarray:
         """[rows of this host] int64, ascending: which of a batch's rows its devices work on."""
-        size = batch_size // self.row_ways
+        size = batch_size // self.num_batch_shards
         return np.concatenate([np.arange(p * size, (p + 1) * size) for p in self._parts()])
 
-    def place(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    def shard_batch(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """This host's rows of a batch, each array [rows of this host, ...] in the order of `rows`,
         -> the batch as a step and an evaluation take it."""
         parts = self._parts()
@@ -381,7 +381,7 @@ class Layout:
                 at = parts.index((index[0].start or 0) // size)
                 return x[at * size : (at + 1) * size]
 
-            shape = (size * self.row_ways, *x.shape[1:])
+            shape = (size * self.num_batch_shards, *x.shape[1:])
             return jax.make_array_from_callback(shape, self._by_rows, part)
 
         return {name: placed(x) for name, x in batch.items()}

@@ -17,13 +17,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from prelnroberta.distributed.hardware import CHIPS, Chip, chip_of
+from prelnroberta.distributed.hardware import CHIP_SPECS, ChipSpec, find_chip_spec
 from prelnroberta.errors import InputError
 
 # Where `make rehearsal` puts libtpu: beside jax, it would have every program look for a TPU.
 _KEPT_APART = Path(sys.prefix) / "libtpu"
 # The compiler's default would search for an hour; memory is then a little more than it will be.
-EFFORT = -1.0
+COMPILE_EFFORT = -1.0
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -37,7 +37,7 @@ def topology_devices(name: str) -> list[Any]:
     Raises:
         InputError: a name that is none, or libtpu is not installed.
     """
-    tpus = [chip.name for chip in CHIPS if chip.kind.startswith("TPU")]
+    tpus = [chip.name for chip in CHIP_SPECS if chip.device_kind_prefix.startswith("TPU")]
     if not re.fullmatch(rf"({'|'.join(tpus)}):\d+(x\d+)+", name):
         raise InputError(
             f"topology {name!r}, expected a chip of {', '.join(tpus)} and a shape, as v5e:16x16"
@@ -89,7 +89,7 @@ class Collective:
     moved: float
 
 
-def collectives(hlo: str) -> dict[str, Collective]:
+def count_collectives(hlo: str) -> dict[str, Collective]:
     """kind -> what a compiled program's text holds of it, loops multiplied out."""
     computations, entry = _computations(hlo)
     found: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
@@ -181,7 +181,7 @@ def _sizes(line: str, kind: str) -> tuple[int, int]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rehearsal:
+class CompileReport:
     """What a step will be on that pod; bytes and FLOPs are one chip's.
 
     Attributes:
@@ -196,7 +196,7 @@ class Rehearsal:
         compile_seconds: here, on this machine.
     """
 
-    chip: Chip
+    chip: ChipSpec
     chips: int
     params: int
     optimizer: int
@@ -210,7 +210,7 @@ class Rehearsal:
 
     @property
     def fits(self) -> bool:
-        return self.total is not None and self.total <= self.chip.memory
+        return self.total is not None and self.total <= self.chip.memory_bytes
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -219,23 +219,23 @@ class Rehearsal:
         # Parameters and moments are read and written once, parameters and gradients once more.
         state = 2 * (self.params + self.optimizer) + 2 * self.params
         return {
-            "matrix products": (self.flops + self.recomputed) / self.chip.flops,
+            "matrix products": (self.flops + self.recomputed) / self.chip.peak_flops,
             "memory": state / self.chip.memory_bandwidth,
             "links": moved / self.chip.link_bandwidth,
         }
 
     @property
     def mfu_ceiling(self) -> float:
-        return self.flops / self.chip.flops / max(self.seconds.values())
+        return self.flops / self.chip.peak_flops / max(self.seconds.values())
 
 
-def rehearse(
+def compile_for_topology(
     step: Any, state: Any, batch: Any, devices: list[Any], flops: float, recomputed: float
-) -> Rehearsal:
+) -> CompileReport:
     """Compiles a step for the devices that its arguments' shardings name.
 
     Args:
-        step: from `train.parallel`, inside `layout.active()`.
+        step: from `compile_train_step`, inside `layout.use_mesh()`.
         state, batch: ShapeDtypeStructs with shardings.
         devices: of `topology_devices`.
         flops, recomputed: of one chip, in a step.
@@ -250,7 +250,7 @@ def rehearse(
             for leaf in jax.tree.leaves(tree)
         )
 
-    jax.config.update("jax_exec_time_optimization_effort", EFFORT)
+    jax.config.update("jax_exec_time_optimization_effort", COMPILE_EFFORT)
     begin = time.monotonic()
     total = activations = None
     needed, moved = "", {}
@@ -271,9 +271,9 @@ def rehearse(
             + activations
             + memory.generated_code_size_in_bytes
         )
-        moved = collectives(compiled.as_text())
-    return Rehearsal(
-        chip=chip_of(devices[0].device_kind),
+        moved = count_collectives(compiled.as_text())
+    return CompileReport(
+        chip=find_chip_spec(devices[0].device_kind),
         chips=len(devices),
         params=held(state.params),
         optimizer=held(state.opt_state),

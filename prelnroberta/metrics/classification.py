@@ -1,7 +1,7 @@
 """What predictions are worth: for classes, several labels, numbers, choices and language models.
 
 Metrics of classes come from counts that add up over batches and hosts: a confusion matrix, or
-`Counts`. Definitions are scikit-learn's; 0 / 0 is 0.
+`ClassCounts`. Definitions are scikit-learn's; 0 / 0 is 0.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-AVERAGES = ("micro", "macro", "weighted")
+AVERAGE_MODES = ("micro", "macro", "weighted")
 
 
-class Counts(NamedTuple):
+class ClassCounts(NamedTuple):
     """Of each class, [C] int: right predictions, predictions, and targets."""
 
     hits: np.ndarray
@@ -35,7 +35,7 @@ class Counts(NamedTuple):
                 'weighted' that weighted by their targets.
         """
         if average == "micro":
-            total = Counts(*(np.asarray(x).sum(keepdims=True) for x in self))
+            total = ClassCounts(*(np.asarray(x).sum(keepdims=True) for x in self))
             return tuple(float(x[0]) for x in total.scores())
         weights = self.true if average == "weighted" else np.ones(len(self.true))
         return tuple(float(_ratio((x * weights).sum(), weights.sum())) for x in self.scores())
@@ -57,15 +57,15 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) 
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
 
-def confusion_counts(confusion: np.ndarray) -> Counts:
-    return Counts(confusion.diagonal(), confusion.sum(axis=0), confusion.sum(axis=1))
+def counts_from_confusion(confusion: np.ndarray) -> ClassCounts:
+    return ClassCounts(confusion.diagonal(), confusion.sum(axis=0), confusion.sum(axis=1))
 
 
-def multi_label_counts(labels: np.ndarray, predictions: np.ndarray) -> Counts:
+def multi_label_counts(labels: np.ndarray, predictions: np.ndarray) -> ClassCounts:
     """Counts of labels and predictions [n, C], each side true or false."""
     labels, predictions = np.asarray(labels, bool), np.asarray(predictions, bool)
     hits = (labels & predictions).sum(axis=0)
-    return Counts(hits, predictions.sum(axis=0), labels.sum(axis=0))
+    return ClassCounts(hits, predictions.sum(axis=0), labels.sum(axis=0))
 
 
 def single_label_metrics(confusion: np.ndarray) -> dict[str, float]:
@@ -73,14 +73,14 @@ def single_label_metrics(confusion: np.ndarray) -> dict[str, float]:
 
     Averages are over the classes that occur among labels or predictions, as scikit-learn's.
     """
-    counts = confusion_counts(confusion)
+    counts = counts_from_confusion(confusion)
     present = (counts.predicted + counts.true) > 0
-    occurring = Counts(*(x[present] for x in counts))
+    occurring = ClassCounts(*(x[present] for x in counts))
     total = confusion.sum()
     metrics = {
         "accuracy": float(_ratio(counts.hits.sum(), total)),
         "matthews": matthews(confusion),
-        **{f"f1_{average}": occurring.averaged(average)[2] for average in AVERAGES},
+        **{f"f1_{average}": occurring.averaged(average)[2] for average in AVERAGE_MODES},
     }
     if len(confusion) == 2:
         metrics["f1"] = float(counts.scores()[2][1])
@@ -107,7 +107,7 @@ def multi_label_metrics(labels: np.ndarray, predictions: np.ndarray) -> dict[str
     return {
         "exact_match": float(right.all(axis=1).mean()),
         "label_accuracy": float(right.mean()),
-        **{f"f1_{average}": counts.averaged(average)[2] for average in AVERAGES},
+        **{f"f1_{average}": counts.averaged(average)[2] for average in AVERAGE_MODES},
     }
 
 
@@ -146,7 +146,7 @@ def perplexity(loss: float, weight: float) -> float:
         return math.inf
 
 
-class ClassScores(NamedTuple):
+class ClassReportRow(NamedTuple):
     """A line of a report; `support` is how many targets there are."""
 
     name: str
@@ -156,24 +156,24 @@ class ClassScores(NamedTuple):
     support: int
 
 
-def class_report(counts: Counts, names: Sequence[str]) -> list[ClassScores]:
+def classification_report(counts: ClassCounts, names: Sequence[str]) -> list[ClassReportRow]:
     """Precision, recall and F1 of each class, in the order of `names`."""
     columns = [*(scores.tolist() for scores in counts.scores()), np.asarray(counts.true).tolist()]
-    return [ClassScores(*line) for line in zip(names, *columns, strict=True)]
+    return [ClassReportRow(*line) for line in zip(names, *columns, strict=True)]
 
 
-class Interval(NamedTuple):
+class ConfidenceInterval(NamedTuple):
     low: float
     high: float
 
 
-def bootstrap(
+def bootstrap_intervals(
     metrics: Callable[[np.ndarray], dict[str, float]],
     n: int,
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
-) -> dict[str, Interval]:
+) -> dict[str, ConfidenceInterval]:
     """Percentile intervals of metrics over n examples drawn with replacement (Efron 1979).
 
     Args:
@@ -189,5 +189,5 @@ def bootstrap(
         values = np.array([sample[name] for sample in found])
         values = values[~np.isnan(values)]
         bounds = np.quantile(values, (tail, 1 - tail)) if len(values) else (math.nan, math.nan)
-        intervals[name] = Interval(*map(float, bounds))
+        intervals[name] = ConfidenceInterval(*map(float, bounds))
     return intervals

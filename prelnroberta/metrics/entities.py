@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from prelnroberta.data.readers.bio_tags import spans, strict_spans
-from prelnroberta.metrics.classification import AVERAGES, Counts
+from prelnroberta.metrics.classification import AVERAGE_MODES, ClassCounts
 
 
 class EntityCounts:
@@ -46,9 +46,9 @@ class EntityCounts:
                 for span in spans_:
                     self._counts[i, row, number[span.type]] += 1
 
-    def counts(self, sentences: np.ndarray | slice = slice(None)) -> Counts:
+    def counts(self, sentences: np.ndarray | slice = slice(None)) -> ClassCounts:
         """Counts by type, over all sentences or those of the given numbers, which may repeat."""
-        return Counts(*self._counts[sentences].sum(axis=0))
+        return ClassCounts(*self._counts[sentences].sum(axis=0))
 
     def metrics(self, sentences: np.ndarray | slice = slice(None)) -> dict[str, float]:
         """precision, recall, f1 (micro, as CoNLL reports it), f1_macro, f1_weighted, and accuracy,
@@ -60,7 +60,7 @@ class EntityCounts:
             "precision": precision,
             "recall": recall,
             "f1": f1,
-            **{f"f1_{a}": counts.averaged(a)[2] for a in AVERAGES if a != "micro"},
+            **{f"f1_{a}": counts.averaged(a)[2] for a in AVERAGE_MODES if a != "micro"},
             "accuracy": right / words if words else 0.0,
         }
 

@@ -19,18 +19,18 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def normalized(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """Lower case, without ASCII punctuation, English articles and extra whitespace."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, answer: str) -> float:
-    return float(normalized(prediction) == normalized(answer))
+    return float(normalize_answer(prediction) == normalize_answer(answer))
 
 
 def answer_f1(prediction: str, answer: str, version_2: bool = False) -> float:
     """F1 of the two bags of words."""
-    predicted, wanted = normalized(prediction).split(), normalized(answer).split()
+    predicted, wanted = normalize_answer(prediction).split(), normalize_answer(answer).split()
     if version_2 and not (predicted and wanted):
         return float(predicted == wanted)
     shared = sum((Counter(predicted) & Counter(wanted)).values())
@@ -71,7 +71,7 @@ def question_scores(
     for name, right in answers.items():
         answerable.append(bool(right))
         if version_2:
-            right = [answer for answer in right if normalized(answer)] or [""]
+            right = [answer for answer in right if normalize_answer(answer)] or [""]
         text = predictions.get(name)
         known = text is not None and len(right) > 0
         exact.append(max(exact_match(text, answer) for answer in right) if known else 0.0)
@@ -79,7 +79,7 @@ def question_scores(
     return QuestionScores(np.array(exact), np.array(f1), np.array(answerable, bool))
 
 
-def best_null_threshold(
+def find_best_null_threshold(
     scores: np.ndarray, answerable: np.ndarray, null_differences: np.ndarray
 ) -> tuple[float, float]:
     """The mean score, in percent, at the best threshold of null_difference, and that threshold.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from prelnroberta.config import RobertaPreLayerNormConfig
-from prelnroberta.distributed.sharding import on_parts, platform
+from prelnroberta.distributed.sharding import apply_per_shard, target_platform
 from prelnroberta.errors import InputError
 
 Array = jax.Array
@@ -69,7 +69,7 @@ def choose(
         InputError: in one line, where the kernel of choice cannot do what is asked. `auto` then
             takes none.
     """
-    here = platform()
+    here = target_platform()
     kernels = [k for k in _PLATFORMS if k == choice or (choice == "auto" and _PLATFORMS[k] == here)]
     for kernel in kernels:
         reasons = refusals(kernel, config, dtype, length, training, here)
@@ -117,7 +117,7 @@ def cudnn(q: Array, keys: Array, values: Array, visible: Array | None) -> Array:
             q, keys, values, mask=mask, scale=1.0, implementation="cudnn"
         )
 
-    return on_parts(kernel, arrays, letters)
+    return apply_per_shard(kernel, arrays, letters)
 
 
 def splash(
@@ -165,4 +165,4 @@ def splash(
         mixed = jax.vmap(row)(tiled(q), tiled(keys), tiled(values), segments)
         return mixed.transpose(0, 2, 1, 3)[:, :L]
 
-    return on_parts(kernel, [q, keys, values, segments], ["BLHK"] * 3 + ["BL"])
+    return apply_per_shard(kernel, [q, keys, values, segments], ["BLHK"] * 3 + ["BL"])

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
-from prelnroberta.distributed.sharding import constrain, platform
+from prelnroberta.distributed.sharding import constrain, target_platform
 from prelnroberta.errors import InputError
 from prelnroberta.model import attention_kernels
 from prelnroberta.model import kv_cache as caches
@@ -89,7 +89,7 @@ class Execution:
     def scans(self) -> bool:
         if self.scan_layers is not None:
             return self.scan_layers
-        return self.remat != "none" or platform() != "cpu"
+        return self.remat != "none" or target_platform() != "cpu"
 
     def prepared(self, params: parameters.Tree) -> parameters.Tree:
         """Parameters on the device, in the form that this execution reads fastest, for use without

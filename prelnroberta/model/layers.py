@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
 
-from prelnroberta.distributed.sharding import on_one_cpu
+from prelnroberta.distributed.sharding import is_single_cpu
 
 Array = jax.Array
 
@@ -55,7 +55,7 @@ def layer_norm(p: dict, x: Array, epsilon: float) -> Array:
 def project(p: dict, equation: str, x: Array) -> Array:
     """einsum with the kernel, in x's dtype, and the bias."""
     kernel, bias = p["kernel"].astype(x.dtype), p["bias"].astype(x.dtype)
-    if not on_one_cpu():
+    if not is_single_cpu():
         return jnp.einsum(equation, x, kernel) + bias
     # As a product of two matrices: XLA:CPU transposes both factors of an einsum's gradient over B
     # and L, element by element, and multiplies what is transposed at half the speed.

@@ -42,7 +42,7 @@ class CheckpointError(InputError):
     """A checkpoint could not be written or read; the message says which and what still stands."""
 
 
-class DamagedCheckpoint(CheckpointError):
+class CorruptCheckpointError(CheckpointError):
     """What is on the disk is not what was saved."""
 
 
@@ -51,7 +51,7 @@ def _is_not_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname and "never retrieved" not in record.getMessage()
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints of one run: the latest `keep` and the one with the lowest loss.
 
     Args:
@@ -90,11 +90,11 @@ class Checkpoints:
             ),
         )
 
-    def latest(self) -> int | None:
+    def latest_step(self) -> int | None:
         """The last complete step, or None."""
         return self._manager.latest_step()
 
-    def kept(self) -> list[int]:
+    def all_steps(self) -> list[int]:
         """The complete steps that are there, in order."""
         return sorted(self._manager.all_steps())
 
@@ -110,7 +110,7 @@ class Checkpoints:
                 next call tries anew.
         """
         ocp, step = self._ocp, int(state.step)
-        if step == self.latest():
+        if step == self.latest_step():
             return
         self._empty_removed()
         params, training = _split(state)
@@ -128,7 +128,7 @@ class Checkpoints:
             )
         )
 
-    def wait(self) -> None:
+    def wait_until_finished(self) -> None:
         """Returns when everything begun is on disk. Raises CheckpointError if a write failed."""
         self._reporting(self._manager.wait_until_finished)
 
@@ -145,11 +145,11 @@ class Checkpoints:
         Raises:
             CheckpointError: naming each leaf that is missing, unexpected, or of another shape or
                 dtype.
-            DamagedCheckpoint: naming each leaf whose values are not those that were saved, or what
+            CorruptCheckpointError: naming each leaf whose values are not those that were saved, or what
                 could not be read at all.
         """
         ocp = self._ocp
-        step = self.latest() if step is None else step
+        step = self.latest_step() if step is None else step
         where = f"{self.directory}/{step}"
         params, training = _split(like)
         try:
@@ -190,7 +190,7 @@ class Checkpoints:
         state = TrainState(params=values["params"], **values["training"])
         return state, manifest["extra"]
 
-    def set_aside(self, step: int) -> None:
+    def move_aside(self, step: int) -> None:
         """Moves a damaged step out of the way: the one before it is the latest from now on."""
         (self.directory / _DAMAGED).mkdir(exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # another host was faster
@@ -211,7 +211,7 @@ class Checkpoints:
                 raise
             # orbax would tell of the same failure again and again.
             self._manager = self._open()
-            step = self.latest()
+            step = self.latest_step()
             stands = "no checkpoint stands yet" if step is None else f"that of step {step} is whole"
             raise CheckpointError(
                 f"a checkpoint could not be saved below {self.directory}: {reason}; {stands}: "
@@ -280,9 +280,9 @@ def _json_checksum(value: Any) -> int:
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
-def _damaged(where: str, error: Exception) -> DamagedCheckpoint:
+def _damaged(where: str, error: Exception) -> CorruptCheckpointError:
     reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    return DamagedCheckpoint(
+    return CorruptCheckpointError(
         f"{where}: the checkpoint is damaged ({reason}); move that directory away, or run with "
         "--set_damaged_aside, to go on from the one before it"
     )

@@ -22,7 +22,7 @@ Rule = Literal["adamw", "lamb"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Optimization:
+class OptimizerConfig:
     """How the parameters move.
 
     Attributes:
@@ -95,7 +95,7 @@ def _positive(value: float) -> bool:
     return math.isfinite(value) and value > 0
 
 
-def learning_rate(settings: Optimization) -> optax.Schedule:
+def learning_rate_schedule(settings: OptimizerConfig) -> optax.Schedule:
     """The learning rate as a function of the number of steps already taken."""
     peak, end, warmup = settings.learning_rate, settings.end_learning_rate, settings.warmup_steps
     fall_steps = max(settings.steps - warmup, 1)
@@ -111,8 +111,8 @@ def learning_rate(settings: Optimization) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), fall], [warmup])
 
 
-def decay_mask(
-    settings: Optimization, config: RobertaPreLayerNormConfig, model: str = "masked_lm"
+def weight_decay_mask(
+    settings: OptimizerConfig, config: RobertaPreLayerNormConfig, model: str = "masked_lm"
 ) -> parameters.Tree:
     """A tree of bools: which leaves decay, by the kinds of the parameter table."""
     decays = {
@@ -152,8 +152,8 @@ def freeze_labels(params: parameters.Tree, patterns: Sequence[str]) -> parameter
     )
 
 
-def layer_rates(
-    settings: Optimization, config: RobertaPreLayerNormConfig, model: str = "masked_lm"
+def learning_rate_multipliers(
+    settings: OptimizerConfig, config: RobertaPreLayerNormConfig, model: str = "masked_lm"
 ) -> parameters.Tree | None:
     """What each leaf's learning rate is multiplied by: a tree of float32 arrays that broadcast
     against the leaves ([N, 1, ...] for stacked ones), 0 where frozen; None if all are 1.
@@ -184,7 +184,7 @@ def layer_rates(
     return parameters.unflatten({path: rate(path, row) for path, row in rows.items()})
 
 
-def at_rates(
+def scale_learning_rates(
     optimizer: optax.GradientTransformation, rates: parameters.Tree
 ) -> optax.GradientTransformation:
     """Multiplies the steps of `optimizer` by `rates`. What is frozen counts in no gradient norm."""
@@ -198,26 +198,26 @@ def at_rates(
 
 
 def adamw(
-    settings: Optimization, config: RobertaPreLayerNormConfig, model: str = "masked_lm"
+    settings: OptimizerConfig, config: RobertaPreLayerNormConfig, model: str = "masked_lm"
 ) -> optax.GradientTransformation:
     """The optimizer: clip by global norm, then AdamW. Moments are float32."""
     steps = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
     steps.append(
         optax.adamw(
-            learning_rate(settings),
+            learning_rate_schedule(settings),
             b1=settings.adam_beta1,
             b2=settings.adam_beta2,
             eps=settings.adam_epsilon,
             mu_dtype=jnp.float32,
             weight_decay=settings.weight_decay,
-            mask=decay_mask(settings, config, model),
+            mask=weight_decay_mask(settings, config, model),
         )
     )
     return optax.chain(*steps)
 
 
 def lamb(
-    settings: Optimization, config: RobertaPreLayerNormConfig, model: str = "masked_lm"
+    settings: OptimizerConfig, config: RobertaPreLayerNormConfig, model: str = "masked_lm"
 ) -> optax.GradientTransformation:
     """LAMB: as `adamw`, but each parameter's step has the length of the parameter, times the rate.
 
@@ -243,17 +243,17 @@ def lamb(
         optax.scale_by_adam(
             settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon, mu_dtype=jnp.float32
         ),
-        optax.add_decayed_weights(settings.weight_decay, decay_mask(settings, config, model)),
+        optax.add_decayed_weights(settings.weight_decay, weight_decay_mask(settings, config, model)),
         optax.GradientTransformation(lambda params: optax.EmptyState(), trust),
-        optax.scale_by_learning_rate(learning_rate(settings)),
+        optax.scale_by_learning_rate(learning_rate_schedule(settings)),
     ]
     return optax.chain(*steps)
 
 
-def make(
-    settings: Optimization, config: RobertaPreLayerNormConfig, model: str = "masked_lm"
+def make_optimizer(
+    settings: OptimizerConfig, config: RobertaPreLayerNormConfig, model: str = "masked_lm"
 ) -> optax.GradientTransformation:
     """The optimizer that the settings name, at each layer's rate."""
     optimizer = {"adamw": adamw, "lamb": lamb}[settings.optimizer](settings, config, model)
-    rates = layer_rates(settings, config, model)
-    return optimizer if rates is None else at_rates(optimizer, rates)
+    rates = learning_rate_multipliers(settings, config, model)
+    return optimizer if rates is None else scale_learning_rates(optimizer, rates)

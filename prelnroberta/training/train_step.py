@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from prelnroberta.distributed.sharding import Layout
-from prelnroberta.model.heads import Scores
+from prelnroberta.model.losses import Scores
 from prelnroberta.params import Tree
 
 Batch = dict[str, jax.Array]
@@ -55,7 +55,7 @@ class TrainState:
             gradient_norm=jnp.zeros((), jnp.float32),
         )
 
-    def new_window(self) -> TrainState:
+    def reset_window(self) -> TrainState:
         return self.replace(window=jax.tree.map(jnp.zeros_like, self.window))
 
 
@@ -79,15 +79,15 @@ class TrainStep(Protocol):
     ) -> tuple[TrainState, Scores]: ...
 
 
-def train_step(
-    score: ScoreFn, optimizer: optax.GradientTransformation, seed: int, accumulate: int = 1
+def make_train_step(
+    score: ScoreFn, optimizer: optax.GradientTransformation, seed: int, gradient_accumulation_steps: int = 1
 ) -> TrainStep:
     """The pure training step.
 
     Args:
         score: batch -> summed scores; its loss sum is differentiated.
         seed: a row's dropout key is a function of (seed, step, its place in the batch), no more.
-        accumulate: slices that the batch's rows [B, ...] are dealt out to, computed one after the
+        gradient_accumulation_steps: slices that the batch's rows [B, ...] are dealt out to, computed one after the
             other; gradients of sums add up, and are divided by the total weight once.
     """
 
@@ -100,9 +100,9 @@ def train_step(
         return scores, gradients
 
     def deal(x: jax.Array) -> jax.Array:
-        """[B, ...] -> [accumulate, B / accumulate, ...], row r to slice r % accumulate: where the
+        """[B, ...] -> [gradient_accumulation_steps, B / gradient_accumulation_steps, ...], row r to slice r % gradient_accumulation_steps: where the
         rows are cut over devices, each has its share of every slice, and none moves."""
-        return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(-1, gradient_accumulation_steps, *x.shape[1:]).swapaxes(0, 1)
 
     def step(
         state: TrainState,
@@ -113,7 +113,7 @@ def train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         rows = first_row + jnp.arange(len(jax.tree.leaves(batch)[0]))
         keys = jax.vmap(partial(jax.random.fold_in, key))(rows)
-        if accumulate == 1:
+        if gradient_accumulation_steps == 1:
             sums = gradient(state.params, batch, keys)
         else:
 
@@ -138,22 +138,22 @@ def train_step(
     return step
 
 
-def parallel(step: TrainStep, layout: Layout) -> Callable:
+def compile_train_step(step: TrainStep, layout: Layout) -> Callable:
     """Compiles (state, batch) -> (state, scores) for the devices of a layout.
 
-    The old state's memory becomes the new one's. The state comes from `layout.born`, the batch from
-    `layout.place`; call it, or `.lower(state, batch).compile()`, while `layout.active()`.
+    The old state's memory becomes the new one's. The state comes from `layout.init_sharded`, the batch from
+    `layout.shard_batch`; call it, or `.lower(state, batch).compile()`, while `layout.use_mesh()`.
     """
-    return as_pmap(step, layout) if layout.is_pmap else as_jit(step, layout)
+    return _pmap_train_step(step, layout) if layout.is_pmap else _jit_train_step(step, layout)
 
 
-def as_jit(step: TrainStep, layout: Layout) -> Callable:
+def _jit_train_step(step: TrainStep, layout: Layout) -> Callable:
     """One program over the mesh: XLA's partitioner puts in the sums over devices."""
 
     def whole_batch(state: TrainState, batch: Batch) -> tuple[TrainState, Scores]:
         after, scores = step(state, batch)
         after = jax.lax.with_sharding_constraint(after, layout.shardings(after))
-        return after, jax.lax.with_sharding_constraint(scores, layout.whole)
+        return after, jax.lax.with_sharding_constraint(scores, layout.replicated)
 
     return jax.jit(whole_batch, donate_argnums=0)
 
@@ -161,7 +161,7 @@ def as_jit(step: TrainStep, layout: Layout) -> Callable:
 _DEVICES = "devices"
 
 
-def as_pmap(step: TrainStep, layout: Layout) -> Callable:
+def _pmap_train_step(step: TrainStep, layout: Layout) -> Callable:
     """The whole step on every device, on its part of the rows; gradients and weights are summed
     over devices before they are divided."""
 
@@ -181,7 +181,7 @@ def _pmap(function: Callable, layout: Layout, **options: Any) -> Callable:
     )
 
 
-def evaluate(score: ScoreFn, layout: Layout) -> Callable[[Tree, Batch], Scores]:
+def compile_eval_step(score: ScoreFn, layout: Layout) -> Callable[[Tree, Batch], Scores]:
     """Compiles (params, batch) -> scores of all rows, without dropout, as `parallel` does."""
 
     def part(params: Tree, batch: Batch) -> Scores:
@@ -189,10 +189,10 @@ def evaluate(score: ScoreFn, layout: Layout) -> Callable[[Tree, Batch], Scores]:
 
     if layout.is_pmap:
         return _pmap(part, layout)
-    return jax.jit(lambda params, batch: score(params, batch, None), out_shardings=layout.whole)
+    return jax.jit(lambda params, batch: score(params, batch, None), out_shardings=layout.replicated)
 
 
-def predict(function: Callable[[Tree, Batch], Any], layout: Layout) -> Callable[[Tree, Batch], Any]:
+def compile_predict_step(function: Callable[[Tree, Batch], Any], layout: Layout) -> Callable[[Tree, Batch], Any]:
     """Compiles (params, placed batch) -> what `function` makes of its rows: a pytree of arrays
     [rows, ...], those of all devices in order, to be had on every host.
 
@@ -205,4 +205,4 @@ def predict(function: Callable[[Tree, Batch], Any], layout: Layout) -> Callable[
 
     if layout.is_pmap:
         return _pmap(part, layout)
-    return jax.jit(function, out_shardings=layout.whole)
+    return jax.jit(function, out_shardings=layout.replicated)

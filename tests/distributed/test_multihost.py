@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments.common.report import TIMES, read_records
+from experiments.common.report import TIMING_FIELDS, read_records
 from prelnroberta.params import flatten
 from prelnroberta.pretrained.hf_checkpoint import load_pretrained
 from tests.helpers.programs import ENVIRONMENT, ROOT, SCRATCH, command, tiny_flags
@@ -88,7 +88,7 @@ def undisturbed():
 
 def records(run_dir):
     return [
-        {name: value for name, value in record.items() if name not in TIMES}
+        {name: value for name, value in record.items() if name not in TIMING_FIELDS}
         for record in read_records(run_dir / "metrics.jsonl")
     ]
 

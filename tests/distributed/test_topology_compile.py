@@ -17,7 +17,6 @@ from prelnroberta.distributed.hardware import CHIP_SPECS, find_chip_spec
 from prelnroberta.distributed.topology_compile import (
     Collective,
     CompileReport,
-    collectives,
     topology_devices,
 )
 from prelnroberta.errors import InputError

@@ -16,10 +16,11 @@ import transformers
 
 from experiments.tasks import TASKS, TaskSettings
 from prelnroberta import params as parameters
-from prelnroberta.config import RobertaPreLayerNormConfig
+from prelnroberta.config import IGNORE_INDEX, RobertaPreLayerNormConfig
 from prelnroberta.data.batches.packed import TrainingBatches
 from prelnroberta.data.readers.row_errors import BadRows
 from prelnroberta.model import heads
+from prelnroberta.model.losses import DEFAULT_LOSS
 from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES, load_pretrained, save_pretrained
 from prelnroberta.training.optimizer import OptimizerConfig, adamw, learning_rate_schedule
 from prelnroberta.training.train_step import TrainState, make_train_step
@@ -36,10 +37,10 @@ def prepared(name, dropout):
     _, _, tokenizer = corpus()
     task, bad = TASKS[name](TaskSettings(task=name, max_length=L)), BadRows()
     examples = task.read(example_file(name), True, bad)
-    task = TASKS[name](task.settled(examples))
+    task = TASKS[name](task.infer_settings(examples))
     features = task.features(examples, tokenizer, bad, training=True)
     bad.settle()
-    config = task.configure(
+    config = task.model_config(
         RobertaPreLayerNormConfig.preset(
             "tiny",
             vocab_size=tokenizer.get_vocab_size(),
@@ -66,7 +67,7 @@ def our_training(task, config, settings=SETTINGS):
     optimizer = adamw(settings, config, task.model)
 
     def score(params, batch, keys):
-        return task.loss(config, task.logits(module, params, batch, keys), batch, heads.PLAIN)
+        return task.loss(config, task.logits(module, params, batch, keys), batch, DEFAULT_LOSS)
 
     def step(state, batch, seed):
         return make_train_step(score, optimizer, seed)(state, batch)
@@ -89,7 +90,7 @@ def torch_inputs(batch):
     named = {"input_ids": batch["input_ids"][real]}
     named["attention_mask"] = (named["input_ids"] != 1).astype(np.int64)
     if "masked_labels" in batch:
-        labels = np.full_like(batch["input_ids"], heads.IGNORE)
+        labels = np.full_like(batch["input_ids"], IGNORE_INDEX)
         rows, slots = np.nonzero(batch["masked_weights"])
         labels[rows, batch["masked_positions"][rows, slots]] = batch["masked_labels"][rows, slots]
         named["labels"] = labels

@@ -26,8 +26,8 @@ from prelnroberta.metrics.classification import (
     AVERAGE_MODES,
     bootstrap_intervals,
     classification_report,
-    counts_from_confusion,
     confusion_matrix,
+    counts_from_confusion,
     multi_label_counts,
     multi_label_metrics,
     perplexity,
@@ -35,7 +35,12 @@ from prelnroberta.metrics.classification import (
     single_label_metrics,
 )
 from prelnroberta.metrics.entities import EntityCounts
-from prelnroberta.metrics.squad import answer_f1, find_best_null_threshold, exact_match, question_scores
+from prelnroberta.metrics.squad import (
+    answer_f1,
+    exact_match,
+    find_best_null_threshold,
+    question_scores,
+)
 from tests.helpers.oracles import run_oracle
 
 HERE = Path(__file__).parent

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.common.evaluator import Judge
+from experiments.common.evaluator import Evaluator
 from experiments.tasks import TASKS
 from prelnroberta.data.batches.buckets import bucket_lengths, evaluation_batches
 from prelnroberta.distributed.sharding import Layout, Parallelism
@@ -38,11 +38,11 @@ def compare(name: str, folder: Path) -> None:
     train = our_training(task, config, settings)
     buckets = bucket_lengths(features.lengths, 1)
     layout = Layout(Parallelism(), config, task.model)
-    judge = Judge(task, heads.MODULES[task.model](config), layout)
+    evaluator = Evaluator(task, heads.MODULES[task.model](config), layout)
 
     def metric(params) -> float:
         with layout.use_mesh():
-            rows, _ = judge(params, features, evaluation_batches(features, buckets, 2048))
+            rows, _ = evaluator(params, features, evaluation_batches(features, buckets, 2048))
         return task.measure(features, rows).metrics[task.metric]
 
     found = []
@@ -58,7 +58,7 @@ def compare(name: str, folder: Path) -> None:
     spread = np.sqrt(np.mean(deviations**2))
     # Three standard errors of a difference of means of twenty.
     assert abs(means[0] - means[1]) <= spread, found
-    first, *learned = (task.merit({task.metric: value}) for value in (before, *means))
+    first, *learned = (task.selection_score({task.metric: value}) for value in (before, *means))
     assert min(learned) > first + 5 * spread, "nothing was learned"
 
 

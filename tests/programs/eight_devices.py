@@ -13,9 +13,15 @@ from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.distributed.sharding import Layout, Parallelism
 from prelnroberta.distributed.topology_compile import count_collectives
 from prelnroberta.model.encoder import Execution
-from prelnroberta.model.heads import MaskedLM, masked_lm_scores
+from prelnroberta.model.heads import MaskedLM
+from prelnroberta.model.losses import masked_lm_scores
 from prelnroberta.training.optimizer import OptimizerConfig, adamw
-from prelnroberta.training.train_step import TrainState, compile_eval_step, compile_train_step, make_train_step
+from prelnroberta.training.train_step import (
+    TrainState,
+    compile_eval_step,
+    compile_train_step,
+    make_train_step,
+)
 from tests.helpers.masked_batches import masked_batch
 from tests.helpers.small_models import random_params
 

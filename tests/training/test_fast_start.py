@@ -13,8 +13,9 @@ from prelnroberta.data.pretraining.packing import Row
 from prelnroberta.errors import InputError
 from prelnroberta.metrics.unigram import UnigramBaseline
 from prelnroberta.model.encoder import embeddings
-from prelnroberta.model.heads import MaskedLM, masked_lm_scores
+from prelnroberta.model.heads import MaskedLM
 from prelnroberta.model.layers import layer_norm, project
+from prelnroberta.model.losses import masked_lm_scores
 from prelnroberta.training.fast_start import check_length, fast_start
 from prelnroberta.training.optimizer import OptimizerConfig, adamw
 from prelnroberta.training.train_step import TrainState, make_train_step

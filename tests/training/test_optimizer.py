@@ -10,7 +10,13 @@ import pytest
 
 from prelnroberta import params as parameters
 from prelnroberta.errors import InputError
-from prelnroberta.training.optimizer import OptimizerConfig, adamw, weight_decay_mask, learning_rate_schedule, make_optimizer
+from prelnroberta.training.optimizer import (
+    OptimizerConfig,
+    adamw,
+    learning_rate_schedule,
+    make_optimizer,
+    weight_decay_mask,
+)
 from tests.helpers.small_models import TINY, random_params
 
 

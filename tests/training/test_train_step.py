@@ -14,7 +14,8 @@ from experiments.common.report import Report, read_records
 from prelnroberta import params as parameters
 from prelnroberta.distributed.sharding import Layout, Parallelism
 from prelnroberta.errors import InputError
-from prelnroberta.model.heads import MaskedLM, Scores, masked_lm_scores
+from prelnroberta.model.heads import MaskedLM
+from prelnroberta.model.losses import Scores, masked_lm_scores
 from prelnroberta.training.checkpoint import CheckpointError, CheckpointManager
 from prelnroberta.training.train_step import TrainState, compile_eval_step, make_train_step
 from tests.helpers.full_disk import filled_disk
@@ -31,7 +32,7 @@ def score(params, batch, key):
 
 def after(steps, accumulate, optimizer=None, **batch):
     optimizer = optimizer or optax.sgd(0.1)
-    step = jax.jit(make_train_step(score, optimizer, seed=0, accumulate=accumulate))
+    step = jax.jit(make_train_step(score, optimizer, seed=0, gradient_accumulation_steps=accumulate))
     state = TrainState.create(jax.device_put(random_params(ONE_LAYER)), optimizer)
     for number in range(steps):
         state, scores = step(state, masked_batch(seed=number, **batch))

@@ -10,10 +10,15 @@ import pytest
 import torch
 
 from prelnroberta import params as parameters
+from prelnroberta.config import IGNORE_INDEX
 from prelnroberta.errors import InputError
-from prelnroberta.model import heads
-from prelnroberta.model.heads import IGNORE, LossSettings
-from prelnroberta.training.optimizer import OptimizerConfig, learning_rate_multipliers, make_optimizer
+from prelnroberta.model import losses
+from prelnroberta.model.losses import LossSettings
+from prelnroberta.training.optimizer import (
+    OptimizerConfig,
+    learning_rate_multipliers,
+    make_optimizer,
+)
 from tests.helpers.small_models import TINY, random_params
 
 WEIGHTS = (0.3, 1.7, 2.0, 0.9, 1.1)
@@ -25,11 +30,11 @@ def test_cross_entropy_is_torchs(weights, smoothing):
     rng = np.random.default_rng(0)
     logits = 3 * rng.standard_normal((4, 7, 5)).astype(np.float32)
     labels = rng.integers(0, 5, (4, 7))
-    labels[rng.random((4, 7)) < 0.3] = IGNORE
+    labels[rng.random((4, 7)) < 0.3] = IGNORE_INDEX
     settings = LossSettings(class_weights=weights, label_smoothing=smoothing)
 
     def ours(logits):
-        return heads.label_scores(logits, jnp.asarray(labels), settings).mean
+        return losses.label_scores(logits, jnp.asarray(labels), settings).mean
 
     inputs = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
     theirs = torch.nn.functional.cross_entropy(
@@ -49,10 +54,10 @@ def test_rows_that_fill_a_batch_count_in_no_loss():
     logits = rng.standard_normal((6, 3)).astype(np.float32)
     labels = rng.random((6, 3)).round().astype(np.float32)
     weights = np.float32([1, 1, 1, 1, 0, 0])
-    for score in (heads.multi_label_scores, heads.regression_scores):
+    for score in (losses.multi_label_scores, losses.regression_scores):
         alone, among = score(logits[:4], labels[:4]), score(logits, labels, weights)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), alone, among)
-    one = heads.regression_scores(logits[:, :1], labels[:, 0])
+    one = losses.regression_scores(logits[:, :1], labels[:, 0])
     np.testing.assert_allclose(one.loss, ((logits[:, 0] - labels[:, 0]) ** 2).sum(), rtol=1e-6)
     assert one.weight == 6
 
