@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from prelnroberta.model.heads import Scores
+from prelnroberta.model.losses import Scores
 
 
 class UnigramBaseline:

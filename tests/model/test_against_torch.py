@@ -16,8 +16,9 @@ from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.model import encoder
 from prelnroberta.model.encoder import Execution
-from prelnroberta.model.heads import MaskedLM, cross_entropy
-from prelnroberta.pretrained.hf_checkpoint import to_tensors
+from prelnroberta.model.heads import MaskedLM
+from prelnroberta.model.losses import cross_entropy
+from prelnroberta.pretrained.hf_checkpoint import to_state_dict
 from tests.helpers.small_models import ODD, TINY, ragged_batch, random_params
 from tests.helpers.tolerances import assert_close, rms_relative
 from tests.helpers.torch_reference import TorchReference
@@ -113,7 +114,7 @@ def test_loss_and_gradients(case):
     execution = Execution(scan_layers=True, remat="full")
     loss, _, gradients = jax_gradients(config, params, batch, execution)
     assert abs(float(loss) / reference.output.loss.item() - 1) < 2e-6
-    ours = to_tensors(gradients, config)
+    ours = to_state_dict(gradients, config)
     expected = reference.gradients()
     scale = max(np.abs(g).max() for g in expected.values())
     assert set(expected) >= set(ours) - {"lm_head.bias", "lm_head.decoder.bias"}
@@ -137,7 +138,7 @@ def test_base_size():
     real = batch["attention_mask"] == 1
     assert_close(logits[real], reference.output.logits.detach().numpy()[real], "logits")
     assert abs(float(loss) / reference.output.loss.item() - 1) < 2e-6
-    ours, expected = to_tensors(gradients, config), reference.gradients()
+    ours, expected = to_state_dict(gradients, config), reference.gradients()
     for name in expected:
         if not name.endswith("attention.self.key.bias"):
             # The rows of the batch's own words are 200 times the whole table's rms. Largest error

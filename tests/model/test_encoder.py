@@ -17,8 +17,9 @@ from prelnroberta import params as parameters
 from prelnroberta.errors import InputError
 from prelnroberta.model import encoder
 from prelnroberta.model.encoder import Encoder, Execution
-from prelnroberta.model.heads import MaskedLM, Scores, cross_entropy, masked_lm_scores
+from prelnroberta.model.heads import MaskedLM
 from prelnroberta.model.layers import ACTIVATIONS
+from prelnroberta.model.losses import Scores, cross_entropy, masked_lm_scores
 from tests.helpers.small_models import ODD, TINY, random_params
 
 SIMILAR = {"rtol": 2e-5, "atol": 2e-5}

@@ -15,8 +15,9 @@ import functools
 
 import numpy as np
 
+from prelnroberta.config import IGNORE_INDEX
 from prelnroberta.data.bin_packing import BinPacking, best_fit_decreasing
-from prelnroberta.data.features.base import IGNORE, NOTHING, Features
+from prelnroberta.data.features.base import NOTHING, Features
 from prelnroberta.data.shuffle import Batch, Prefetch, check_seed, permute
 from prelnroberta.data.tokenizer import PAD_ID
 from prelnroberta.errors import InputError
@@ -201,13 +202,13 @@ def _lay_out(
         batch["read_positions"] = batch["read_positions"][..., 0]
     for name in examples.keys() - {"input_ids", "attention_mask"}:
         values = examples[name]
-        fill = IGNORE if np.issubdtype(values.dtype, np.integer) else 0
+        fill = IGNORE_INDEX if np.issubdtype(values.dtype, np.integer) else 0
         if name in by_token:
             batch[name] = np.full((R, L), fill, values.dtype)
             batch[name][at] = values[example, token]
             continue
         if name in _POSITIONS:
-            values = np.where(values >= 0, values + starts, IGNORE).astype(np.int32)
+            values = np.where(values >= 0, values + starts, IGNORE_INDEX).astype(np.int32)
         batch[name] = np.full((R, S, *values.shape[1:]), fill, values.dtype)
         batch[name][rows, numbers] = values
     return batch

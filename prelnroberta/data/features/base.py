@@ -14,7 +14,6 @@ from prelnroberta.data.tokenizer import PAD_ID
 NOTHING = -1  # the index of a row that only fills a batch up
 
 
-IGNORE = -100  # the label of what does not count: that of `heads`, without loading jax for it
 
 
 class Features(abc.ABC):

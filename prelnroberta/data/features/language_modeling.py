@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from prelnroberta.data.features.base import IGNORE, NOTHING, Features, padded, row_batch
+from prelnroberta.config import IGNORE_INDEX
+from prelnroberta.data.features.base import NOTHING, Features, padded, row_batch
 from prelnroberta.data.features.encoding import token_ids
 from prelnroberta.data.pretraining.packing import Row
 from prelnroberta.data.shuffle import Batch
@@ -99,8 +100,8 @@ class Blocks(Features):
         """The module's batch of the rows at `indices` [B] for a causal model; -1 fills up."""
         rows = {int(index): self._tokens(index) for index in indices if index != NOTHING}
         batch = row_batch(rows, indices, length)
-        batch["labels"] = labels = padded(rows, indices, length, IGNORE)
+        batch["labels"] = labels = padded(rows, indices, length, IGNORE_INDEX)
         # A row's first token has no predecessor there; those of an overlap were predicted before.
-        labels[:, 0] = IGNORE
-        labels[np.asarray(indices) > 0, : self.overlap] = IGNORE
+        labels[:, 0] = IGNORE_INDEX
+        labels[np.asarray(indices) > 0, : self.overlap] = IGNORE_INDEX
         return batch

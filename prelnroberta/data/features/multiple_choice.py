@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prelnroberta.data.features.base import IGNORE, NOTHING, Features
+from prelnroberta.config import IGNORE_INDEX, MASKED_LOGIT
+from prelnroberta.data.features.base import NOTHING, Features
 from prelnroberta.data.features.encoding import check_max_length, pair_row, token_ids
 from prelnroberta.data.readers.swag import ChoiceExample
 from prelnroberta.data.shuffle import Batch
@@ -73,7 +74,7 @@ class ChoiceFeatures(Features):
             "weights": real.astype(np.float32),
         }
         if self.labels is not None:
-            batch["labels"] = np.where(real, self.labels[indices], IGNORE).astype(np.int32)
+            batch["labels"] = np.where(real, self.labels[indices], IGNORE_INDEX).astype(np.int32)
         return batch
 
 
@@ -112,8 +113,8 @@ def choice_features(
 
 
 def masked_logits(logits: Any, choice_mask: Any) -> Any:
-    """Logits [B, C] with 1e30 taken off where there is no choice; for numpy and jax arrays alike.
+    """Logits [B, A] plus `MASKED_LOGIT` where there is no choice, for numpy and jax arrays alike.
 
     Not -inf: over a filling row, which has no choice at all, a softmax of it would be NaN.
     """
-    return logits - 1e30 * (1 - choice_mask.astype(logits.dtype))
+    return logits + MASKED_LOGIT * (1 - choice_mask.astype(logits.dtype))

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from prelnroberta.data.features.base import IGNORE, NOTHING, Features, row_batch
+from prelnroberta.config import IGNORE_INDEX
+from prelnroberta.data.features.base import NOTHING, Features, row_batch
 from prelnroberta.data.features.encoding import PAIR_SPECIALS, encodings, plain, token_ids, windows
 from prelnroberta.data.readers.row_errors import BadRows, settled
 from prelnroberta.data.readers.squad import Question
@@ -62,7 +63,7 @@ class QuestionFeatures(Features):
         batch = row_batch(self.input_ids, indices, length)
         if self.positions is not None:
             real = np.asarray(indices)[:, None] != NOTHING
-            starts, ends = np.where(real, self.positions[indices], IGNORE).T
+            starts, ends = np.where(real, self.positions[indices], IGNORE_INDEX).T
             batch["start_positions"], batch["end_positions"] = starts, ends
         return batch
 

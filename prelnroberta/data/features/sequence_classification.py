@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prelnroberta.config import REGRESSION, SINGLE_LABEL
-from prelnroberta.data.features.base import IGNORE, NOTHING, Features, row_batch
+from prelnroberta.config import IGNORE_INDEX, REGRESSION, SINGLE_LABEL
+from prelnroberta.data.features.base import NOTHING, Features, row_batch
 from prelnroberta.data.features.encoding import check_max_length, pair_row, single_row, token_ids
 from prelnroberta.data.readers.classification import TextExample, label_names
 from prelnroberta.data.readers.labels import LabelIds
@@ -55,7 +55,7 @@ class TextFeatures(Features):
         batch = row_batch(self.input_ids, indices, length)
         if self.labels is not None:
             batch["labels"] = labels = self.labels[indices]
-            labels[np.asarray(indices) == NOTHING] = IGNORE if labels.dtype == np.int32 else 0
+            labels[np.asarray(indices) == NOTHING] = IGNORE_INDEX if labels.dtype == np.int32 else 0
         return batch
 
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from prelnroberta.data.features.base import IGNORE, Features, padded, row_batch
+from prelnroberta.config import IGNORE_INDEX
+from prelnroberta.data.features.base import Features, padded, row_batch
 from prelnroberta.data.features.encoding import (
     check_max_length,
     encodings,
@@ -66,7 +67,7 @@ class TokenFeatures(Features):
         """The module's batch of the rows at `indices` [B]; -1 fills up."""
         batch = row_batch(self.input_ids, indices, length)
         if self.labels is not None:
-            batch["labels"] = padded(self.labels, indices, length, IGNORE)
+            batch["labels"] = padded(self.labels, indices, length, IGNORE_INDEX)
         return batch
 
     def by_word(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -145,7 +146,7 @@ def token_features(
             input_ids.append(np.concatenate([[BOS_ID], tokens[start:end], [EOS_ID]]))
             asked.append(np.stack([mine - start + 1, word_of[mine]], axis=1))
             if continued is not None:
-                row = np.full(end - start + 2, IGNORE, np.int32)
+                row = np.full(end - start + 2, IGNORE_INDEX, np.int32)
                 row[mine - start + 1] = word_labels[owner][word_of[mine]]
                 if label_all_tokens:
                     inside = np.setdiff1d(np.arange(start, end), first)

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prelnroberta
-from prelnroberta.config import IGNORE_INDEX
 from prelnroberta.data.batches.buckets import bucket_lengths, bucket_of, evaluation_batches
-from prelnroberta.data.features.base import IGNORE, NOTHING, padded
+from prelnroberta.data.features.base import NOTHING, padded
 from prelnroberta.errors import InputError
 
 
@@ -95,7 +94,7 @@ def test_padding():
 
 
 def test_data_and_metrics_load_no_jax():
-    """Whoever prepares data needs numpy and tokenizers; the ignored label is one all the same."""
+    """Preparing data needs numpy and tokenizers only."""
     package = Path(prelnroberta.__file__).parent
     files = [*package.glob("data/**/[a-z]*.py")]
     files += [
@@ -106,4 +105,3 @@ def test_data_and_metrics_load_no_jax():
     code += "print(sorted({'jax', 'flax', 'tokenizers', 'scipy', 'sklearn'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    assert IGNORE_INDEX == IGNORE

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.tasks import TASKS, TaskSettings
-from prelnroberta.config import MULTI_LABEL, REGRESSION
+from prelnroberta.config import IGNORE_INDEX, MULTI_LABEL, REGRESSION
 from prelnroberta.data.batches.packed import TrainingBatches
-from prelnroberta.data.features.base import IGNORE, Features
+from prelnroberta.data.features.base import Features
 from prelnroberta.data.readers.classification import TextExample
 from prelnroberta.data.readers.row_errors import BadRows
 from prelnroberta.data.readers.swag import ChoiceExample
@@ -55,7 +55,7 @@ def test_every_token_of_a_batch_is_there_once(lengths, B, multiple):
         assert list(zip(count.tolist(), tokens.tolist(), strict=True)) == expected
         rows, slots = np.nonzero(batch["weights"])
         assert sorted(batch["labels"][rows, slots].tolist()) == sorted(indices.tolist())
-        assert (batch["labels"][batch["weights"] == 0] == IGNORE).all()
+        assert (batch["labels"][batch["weights"] == 0] == IGNORE_INDEX).all()
         for row, slot in zip(rows, slots, strict=True):
             begin, label = batch["read_positions"][row, slot], batch["labels"][row, slot]
             its = np.s_[row, begin : begin + lengths[label]]
@@ -151,8 +151,8 @@ def learned(name):
         choices = [texts[i : i + 2 + i % 3] for i in range(30)]  # 2 to 4 of them
         examples = [ChoiceExample("f", "some context", "", found, 1) for found in choices]
     else:
-        examples = task.read(example_file(name), True, bad)
-    task = TASKS[name](task.settled(examples))
+        examples = task.read_examples(example_file(name), True, bad)
+    task = TASKS[name](task.infer_settings(examples))
     return task, task.features(examples, corpus()[2], bad, training=True)
 
 
@@ -167,14 +167,16 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("settings", [losses.DEFAULT_LOSS, losses.LossSettings(label_smoothing=0.2)])
+@pytest.mark.parametrize(
+    "settings", [losses.DEFAULT_LOSS, losses.LossSettings(label_smoothing=0.2)]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_sums_and_gradients_are_those_of_padded_examples(kind, settings):
     task, features = learned(kind)
-    config = task.configure(TINY.replace(vocab_size=600, is_decoder=task.model == "causal_lm"))
+    config = task.model_config(TINY.replace(vocab_size=600, is_decoder=task.model == "causal_lm"))
     params = random_params(config, task.model, scale=0.1)
     module = heads.MODULES[task.model](config)
-    loader = task.batches(features, 11, 3, 6, 1)
+    loader = task.training_batches(features, 11, 3, 6, 1)
 
     @jax.jit
     def sums(params, batch):
