@@ -19,10 +19,10 @@ import numpy as np
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig, require_config
 from prelnroberta.errors import InputError
-from prelnroberta.model import heads
 from prelnroberta.model import kv_cache as caches
+from prelnroberta.model import losses
 from prelnroberta.model.encoder import EncoderOutput, Execution, TableModule
-from prelnroberta.model.kv_cache import Cache
+from prelnroberta.model.kv_cache import KVCache
 from prelnroberta.params import Tree
 from prelnroberta.pretrained import hf_checkpoint, outputs
 from prelnroberta.pretrained.input_checks import (
@@ -48,7 +48,7 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
     Attributes:
         module: the pure module.
         params: its parameter tree.
-        swapped: a `hf_checkpoint.Swapped`: what from_pretrained took new values for, and dropped.
+        loading_info: the `hf_checkpoint.LoadingInfo` of from_pretrained.
 
     Args:
         config: the architecture.
@@ -90,7 +90,7 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
             remat="full" if gradient_checkpointing else "none",
             attention=attention,
         )
-        self.swapped = hf_checkpoint.Swapped()
+        self.loading_info = hf_checkpoint.LoadingInfo()
         self._last_prepared: tuple[list[Array], Tree] = ([], {})
         self._params = self.init_weights(jax.random.key(seed)) if _do_init else None
 
@@ -158,7 +158,7 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
         """Reads a local Hugging Face directory: safetensors, shards, or Flax msgpack.
 
         Parts the files lack as a whole, such as a head, get new values; parts this class has no
-        place for are dropped; both are logged as a warning and kept in `swapped`.
+        place for are dropped; both are logged as a warning and kept in `loading_info`.
 
         Args:
             config: in place of the directory's.
@@ -172,10 +172,10 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
             InputError: a file that is missing or damaged; one message listing every missing,
                 unexpected, mis-shaped and non-finite tensor; an unknown argument.
         """
-        config, options = hf_checkpoint.open_directory(cls, directory, config, cls.options, changes)
+        config, options = hf_checkpoint.resolve_config(cls, directory, config, cls.options, changes)
         model = cls(config, seed=seed, dtype=dtype, _do_init=False, **options)
         tensors, source = hf_checkpoint.read_weights(directory)
-        tree, model.swapped = hf_checkpoint.read_tensors(
+        tree, model.loading_info = hf_checkpoint.load_state_dict(
             tensors,
             config,
             model.model,
@@ -183,7 +183,7 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
             lambda: model.init_weights(jax.random.key(seed)),
             ignore_mismatched_sizes,
         )
-        hf_checkpoint.report_swapped(model.swapped, source, cls)
+        hf_checkpoint.log_loading_info(model.loading_info, source, cls)
         tree = jax.device_put(tree)
         if not _do_init:
             return model, tree
@@ -295,7 +295,7 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: KVCache | None = None,
         *,
         labels: Any = None,
         start_positions: Any = None,
@@ -366,9 +366,9 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
         return output if either(return_dict, "return_dict") else output.to_tuple()
 
     def _prepared(self, tree: Tree) -> Tree:
-        """`Execution.prepared`, once for the same arrays; what is scanned, traced, numpy's or
+        """`Execution.params_for_inference`, once for the same arrays; what is scanned, traced, numpy's or
         on several devices, as it is."""
-        if self.execution.scans:  # enable_gradient_checkpointing may have changed it since
+        if self.execution.uses_scan:  # enable_gradient_checkpointing may have changed it since
             return tree
         leaves = jax.tree.leaves(tree)
         known, prepared = self._last_prepared
@@ -377,10 +377,10 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
         if not all(map(_lies_on_one_device, leaves)):
             return tree
         with jax.ensure_compile_time_eval():  # a caller may be tracing something else
-            self._last_prepared = leaves, self.execution.prepared(tree)
+            self._last_prepared = leaves, self.execution.params_for_inference(tree)
         return self._last_prepared[1]
 
-    def init_cache(self, batch_size: int, max_length: int) -> Cache:
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `past_key_values`; see `cache.py`."""
         return caches.init_cache(self.config, batch_size, max_length, self.dtype)
 
@@ -413,7 +413,7 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
 
     def loss(self, logits: Array, labels: Array) -> Array:
         """[] float32: the mean over the labels that count; a finite 0 where none does."""
-        return heads.label_scores(logits, jnp.asarray(labels)).mean
+        return losses.label_scores(logits, jnp.asarray(labels)).mean
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("keep_residuals", "keep_attentions"))

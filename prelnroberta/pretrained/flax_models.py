@@ -18,9 +18,9 @@ import numpy as np
 
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
-from prelnroberta.model import heads
-from prelnroberta.model.encoder import Encoder, EncoderOutput, read_encoder
-from prelnroberta.model.kv_cache import Cache
+from prelnroberta.model import heads, losses
+from prelnroberta.model.encoder import Encoder, EncoderOutput, project_encoder_states
+from prelnroberta.model.kv_cache import KVCache
 from prelnroberta.params import Tree
 from prelnroberta.pretrained import outputs
 from prelnroberta.pretrained.base import FlaxRobertaPreLayerNormPreTrainedModel
@@ -72,8 +72,8 @@ class _Decoder:
     module: heads.CausalLM
 
     def __call__(
-        self, params: Tree, input_ids: Array, attention_mask: Array, cache: Cache
-    ) -> tuple[Array, Cache]:
+        self, params: Tree, input_ids: Array, attention_mask: Array, cache: KVCache
+    ) -> tuple[Array, KVCache]:
         named = {"attention_mask": attention_mask, "cache": cache}
         logits, output = self.module.apply({"params": params}, input_ids, **named)
         return logits, output.cache
@@ -109,7 +109,7 @@ class FlaxRobertaPreLayerNormForCausalLM(FlaxRobertaPreLayerNormPreTrainedModel)
         )
 
     def loss(self, logits: Array, labels: Array) -> Array:
-        return heads.causal_lm_scores(logits, jnp.asarray(labels)).mean
+        return losses.causal_lm_scores(logits, jnp.asarray(labels)).mean
 
     def generate(
         self,
@@ -165,7 +165,7 @@ class FlaxRobertaPreLayerNormForCausalLM(FlaxRobertaPreLayerNormPreTrainedModel)
         cache = self.init_cache(B, L + most - 1)
         if encoder_hidden_states is not None:
             states = jnp.asarray(given["encoder_hidden_states"], self.dtype)
-            cache |= read_encoder(
+            cache |= project_encoder_states(
                 tree["encoder"]["layers"], states, given["encoder_attention_mask"]
             )
         return generate(
@@ -184,7 +184,7 @@ class FlaxRobertaPreLayerNormForSequenceClassification(FlaxRobertaPreLayerNormPr
     module_class = heads.SequenceClassification
 
     def loss(self, logits: Array, labels: Array) -> Array:
-        return heads.sequence_scores(self.config, logits, jnp.asarray(labels)).mean
+        return losses.sequence_scores(self.config, logits, jnp.asarray(labels)).mean
 
 
 class FlaxRobertaPreLayerNormForMultipleChoice(FlaxRobertaPreLayerNormPreTrainedModel):
@@ -219,7 +219,7 @@ class FlaxRobertaPreLayerNormForQuestionAnswering(FlaxRobertaPreLayerNormPreTrai
         loss = None
         if targets:
             positions = (jnp.asarray(targets[f"{side}_positions"]) for side in ("start", "end"))
-            starts, ends = heads.span_scores(logits, *positions)
+            starts, ends = losses.span_scores(logits, *positions)
             loss = (starts.mean + ends.mean) / 2
         return outputs.QuestionAnsweringOutput(
             loss=loss,

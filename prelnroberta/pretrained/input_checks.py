@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prelnroberta.config import RobertaPreLayerNormConfig
+from prelnroberta.config import IGNORE_INDEX, RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
-from prelnroberta.model.heads import IGNORE, problem_type
 from prelnroberta.model.kv_cache import init_cache
+from prelnroberta.model.losses import infer_problem_type
 
 _SIZES = {"input_ids": "vocab_size", "token_type_ids": "type_vocab_size"}
 _SIZES |= {"position_ids": "max_position_embeddings"}
@@ -152,7 +152,7 @@ def check_labels(
         _require_shape("labels", labels, [tuple(lead)])
         check_integers("labels", labels, C, what, ignore=True)
         return
-    kind = problem_type(config, labels)
+    kind = infer_problem_type(config, labels)
     if kind == "single_label_classification":
         _require_shape("labels", labels, [tuple(lead)])
         check_integers("labels", labels, C, "num_labels", ignore=True)
@@ -187,13 +187,13 @@ def check_integers(
     if size is not None:
         bad |= host >= size
     if ignore:
-        bad &= host != IGNORE
+        bad &= host != IGNORE_INDEX
     if bad.any():
         where = np.argwhere(bad)[0].tolist()
         limit = "0 or more" if size is None else f"0 to {what} - 1 = {size - 1}"
         raise InputError(
             f"{name}{where} is {host[tuple(where)]}, expected {limit}"
-            + (f", or {IGNORE} for what does not count" if ignore else "")
+            + (f", or {IGNORE_INDEX} for what does not count" if ignore else "")
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import flax.struct
 import jax
 
-from prelnroberta.model.kv_cache import Cache
+from prelnroberta.model.kv_cache import KVCache
 
 Array = jax.Array
 Arrays = tuple[Array, ...]
@@ -68,7 +68,7 @@ class BaseModelOutput(Output):
 
     last_hidden_state: Array | None = None
     pooler_output: Array | None = None
-    past_key_values: Cache | None = None
+    past_key_values: KVCache | None = None
     hidden_states: Arrays | None = None
     attentions: Arrays | None = None
     cross_attentions: Arrays | None = None
@@ -80,7 +80,7 @@ class CausalLMOutput(Output):
 
     loss: Array | None = None
     logits: Array | None = None
-    past_key_values: Cache | None = None
+    past_key_values: KVCache | None = None
     hidden_states: Arrays | None = None
     attentions: Arrays | None = None
     cross_attentions: Arrays | None = None

@@ -13,8 +13,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from prelnroberta import params as parameters
-from prelnroberta.model import heads
-from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES, save_pretrained
+from prelnroberta.config import ARCHITECTURES
+from prelnroberta.model import losses
+from prelnroberta.pretrained.hf_checkpoint import save_pretrained
 from tests.helpers.model_cases import case_batch, flax_loss_and_gradients, with_minimal_positions
 from tests.helpers.oracles import run_oracle
 from tests.helpers.small_models import ODD, SMALL, TWO_TYPES, flax_class, random_params
@@ -53,7 +54,7 @@ def weights_of_outputs(kind, batch, output, weight):
     if model == "question_answering":
 
         def loss(logits):
-            starts, ends = heads.span_scores(
+            starts, ends = losses.span_scores(
                 logits, batch["start_positions"], batch["end_positions"]
             )
             return (starts.mean + ends.mean) / 2
@@ -129,7 +130,7 @@ def test_flax_files_of_transformers_4(kind, answers):
     root, _ = answers
     model, config = CASES[kind]
     ours = flax_class(model).from_pretrained(root / kind / "msgpack")
-    assert not str(ours.swapped)
+    assert not str(ours.loading_info)
     expected = parameters.flatten(random_params(config, model))
     found = parameters.flatten(ours.params)
     assert found.keys() == expected.keys()

@@ -1,15 +1,12 @@
 """The Flax* classes: files, heads swapped, vocabularies resized, the cache, bad input, outputs."""
 
 import json
-import logging
-import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import transformers
 from safetensors.numpy import save_file
 
 from prelnroberta import (
@@ -21,130 +18,76 @@ from prelnroberta import (
 )
 from prelnroberta import params as parameters
 from prelnroberta.pretrained.hf_checkpoint import (
-    ARCHITECTURES,
     load_pretrained,
     read_weights,
     save_pretrained,
 )
 from prelnroberta.training.optimizer import freeze_labels
-from tests.helpers.small_models import SMALL, flax_class, flax_model, random_params
-
-MODELS = [model for model in ARCHITECTURES if model != "encoder"]
-DECODER = SMALL.replace(is_decoder=True, add_cross_attention=True)
-PLAIN_DECODER = SMALL.replace(is_decoder=True)
-IDS = np.array([[0, 5, 6, 7, 2], [0, 9, 8, 2, 1]])
-
-
-def config_of(model):
-    return DECODER if model == "causal_lm" else SMALL
-
-
-def made(model, config=None, seed=0, **options):
-    config = config or config_of(model)
-    ours = flax_model(model, config, **options)
-    ours.params = random_params(config, model, seed)
-    return ours
-
-
-def assert_same(a, b):
-    a, b = parameters.flatten(a), parameters.flatten(b)
-    assert a.keys() == b.keys()
-    for path in a:
-        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
-
+from tests.helpers.small_models import (
+    DECODER,
+    IDS,
+    PLAIN_DECODER,
+    SMALL,
+    flax_class,
+    flax_model,
+    random_params,
+    small_flax_model,
+)
+from tests.helpers.tolerances import assert_same_params
 
 # Files.
 
 
-UNTIED = ["masked_lm-untied", "causal_lm-untied"]
-
-
-@pytest.mark.parametrize("name", [*MODELS, *UNTIED])
-def test_round_trip_through_transformers_5(name, tmp_path, caplog):
-    """We write, transformers reads without a word and writes, we read the same bits."""
-    model, _, untied = name.partition("-")
-    ours = made(model, config_of(model).replace(tie_word_embeddings=not untied))
-    ours.save_pretrained(tmp_path / "ours", max_shard_bytes=4000 if model == "base" else 10**9)
-    assert (tmp_path / "ours" / "model.safetensors.index.json").exists() == (model == "base")
-    theirs, said, info = read_by_transformers_5(model, tmp_path / "ours", caplog)
-    assert not said and not info
-    theirs.save_pretrained(tmp_path / "theirs")
-    again = flax_class(model).from_pretrained(tmp_path / "theirs")
-    assert_same(again.params, ours.params)
-    assert not str(again.swapped)
-    assert_same(flax_class(model).from_pretrained(tmp_path / "ours").params, ours.params)
-
-
-def read_by_transformers_5(model, directory, caplog):
-    """Its torch model, what it said in its log or as a Python warning, and what it returned of
-    tensors that did not fit."""
-    transformers.logging.enable_propagation()
-    cls = getattr(transformers, ARCHITECTURES[model])
-    with caplog.at_level(logging.INFO), warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        theirs, info = cls.from_pretrained(directory, output_loading_info=True)
-    said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-    return theirs, said + [str(w.message) for w in warned], {k: v for k, v in info.items() if v}
-
-
-def test_transformers_5_would_have_said_a_word(tmp_path, caplog):
-    """Or the test above could not fail."""
-    made("masked_lm").save_pretrained(tmp_path)
-    tensors, _ = read_weights(tmp_path)
-    del tensors["lm_head.dense.bias"]
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    _, said, info = read_by_transformers_5("masked_lm", tmp_path, caplog)
-    assert any("lm_head.dense.bias" in line for line in said)
-    assert info == {"missing_keys": {"lm_head.dense.bias"}}
-
-
 def test_saving_whole_replaces_shards(tmp_path):
-    made("base").save_pretrained(tmp_path, max_shard_bytes=4000)
+    small_flax_model("base").save_pretrained(tmp_path, max_shard_bytes=4000)
     assert len(list(tmp_path.glob("model-*"))) > 2
-    whole = made("base", seed=1)
+    whole = small_flax_model("base", seed=1)
     whole.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-    assert_same(FlaxRobertaPreLayerNormModel.from_pretrained(tmp_path).params, whole.params)
+    assert_same_params(FlaxRobertaPreLayerNormModel.from_pretrained(tmp_path).params, whole.params)
 
 
 def test_heads_are_swapped_and_reported(tmp_path, caplog):
-    base = made("base")
+    base = small_flax_model("base")
     base.save_pretrained(tmp_path / "base")
     headed = FlaxRobertaPreLayerNormForSequenceClassification.from_pretrained(
         tmp_path / "base", num_labels=3
     )
-    assert headed.swapped.new == (
+    assert headed.loading_info.missing_keys == (
         "classifier.dense.weight",
         "classifier.dense.bias",
         "classifier.out_proj.weight",
         "classifier.out_proj.bias",
     )
-    assert all("pooler.dense" in name for name in headed.swapped.dropped)
-    assert "new, to be trained: classifier.dense.weight" in caplog.text
+    assert all("pooler.dense" in name for name in headed.loading_info.unexpected_keys)
+    assert "newly initialized: classifier.dense.weight" in caplog.text
     for part in ("embeddings", "encoder"):
-        assert_same(headed.params[part], base.params[part])
+        assert_same_params(headed.params[part], base.params[part])
     assert np.asarray(headed.params["classifier"]["output"]["kernel"]).std() > 0
 
     headed.save_pretrained(tmp_path / "headed")
     back = FlaxRobertaPreLayerNormModel.from_pretrained(tmp_path / "headed")
-    assert len(back.swapped.dropped) == 4 and len(back.swapped.new) == 2
-    assert_same(back.params["encoder"], base.params["encoder"])
+    assert len(back.loading_info.unexpected_keys) == 4 and len(back.loading_info.missing_keys) == 2
+    assert_same_params(back.params["encoder"], base.params["encoder"])
 
 
 def test_mismatched_sizes_only_where_asked(tmp_path):
-    ours = made("sequence_classification", SMALL.replace(num_labels=3))
+    ours = small_flax_model("sequence_classification", SMALL.replace(num_labels=3))
     ours.save_pretrained(tmp_path)
     cls = FlaxRobertaPreLayerNormForSequenceClassification
     with pytest.raises(InputError, match=r"classifier.out_proj.weight is float32\[3, 16\]"):
         cls.from_pretrained(tmp_path, num_labels=4)
     again = cls.from_pretrained(tmp_path, num_labels=4, ignore_mismatched_sizes=True)
-    assert again.swapped.mismatched == ("classifier.out_proj.weight", "classifier.out_proj.bias")
-    assert_same(again.params["encoder"], ours.params["encoder"])
+    assert again.loading_info.mismatched_keys == (
+        "classifier.out_proj.weight",
+        "classifier.out_proj.bias",
+    )
+    assert_same_params(again.params["encoder"], ours.params["encoder"])
     assert again([[0, 5]]).logits.shape == (1, 4)
 
 
 def test_one_error_lists_everything(tmp_path):
-    made("masked_lm").save_pretrained(tmp_path)
+    small_flax_model("masked_lm").save_pretrained(tmp_path)
     tensors, _ = read_weights(tmp_path)
     del tensors["lm_head.dense.bias"]
     tensors["roberta_prelayernorm.encoder.layer.7.output.dense.bias"] = np.zeros(16, np.float32)
@@ -168,7 +111,7 @@ def test_one_error_lists_everything(tmp_path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "flax_model.msgpack"])
 def test_damaged_files_are_refused_in_one_line(name, tmp_path):
-    made("base").save_pretrained(tmp_path)
+    small_flax_model("base").save_pretrained(tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").unlink()
     for content in (b"", whole[:-100], whole[:5], b"\xff" * 4000):
@@ -190,7 +133,7 @@ def test_damaged_files_are_refused_in_one_line(name, tmp_path):
 
 
 def test_a_config_that_contradicts_the_weights_is_refused(tmp_path):
-    made("causal_lm").save_pretrained(tmp_path)
+    small_flax_model("causal_lm").save_pretrained(tmp_path)
     for change, complaint in (
         ({"num_hidden_layers": 1}, "unexpected .*layer.1"),
         ({"hidden_size": 32}, r"expected float32\[60, 32\]"),
@@ -212,12 +155,12 @@ def test_a_config_that_contradicts_the_weights_is_refused(tmp_path):
 
 
 def test_half_precision_files_and_trees(tmp_path):
-    ours = made("base")
+    ours = small_flax_model("base")
     half = ours.to_bf16(ours.params)
     assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
     ours.save_pretrained(tmp_path, params=half)
     again = FlaxRobertaPreLayerNormModel.from_pretrained(tmp_path, dtype=jnp.bfloat16)
-    assert_same(again.params, ours.to_fp32(half))
+    assert_same_params(again.params, ours.to_fp32(half))
     assert again(IDS).last_hidden_state.dtype == jnp.bfloat16
     only = ours.to_fp16(ours.params, jax.tree.map(lambda leaf: leaf.ndim > 1, ours.params))
     assert only["pooler"]["kernel"].dtype == np.float16
@@ -229,7 +172,7 @@ def test_half_precision_files_and_trees(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_resizing_keeps_old_logits(tied):
-    ours = made("masked_lm", SMALL.replace(tie_word_embeddings=tied))
+    ours = small_flax_model("masked_lm", SMALL.replace(tie_word_embeddings=tied))
     before = ours(IDS).logits
     ours.resize_token_embeddings(61, pad_to_multiple_of=8)
     assert ours.config.vocab_size == 64
@@ -245,7 +188,7 @@ def test_resizing_keeps_old_logits(tied):
 
 
 def test_pruned_heads_are_masked_heads_and_stay_out(tmp_path):
-    ours = made("base")
+    ours = small_flax_model("base")
     mask = np.ones((2, 2), np.float32)
     mask[1, 0] = 0
     expected = ours(IDS, head_mask=mask).last_hidden_state
@@ -266,7 +209,7 @@ def test_pruned_heads_are_masked_heads_and_stay_out(tmp_path):
 
 def test_head_mask_weighs_probabilities():
     """A float per head; the reported probabilities are the weighted ones."""
-    ours = made("base")
+    ours = small_flax_model("base")
     plain = ours(IDS, output_attentions=True).attentions
     weights = np.array([0.25, 1.0], np.float32)
     weighed = ours(IDS, output_attentions=True, head_mask=weights).attentions
@@ -276,7 +219,7 @@ def test_head_mask_weighs_probabilities():
 
 
 def test_frozen_paths_do_not_move():
-    ours = made("token_classification")
+    ours = small_flax_model("token_classification")
     labels = freeze_labels(ours.params, ["embeddings/*", "*/key/bias"])
     steps = {"trained": optax.sgd(0.1), "frozen": optax.set_to_zero()}
     optimizer = optax.multi_transform(steps, labels)
@@ -295,7 +238,7 @@ def test_frozen_paths_do_not_move():
 @pytest.mark.parametrize("config", [PLAIN_DECODER, DECODER], ids=["plain", "cross"])
 def test_cached_decoding_is_the_full_forward(config):
     """A prompt of four columns, then one, one and two: any padding, each row for itself."""
-    ours = made("causal_lm", config)
+    ours = small_flax_model("causal_lm", config)
     rng = np.random.default_rng(0)
     ids = rng.integers(4, 60, (5, 8))
     ids[1, :3] = ids[2, 2] = ids[3, 2:5] = ids[4, 6:] = config.pad_token_id
@@ -321,7 +264,7 @@ def test_cached_decoding_is_the_full_forward(config):
 
 
 def test_causal_logits_do_not_see_the_future():
-    ours = made("causal_lm", PLAIN_DECODER)
+    ours = small_flax_model("causal_lm", PLAIN_DECODER)
     changed = IDS.copy()
     changed[:, 3] = 11
     a, b = ours(IDS).logits, ours(changed).logits
@@ -336,7 +279,7 @@ def test_causal_logits_do_not_see_the_future():
 
 def test_embeddings_given_are_embeddings_looked_up():
     for model in ("base", "multiple_choice", "sequence_classification"):
-        ours = made(model)
+        ours = small_flax_model(model)
         ids = IDS[:1, :4]
         ids = np.stack([ids, ids[:, ::-1]], 1) if model == "multiple_choice" else ids
         vectors = ours.params["embeddings"]["word"][ids]
@@ -352,7 +295,10 @@ def test_embeddings_given_are_embeddings_looked_up():
 
 
 def test_last_hidden_state_is_normed_or_not_as_the_config_says():
-    tied, loose = made("base"), made("base", SMALL.replace(tie_last_hidden_states=False))
+    tied, loose = (
+        small_flax_model("base"),
+        small_flax_model("base", SMALL.replace(tie_last_hidden_states=False)),
+    )
     a, b = (m(IDS, output_hidden_states=True) for m in (tied, loose))
     np.testing.assert_array_equal(a.hidden_states[-1], a.last_hidden_state)
     assert np.abs(b.hidden_states[-1] - b.last_hidden_state).max() > 0.1
@@ -362,14 +308,14 @@ def test_last_hidden_state_is_normed_or_not_as_the_config_says():
 def test_narrowed_classification_is_exact():
     """Asking for streams computes the last block everywhere; the logits stay."""
     for model in ("sequence_classification", "multiple_choice"):
-        ours = made(model)
+        ours = small_flax_model(model)
         ids = np.stack([IDS, IDS[::-1]], 1) if model == "multiple_choice" else IDS
         whole = ours(ids, output_hidden_states=True)
         np.testing.assert_allclose(ours(ids).logits, whole.logits, rtol=1e-5, atol=1e-5)
 
 
 def test_outputs_index_as_transformers_do():
-    output = made("base")(IDS, output_attentions=True)
+    output = small_flax_model("base")(IDS, output_attentions=True)
     assert output.keys() == ["last_hidden_state", "pooler_output", "attentions"]
     assert output[0] is output["last_hidden_state"] is output.last_hidden_state
     assert output[1:] == (output.pooler_output, output.attentions)
@@ -377,7 +323,7 @@ def test_outputs_index_as_transformers_do():
     assert dict(**output).keys() == set(output)
     with pytest.raises(KeyError):
         output["hidden_states"]
-    assert len(made("base")(IDS, return_dict=False)) == 2
+    assert len(small_flax_model("base")(IDS, return_dict=False)) == 2
     assert len(jax.tree.leaves(output)) == 4
 
 
@@ -419,13 +365,13 @@ BAD = {
 def test_bad_input_is_refused(name):
     inputs, complaint = BAD[name]
     with pytest.raises(InputError, match=complaint) as error:
-        made("masked_lm")(**inputs)
+        small_flax_model("masked_lm")(**inputs)
     assert "\n" not in str(error.value)
 
 
 def test_bad_targets_are_refused():
-    sequence = made("sequence_classification", SMALL.replace(num_labels=3))
-    span, choice = made("question_answering"), made("multiple_choice")
+    sequence = small_flax_model("sequence_classification", SMALL.replace(num_labels=3))
+    span, choice = small_flax_model("question_answering"), small_flax_model("multiple_choice")
     for call, complaint in (
         (
             lambda: sequence([[5]], labels=[3]),
@@ -446,7 +392,7 @@ def test_bad_targets_are_refused():
 
 
 def test_bad_caches_are_refused():
-    ours = made("causal_lm", PLAIN_DECODER)
+    ours = small_flax_model("causal_lm", PLAIN_DECODER)
     deeper = flax_model("causal_lm", PLAIN_DECODER.replace(num_hidden_layers=3))
     for cache, complaint in (
         ({}, "no cache of this package"),
@@ -473,14 +419,14 @@ def test_bad_options_are_refused():
             FlaxRobertaPreLayerNormModel(SMALL, _do_init=False, **options)
     with pytest.raises(InputError, match="config is a dict"):
         FlaxRobertaPreLayerNormModel({})
-    ours = made("base")
+    ours = small_flax_model("base")
     with pytest.raises(InputError, match=r"missing pooler/kernel .* unexpected lm_head"):
-        ours.params = made("masked_lm").params
+        ours.params = small_flax_model("masked_lm").params
 
 
 def test_fused_attention_is_refused_where_it_cannot_serve():
     for attention in ("cudnn", "splash"):
-        ours = made("base", attention=attention)
+        ours = small_flax_model("base", attention=attention)
         for options in ({}, {"output_attentions": True}, {"head_mask": np.ones(2, np.float32)}):
             with pytest.raises(InputError) as error:
                 ours(IDS, **options)
