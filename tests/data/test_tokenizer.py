@@ -15,11 +15,11 @@ from tokenizers import Tokenizer, models, trainers
 from prelnroberta.data import tokenizer as module
 from prelnroberta.data.tokenizer import (
     check_tokenizer,
-    line_ends,
     load_tokenizer,
+    newline_mask,
     save_tokenizer,
     train_tokenizer,
-    word_starts,
+    word_start_mask,
 )
 from prelnroberta.errors import InputError
 
@@ -221,7 +221,7 @@ def test_transformers_loads_what_we_save(tokenizer, tmp_path, caplog, capfd):
 
 
 def test_word_starts_follow_fairseq(tokenizer):
-    starts = word_starts(tokenizer)
+    starts = word_start_mask(tokenizer)
     assert starts.shape == (tokenizer.get_vocab_size(),)
     assert starts.dtype == bool
 
@@ -243,11 +243,11 @@ def test_word_starts_follow_fairseq(tokenizer):
 def test_madeup_rows_begin_words(tokenizer, tmp_path):
     write_fairseq(tokenizer, tmp_path)
     loaded = load_tokenizer(tmp_path)
-    assert word_starts(loaded)[loaded.token_to_id("madeupword0000")]
+    assert word_start_mask(loaded)[loaded.token_to_id("madeupword0000")]
 
 
 def test_line_ends_are_the_pieces_with_a_newline(tokenizer):
-    ends = line_ends(tokenizer)
+    ends = newline_mask(tokenizer)
     texts = [tokenizer.decode([i], skip_special_tokens=False) for i in range(len(ends))]
     assert ends.tolist() == ["\n" in text for text in texts]
     assert ends.any()

@@ -177,9 +177,12 @@ def test_what_does_not_divide_is_named_all_at_once():
         assert part in text
     assert "\n" not in text and "vocab" not in text  # 50,265 divides by 3
     with pytest.raises(
-        InputError, match=r"batch_size=60 does not divide by 8 devices.*gradient_accumulation_steps=2"
+        InputError,
+        match=r"batch_size=60 does not divide by 8 devices.*gradient_accumulation_steps=2",
     ):
-        Layout(Parallelism(), TINY, devices=devices(8)).check_batch(60, gradient_accumulation_steps=2)
+        Layout(Parallelism(), TINY, devices=devices(8)).check_batch(
+            60, gradient_accumulation_steps=2
+        )
 
 
 def test_a_vocabulary_that_does_not_divide_stays_whole_and_is_told():

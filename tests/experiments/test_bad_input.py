@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.helpers.programs import call, corpus_file, finished_run, refused, tiny_flags
+from tests.helpers.programs import call, corpus_file, error_line, finished_run, tiny_flags
 
 # Each names the flag or field, the value, and what was expected.
 FLAGS = [
@@ -44,7 +44,7 @@ FLAGS = [
 
 @pytest.mark.parametrize(("flags", "parts"), [(f, p) for f, *p in FLAGS], ids=lambda v: str(v)[:40])
 def test_flags(flags, parts, tmp_path):
-    line = refused(*tiny_flags(**flags), f"--run_dir={tmp_path / 'run'}")
+    line = error_line(*tiny_flags(**flags), f"--run_dir={tmp_path / 'run'}")
     for part in parts:
         assert part in line, line
 
@@ -53,7 +53,9 @@ def corpus(tmp_path, content, **flags):
     path = tmp_path / "text.txt"
     path.write_bytes(content)
     run_dir = tmp_path / "run"
-    return refused(*tiny_flags(corpus=path, cache_dir=tmp_path / "cache", **flags, run_dir=run_dir))
+    return error_line(
+        *tiny_flags(corpus=path, cache_dir=tmp_path / "cache", **flags, run_dir=run_dir)
+    )
 
 
 def test_empty_corpus(tmp_path):
@@ -81,7 +83,7 @@ def test_text_shorter_than_a_row_names_the_split(tmp_path):
 def test_settings_of_another_run_are_named_one_by_one():
     run_dir = finished_run()
     changed = tiny_flags(learning_rate=0.003, mask_rate=0.3, hidden_dropout_prob=0)
-    line = refused(*changed, "--decay_norms", f"--run_dir={run_dir}")
+    line = error_line(*changed, "--decay_norms", f"--run_dir={run_dir}")
     for part in (
         "--learning_rate (there 0.001, here 0.003)",
         "--mask_rate (there 0.15, here 0.3)",
@@ -101,24 +103,24 @@ def test_a_corpus_that_changed_since_the_run_began(tmp_path):
     manifest = json.loads(record.read_text())
     manifest["train"]["text"]["sha256"] = "0" * 64
     record.write_text(json.dumps(manifest))
-    line = refused(*tiny_flags(run_dir=run_dir))
+    line = error_line(*tiny_flags(run_dir=run_dir))
     assert "corpus" in line and str(run_dir) in line and "another --run_dir" in line
 
 
 def test_folders_that_cannot_be_a_run(tmp_path):
     file = tmp_path / "file"
     file.write_text("text")
-    assert f"{file} is a file" in refused(*tiny_flags(), f"--run_dir={file}")
-    assert "Not a directory" in refused(*tiny_flags(), f"--run_dir={file / 'below'}")
-    assert "holds no run" in refused(*tiny_flags(), f"--run_dir={tmp_path}")
-    assert "cannot be made" in refused(*tiny_flags(), "--run_dir=/proc/run")
+    assert f"{file} is a file" in error_line(*tiny_flags(), f"--run_dir={file}")
+    assert "Not a directory" in error_line(*tiny_flags(), f"--run_dir={file / 'below'}")
+    assert "holds no run" in error_line(*tiny_flags(), f"--run_dir={tmp_path}")
+    assert "cannot be made" in error_line(*tiny_flags(), "--run_dir=/proc/run")
 
 
 def test_unknown_flag_gets_the_nearest_name(tmp_path):
     done = call("pretrain", *tiny_flags(), f"--run_dir={tmp_path / 'run'}", "--learning_rat=1")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "'learning_rat'. Did you mean: learning_rate ?" in done.stderr
-    assert "unexpected argument 'steps=3'" in refused("--run_dir=x", "steps=3")
+    assert "unexpected argument 'steps=3'" in error_line("--run_dir=x", "steps=3")
 
 
 def test_model_to_start_from(tmp_path):
@@ -127,7 +129,7 @@ def test_model_to_start_from(tmp_path):
     shutil.copytree(finished_run() / "model", model)
 
     def line(**flags):
-        return refused(*tiny_flags(init_from=model, run_dir=run_dir, **flags))
+        return error_line(*tiny_flags(init_from=model, run_dir=run_dir, **flags))
 
     from prelnroberta.data.tokenizer import save_tokenizer, train_tokenizer
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from experiments import demo
-from prelnroberta.data.pretraining.corpus import Document, is_validation
+from prelnroberta.data.pretraining.corpus import Document, in_validation_split
 from prelnroberta.data.tokenizer import train_tokenizer
 
 RECIPE = """\
@@ -77,7 +77,7 @@ def test_riddles_come_from_held_out_text_alone():
     words = ("sum", "mean", "size", "shape", "norm", "rank", "trace", "order")
     documents = [Document(sentence.format(word), f"module{i}") for i, word in enumerate(words)]
     tokenizer = train_tokenizer([d.text for d in documents] * 50, 400)
-    held_out = [d.text for d in documents if is_validation(d.key, 0.5)]
+    held_out = [d.text for d in documents if in_validation_split(d.key, 0.5)]
     riddles = demo.held_out_riddles(iter(documents), 0.5, tokenizer)
     assert sorted(text.replace("<mask>", word) for text, word in riddles) == sorted(held_out)
     assert 0 < len(held_out) < len(words)

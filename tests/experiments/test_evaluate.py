@@ -13,9 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.common.evaluator import Judge, by_length
+from experiments.common.evaluator import Evaluator, batches_by_length
 from experiments.tasks import TASKS, TaskSettings
-from prelnroberta.data.readers.row_errors import BadRows
+from prelnroberta.data.readers.row_errors import RowErrors
 from prelnroberta.data.tokenizer import load_tokenizer
 from prelnroberta.distributed.sharding import Layout, Parallelism
 from prelnroberta.model.heads import MODULES
@@ -83,7 +83,7 @@ def test_evaluate_says_what_the_run_said(task, tmp_path):
     for name, value in ours["metrics"].items():
         low, high = ours["intervals"][name]
         assert low <= high and f"{name:20} {value:10.4f}" in done.stdout
-    assert theirs["trivial"] is not None and (run_dir / "loss.png").exists()
+    assert theirs["baseline"] is not None and (run_dir / "loss.png").exists()
 
 
 @pytest.mark.slow
@@ -152,19 +152,19 @@ def test_padding_and_neighbours_change_nothing():
         TaskSettings(task="sequence_classification", max_length=48, labels=("a", "b"))
     )
     params, config = load_pretrained(finished_run() / "model", "encoder")
-    config = task.configure(config)
+    config = task.model_config(config)
     params |= {"classifier": jax.tree.map(np.asarray, _classifier(config))}
     layout = Layout(Parallelism(), config, task.model)
-    judge = Judge(task, MODULES[task.model](config), layout)
+    evaluator = Evaluator(task, MODULES[task.model](config), layout)
     texts = ["word " * (i % 9 + 1) + "x" * i for i in range(23)]
     tokenizer = load_tokenizer(finished_run() / "model")
     found = []
     for order, at_once in ((slice(None), 1), (slice(None), 23), (slice(None, None, -1), 5)):
         rows, asked = [], texts[order]
         for start in range(0, len(asked), at_once):
-            some = task.typed(asked[start : start + at_once], None, ())
-            features = task.features(some, tokenizer, BadRows(), False)
-            answers, scores = judge(params, features, by_length(features, 48))
+            some = task.examples_from_text(asked[start : start + at_once], None, ())
+            features = task.features(some, tokenizer, RowErrors(), False)
+            answers, scores = evaluator(params, features, batches_by_length(features, 48))
             assert scores.weight == 0
             rows += answers
         found.append(np.stack([row["probabilities"] for row in rows])[order])

@@ -10,89 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from bridges import pytorch
-from bridges.pytorch.export import save_onnx, save_state_dict
-from bridges.verify.parity import MODELS
-from experiments.export import batches, flax, largest_error
-from prelnroberta.inference.stablehlo import PLATFORMS, PROGRAM_NAME, load_stablehlo, save_stablehlo
-from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES, load_pretrained, save_pretrained
+from experiments.export import batches, flax
+from prelnroberta.pretrained.hf_checkpoint import load_pretrained, save_pretrained
+from tests.helpers.export_cases import export_case
 from tests.helpers.programs import call, finished_run
-from tests.helpers.small_models import ODD, TINY, random_params
 from tests.helpers.tolerances import max_relative
 
 torch.set_num_threads(1)
-SMALL = TINY.replace(vocab_size=60, hidden_size=16, intermediate_size=24, num_attention_heads=2)
-
-
-def case(model):
-    odd = model in ("masked_lm", "token_classification")
-    config = (ODD if odd else SMALL).replace(is_decoder=model == "causal_lm")
-    return random_params(config, model), config
-
-
-@pytest.mark.parametrize("model", [*MODELS, "encoder"])
-def test_stablehlo_of_every_class(model, tmp_path):
-    params, config = case(model)
-    save_stablehlo(params, config, model, tmp_path / "new" / "program")
-    program = jax.export.deserialize(
-        bytearray((tmp_path / "new/program" / PROGRAM_NAME).read_bytes())
-    )
-    assert program.platforms == PLATFORMS
-    loaded = load_stablehlo(tmp_path / "new/program")
-
-    def run(inputs):
-        return {name: np.asarray(x) for name, x in loaded(*inputs.values()).items()}
-
-    assert largest_error(run, params, config, model) < 2e-5
-
-
-@pytest.mark.parametrize("model", ["base", "causal_lm", "multiple_choice", "question_answering"])
-def test_onnx(model, tmp_path):
-    import onnxruntime
-
-    params, config = case(model)
-    twin = getattr(pytorch, ARCHITECTURES[model]).from_params(params, config)
-    save_onnx(twin, tmp_path / "onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "onnx/model.onnx")
-    names = [x.name for x in session.get_outputs()]
-
-    def run(inputs):
-        found = session.run(names, {name: np.int64(x) for name, x in inputs.items()})
-        return dict(zip(names, found, strict=True))
-
-    assert largest_error(run, params, config, model) < 2e-5
-    # Choices are as free as batch and length.
-    assert all(not isinstance(axis, int) for x in session.get_inputs() for axis in x.shape)
-
-
-def test_what_is_wrong_is_far_beyond_tolerance():
-    params, config = case("question_answering")
-    run = flax(params, config, "question_answering")
-    assert largest_error(run, params, config, "question_answering") == 0
-    for damage in (0.1, np.nan):
-
-        def wrong(inputs, damage=damage):
-            found = run(inputs)
-            found["end_logits"] = found["end_logits"].copy()
-            found["end_logits"][-1, -1] += damage
-            return found
-
-        assert largest_error(wrong, params, config, "question_answering") > 1e-2
-
-
-@pytest.mark.parametrize("model", ["masked_lm", "question_answering"])
-def test_state_dict_fits_transformers_strictly(model, tmp_path):
-    import transformers
-    from safetensors.torch import load_file
-
-    params, config = case(model)
-    twin = getattr(pytorch, ARCHITECTURES[model]).from_params(params, config)
-    save_state_dict(twin, tmp_path / "state_dict.safetensors")
-    values = {k: v for k, v in config.to_dict().items() if k != "model_type"}
-    theirs = getattr(transformers, ARCHITECTURES[model])(
-        transformers.RobertaPreLayerNormConfig(**values)
-    )
-    theirs.load_state_dict(load_file(tmp_path / "state_dict.safetensors"), strict=True)
 
 
 STRANGER = """
@@ -160,7 +84,7 @@ def test_program_exports_a_run_and_strangers_read_it(tmp_path):
 def test_bad_input_is_one_line_and_nothing_is_made(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("mine")
-    params, config = case("question_answering")
+    params, config = export_case("question_answering")
     save_pretrained(tmp_path / "model", params, config, "question_answering")
     strange = shutil.copytree(tmp_path / "model", tmp_path / "strange")
     values = json.loads((strange / "config.json").read_text()) | {"architectures": ["BertModel"]}

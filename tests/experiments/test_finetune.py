@@ -1,6 +1,5 @@
 """Fine-tuning as a program: what a run holds, resuming, seeds and sweeps, refusals."""
 
-import csv
 import hashlib
 import json
 import shutil
@@ -8,79 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from functools import cache
 
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from experiments.common import sweep
-from prelnroberta.data.tokenizer import load_tokenizer
-from tests.helpers.programs import (
-    ENVIRONMENT,
-    ROOT,
-    SCRATCH,
-    call,
-    command,
-    finished_run,
-    records,
-    refused,
-)
-
-WORDS = {"good": ["fine", "great", "nice", "super"], "bad": ["awful", "poor", "sad", "worse"]}
-
-
-@cache
-def reviews(name, count, seed):
-    """A CSV that is easy to learn."""
-    rng = np.random.default_rng(seed)
-    path = SCRATCH / name / "reviews.csv"
-    path.parent.mkdir()
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        for _ in range(count):
-            label = rng.choice(["bad", "good"])
-            words = rng.choice(WORDS[label], rng.integers(2, 6))
-            writer.writerow([" ".join(words), label])
-    return path
-
-
-def finetune_flags(**changes):
-    values = {
-        "task": "sequence_classification",
-        "init_from": finished_run(),
-        "train_file": reviews("train", 120, 1),
-        "eval_file": reviews("dev", 40, 2),
-        "max_length": 32,
-        "batch_size": 8,
-        "accumulate": 2,
-        "epochs": 3,
-        "eval_every": 9,
-        "save_every": 4,
-        "log_every": 7,
-        "learning_rate": 1e-2,
-        "length_buckets": 1,
-        "hidden_dropout_prob": 0.1,
-        "label_smoothing": 0.1,
-        "class_weights": "balanced",
-        "layer_decay": 0.9,
-        "seed": 4,
-    }
-    return [f"--{name}={value}" for name, value in (values | changes).items()]
-
-
-@cache
-def finished():
-    run_dir = SCRATCH / "finetuned"
-    done = call("finetune", *finetune_flags(), f"--run_dir={run_dir}")
-    assert done.returncode == 0, done.stderr
-    return run_dir, done.stdout
+from tests.helpers.finetuning import finetune_flags, finished_finetuning, reviews
+from tests.helpers.programs import ENVIRONMENT, ROOT, call, command, error_line, records
 
 
 def test_a_run_holds_what_it_says():
-    run_dir, said = finished()
+    run_dir, said = finished_finetuning()
     names = {path.name for path in run_dir.iterdir()}
     assert names >= {
         *("flags.txt", "data.json", "metrics.jsonl", "loss.png", "checkpoints", "model"),
@@ -94,26 +31,8 @@ def test_a_run_holds_what_it_says():
     validations = [r for r in records(run_dir) if r["kind"] == "validation"]
     assert [r["step"] for r in validations] == [9, 18, 27, 36, 45]
     best = max(validations, key=lambda r: (r["accuracy"], -r["loss"]))
-    assert results["metrics"]["accuracy"] == best["accuracy"] > results["trivial"] + 0.2
+    assert results["metrics"]["accuracy"] == best["accuracy"] > results["baseline"] + 0.2
     assert results["best_step"] == best["step"] and f"step {best['step']} of 45" in said
-
-
-def test_transformers_reads_the_model_and_says_the_same():
-    run_dir, _ = finished()
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(run_dir / "model")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(run_dir / "model")
-    assert model.config.id2label == {0: "bad", 1: "good"}
-    answers = [json.loads(x) for x in (run_dir / "predictions.jsonl").read_text().splitlines()]
-    rows = list(csv.DictReader(reviews("dev", 40, 2).open()))
-    assert [a["text"] for a in answers] == [r["text"] for r in rows]
-    inputs = tokenizer([a["text"] for a in answers], padding=True, return_tensors="pt")
-    with torch.no_grad():
-        expected = torch.softmax(model.eval()(**inputs).logits, -1).numpy()
-    found = np.array([list(a["probabilities"].values()) for a in answers])
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    right = np.mean([a["label"] == r["label"] for a, r in zip(answers, rows, strict=True)])
-    assert right == json.loads((run_dir / "results.json").read_text())["metrics"]["accuracy"]
-    assert load_tokenizer(run_dir / "model").get_vocab_size() == model.config.vocab_size
 
 
 def test_interrupted_and_resumed_to_the_bit(tmp_path):
@@ -129,9 +48,11 @@ def test_interrupted_and_resumed_to_the_bit(tmp_path):
     assert process.returncode in (143, 0) and not (run_dir / "results.json").exists()
     done = call("finetune", *arguments)
     assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
-    assert [repr(r) for r in records(run_dir)] == [repr(r) for r in records(finished()[0])]
+    assert [repr(r) for r in records(run_dir)] == [
+        repr(r) for r in records(finished_finetuning()[0])
+    ]
     for name in ("model/model.safetensors", "predictions.jsonl", "results.json"):
-        assert (run_dir / name).read_bytes() == (finished()[0] / name).read_bytes(), name
+        assert (run_dir / name).read_bytes() == (finished_finetuning()[0] / name).read_bytes(), name
     again = call("finetune", *arguments)
     assert again.returncode == 0 and "is complete" in again.stdout
 
@@ -164,16 +85,18 @@ def test_seeds_and_sweeps_make_a_table_and_patience_ends_a_run(tmp_path):
 
 def test_evaluate_tells_what_it_cut():
     file = reviews("dev", 40, 2)
-    done = call("evaluate", f"--model={finished()[0]}", f"--file={file}", "--max_length=8")
+    done = call(
+        "evaluate", f"--model={finished_finetuning()[0]}", f"--file={file}", "--max_length=8"
+    )
     assert done.returncode == 0, done.stderr
-    assert " of 40 cut to 8 tokens\n" in done.stdout
+    assert " of 40 truncated to 8 tokens\n" in done.stdout
 
 
 def test_one_seed_has_no_deviation(tmp_path):
     points = [{"learning_rate": rate} for rate in ("1e-3", "3e-3")]
     for point in points:
         (tmp_path / sweep.name(point)).mkdir()
-        results = {"metric": "accuracy", "trivial": 0.5, "metrics": {"accuracy": 0.75}}
+        results = {"metric": "accuracy", "baseline": 0.5, "metrics": {"accuracy": 0.75}}
         (tmp_path / sweep.name(point) / "results.json").write_text(json.dumps(results))
     rows = sweep.write_table(tmp_path, points).splitlines()[1:]
     assert [row.split() for row in rows] == [
@@ -183,11 +106,11 @@ def test_one_seed_has_no_deviation(tmp_path):
 
 def test_what_differs_is_refused(tmp_path):
     run_dir = tmp_path / "run"
-    shutil.copytree(finished()[0], run_dir)
+    shutil.copytree(finished_finetuning()[0], run_dir)
     (run_dir / "results.json").unlink()
 
     def line(**changes):
-        return refused(*finetune_flags(**changes), f"--run_dir={run_dir}", program="finetune")
+        return error_line(*finetune_flags(**changes), f"--run_dir={run_dir}", program="finetune")
 
     assert "--layer_decay (there 0.9, here 1.0)" in line(layer_decay=1.0)
     other = tmp_path / "dev.csv"

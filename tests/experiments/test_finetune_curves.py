@@ -16,12 +16,12 @@ import transformers
 
 from experiments.tasks import TASKS, TaskSettings
 from prelnroberta import params as parameters
-from prelnroberta.config import IGNORE_INDEX, RobertaPreLayerNormConfig
-from prelnroberta.data.batches.packed import TrainingBatches
-from prelnroberta.data.readers.row_errors import BadRows
+from prelnroberta.config import ARCHITECTURES, IGNORE_INDEX, RobertaPreLayerNormConfig
+from prelnroberta.data.batches.packed import PackedBatches
+from prelnroberta.data.readers.row_errors import RowErrors
 from prelnroberta.model import heads
 from prelnroberta.model.losses import DEFAULT_LOSS
-from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES, load_pretrained, save_pretrained
+from prelnroberta.pretrained.hf_checkpoint import load_pretrained, save_pretrained
 from prelnroberta.training.optimizer import OptimizerConfig, adamw, learning_rate_schedule
 from prelnroberta.training.train_step import TrainState, make_train_step
 from tests.helpers.task_files import corpus, example_file
@@ -35,11 +35,11 @@ SETTINGS = OptimizerConfig(
 def prepared(name, dropout):
     """The task with what its file decides, its features, a config and initial values."""
     _, _, tokenizer = corpus()
-    task, bad = TASKS[name](TaskSettings(task=name, max_length=L)), BadRows()
-    examples = task.read(example_file(name), True, bad)
+    task, bad = TASKS[name](TaskSettings(task=name, max_length=L)), RowErrors()
+    examples = task.read_examples(example_file(name), True, bad)
     task = TASKS[name](task.infer_settings(examples))
     features = task.features(examples, tokenizer, bad, training=True)
-    bad.settle()
+    bad.raise_if_any()
     config = task.model_config(
         RobertaPreLayerNormConfig.preset(
             "tiny",
@@ -130,9 +130,9 @@ def torch_training(task, config, params, batches, seed, folder, settings=SETTING
 
 def drawn(task, features, seed, steps=STEPS):
     """The run's batches as we train on them; and each as a list of those torch's loss can take."""
-    loader = task.batches(features, B, seed, steps, 1)
+    loader = task.training_batches(features, B, seed, steps, 1)
     ours = [loader.batch(step) for step in range(steps)]
-    if not isinstance(loader, TrainingBatches):  # masked blocks have no pads
+    if not isinstance(loader, PackedBatches):  # masked blocks have no pads
         return ours, [[batch] for batch in ours]
     drawn = [loader.indices(step) for step in range(steps)]
     if task.model == "question_answering":  # transformers' loss takes pads for possible answers

@@ -12,7 +12,7 @@ import pytest
 from prelnroberta.data.tokenizer import load_tokenizer
 from prelnroberta.model.heads import MaskedLM
 from prelnroberta.pretrained.hf_checkpoint import load_pretrained
-from tests.helpers.programs import ENVIRONMENT, ROOT, call, command, finished_run, refused
+from tests.helpers.programs import ENVIRONMENT, ROOT, call, command, error_line, finished_run
 
 TEXTS = ["The <mask> of a function.", "A <mask> and <mask> or.", "é <mask> 日本."]
 
@@ -148,7 +148,7 @@ def test_texts_without_an_answer_are_told_and_the_others_answered(tmp_path):
 
 def test_bad_texts_and_files(tmp_path):
     def line(*arguments, **changes):
-        return refused(*flags(**changes), *arguments, program="predict")
+        return error_line(*flags(**changes), *arguments, program="predict")
 
     path = tmp_path / "texts.txt"
     assert f"--file={path}: No such file" in line(file=path)
@@ -162,7 +162,7 @@ def test_bad_texts_and_files(tmp_path):
 
 def test_bad_models(tmp_path):
     def line(model):
-        return refused(*flags(model=model), "--text=A <mask>", program="predict")
+        return error_line(*flags(model=model), "--text=A <mask>", program="predict")
 
     assert "no config.json" in line(tmp_path)
     assert "no config.json" in line(tmp_path / "nowhere")

@@ -143,7 +143,7 @@ def test_damaged_checkpoint_is_one_line_and_the_one_before_goes_on(tmp_path):
         assert done.returncode == 2, done.stdout
         lines = [x for x in done.stderr.splitlines() if not x.startswith("token files: ")]
         assert len(lines) == 1 and lines[0].startswith(f"error: {last}: "), done.stderr
-        assert "damaged" in lines[0] and "move that directory away" in lines[0]
+        assert "corrupt" in lines[0] and "move that directory away" in lines[0]
         assert records(run_dir) == records(finished_run())  # nothing is dropped
     shutil.rmtree(last)
     done = call("pretrain", *tiny_flags(), f"--run_dir={run_dir}")

@@ -25,3 +25,15 @@ def masked_batch(B=8, L=16, M=6, seed=0, empty=()):
         "masked_labels": rng.integers(4, ONE_LAYER.vocab_size, (B, M)).astype(np.int32),
         "masked_weights": (np.arange(M) < counts[:, None]).astype(np.float32),
     }
+
+
+def masked_rows(L, M, V=500):
+    rng = np.random.default_rng(0)
+    return {
+        "input_ids": rng.integers(4, V, (4, L)),
+        "segment_ids": np.ones((4, L), np.int32),
+        "position_ids": np.tile(np.arange(L) + 2, (4, 1)),
+        "masked_positions": rng.integers(0, L, (4, M)),
+        "masked_labels": rng.integers(4, V, (4, M)),
+        "masked_weights": (rng.random((4, M)) < 0.6).astype(np.float32),
+    }

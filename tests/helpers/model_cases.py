@@ -6,7 +6,7 @@ Rows are as long as the position table allows, padded on every side, of one toke
 import jax
 import numpy as np
 
-from prelnroberta.pretrained.hf_checkpoint import to_tensors
+from prelnroberta.pretrained.hf_checkpoint import to_state_dict
 from tests.helpers.small_models import (
     ODD,
     SMALL,
@@ -108,4 +108,4 @@ def flax_loss_and_gradients(kind, cases=MODEL_CASES):
         return value, output
 
     (value, output), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    return value, output, to_tensors(gradients, config, model), weight
+    return value, output, to_state_dict(gradients, config, model), weight

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from experiments.common.report import TIMES, read_records
+from experiments.common.report import TIMING_FIELDS, read_records
 
 _SCRATCH = tempfile.TemporaryDirectory(prefix="prelnroberta-tests-")
 SCRATCH = Path(_SCRATCH.name)
@@ -73,7 +73,7 @@ def finished_run() -> Path:
     return run_dir
 
 
-def refused(*arguments, code=2, program="pretrain", **options):
+def error_line(*arguments, code=2, program="pretrain", **options):
     """Runs a program that must refuse; returns its one line."""
     done = call(program, *arguments, **options)
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
@@ -87,6 +87,6 @@ def refused(*arguments, code=2, program="pretrain", **options):
 def records(run_dir):
     """What a run reported, without what a clock says."""
     return [
-        {name: value for name, value in record.items() if name not in TIMES}
+        {name: value for name, value in record.items() if name not in TIMING_FIELDS}
         for record in read_records(run_dir / "metrics.jsonl")
     ]

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 import bridges.pytorch
-from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES
+from prelnroberta.config import ARCHITECTURES
 from tests.helpers.small_models import random_params
 
 

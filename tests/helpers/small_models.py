@@ -6,8 +6,7 @@ import numpy as np
 
 import prelnroberta
 from prelnroberta import params as parameters
-from prelnroberta.config import RobertaPreLayerNormConfig
-from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES
+from prelnroberta.config import ARCHITECTURES, RobertaPreLayerNormConfig
 
 TINY = RobertaPreLayerNormConfig.preset("tiny")
 # Odd on purpose: two token types, another pad id, sizes that share no factor with the defaults.
@@ -85,3 +84,20 @@ def flax_model(model, config, **options):
     if model == "encoder":
         options["add_pooling_layer"] = False
     return flax_class(model)(config, _do_init=False, **options)
+
+
+MODELS = [model for model in ARCHITECTURES if model != "encoder"]
+DECODER = SMALL.replace(is_decoder=True, add_cross_attention=True)
+PLAIN_DECODER = SMALL.replace(is_decoder=True)
+IDS = np.array([[0, 5, 6, 7, 2], [0, 9, 8, 2, 1]])
+
+
+def small_config(model):
+    return DECODER if model == "causal_lm" else SMALL
+
+
+def small_flax_model(model, config=None, seed=0, **options):
+    config = config or small_config(model)
+    ours = flax_model(model, config, **options)
+    ours.params = random_params(config, model, seed)
+    return ours

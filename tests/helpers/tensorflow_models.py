@@ -1,13 +1,8 @@
 """The TensorFlow twins of the Flax classes."""
 
-import numpy as np
-
 import bridges.tensorflow
-from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES
+from prelnroberta.config import ARCHITECTURES
 from tests.helpers.small_models import flax_model, random_params
-
-MODELS = [model for model in ARCHITECTURES if model != "encoder"]
-IDS = np.array([[0, 5, 6, 7, 2], [0, 9, 8, 2, 1]])
 
 
 def tf_model(model, config, params=None, **options):

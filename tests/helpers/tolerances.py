@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from prelnroberta import params as parameters
+
 
 def rms_relative(found: np.ndarray, expected: np.ndarray) -> float:
     """rms of the difference over rms of the expected values."""
@@ -64,3 +66,10 @@ def assert_gradients_match(config, found, expected, floor=1e-9, padding_idx=True
             if padding_idx and ("word_emb" in name or "position_emb" in name):
                 ours, gradient = (np.delete(g, config.pad_token_id, 0) for g in (ours, gradient))
             assert_close(ours, gradient, f"gradient of {name}", 1e-5, 2e-4)
+
+
+def assert_same_params(a, b):
+    a, b = parameters.flatten(a), parameters.flatten(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        np.testing.assert_array_equal(a[path], b[path], err_msg=path)

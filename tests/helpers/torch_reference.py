@@ -6,8 +6,8 @@ import transformers
 from transformers import RobertaPreLayerNormConfig as TorchConfig
 from transformers import RobertaPreLayerNormForMaskedLM as TorchMaskedLM
 
-from prelnroberta.config import RobertaPreLayerNormConfig
-from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES, to_tensors
+from prelnroberta.config import ARCHITECTURES, RobertaPreLayerNormConfig
+from prelnroberta.pretrained.hf_checkpoint import to_state_dict
 
 torch.set_num_threads(1)
 
@@ -18,7 +18,7 @@ def transformers_model(model, config, params):
     settings = transformers.RobertaPreLayerNormConfig(**values, attn_implementation="eager")
     options = {"add_pooling_layer": False} if model == "encoder" else {}
     theirs = getattr(transformers, ARCHITECTURES[model])(settings, **options).eval()
-    tensors = {k: torch.from_numpy(v) for k, v in to_tensors(params, config, model).items()}
+    tensors = {k: torch.from_numpy(v) for k, v in to_state_dict(params, config, model).items()}
     found = theirs.load_state_dict(tensors, strict=False)
     tied = {"lm_head.decoder.weight", "lm_head.decoder.bias"}
     assert not found.unexpected_keys and set(found.missing_keys) <= tied
@@ -31,7 +31,7 @@ class TorchReference:
     def __init__(self, config: RobertaPreLayerNormConfig, params: dict, batch: dict):
         values = {k: v for k, v in config.to_dict().items() if k != "model_type"}
         self.model = TorchMaskedLM(TorchConfig(**values, attn_implementation="eager")).eval()
-        tensors = {k: torch.from_numpy(v) for k, v in to_tensors(params, config).items()}
+        tensors = {k: torch.from_numpy(v) for k, v in to_state_dict(params, config).items()}
         if config.tie_word_embeddings:
             word = tensors["roberta_prelayernorm.embeddings.word_embeddings.weight"]
             tensors["lm_head.decoder.weight"] = word

@@ -75,7 +75,7 @@ def test_parts(case):
     )
     assert_close(x, seen[base + "embeddings"], "embeddings", 5e-7, 5e-6)
 
-    visible = encoder.visibility(jnp.asarray(batch["attention_mask"]))
+    visible = encoder.visibility_mask(jnp.asarray(batch["attention_mask"]))
     for n in range(config.num_hidden_layers):
         layer = jax.tree.map(lambda leaf, n=n: leaf[n], params["encoder"]["layers"])
         name = f"{base}encoder.layer.{n}"

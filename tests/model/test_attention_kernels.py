@@ -13,8 +13,8 @@ import pytest
 
 from prelnroberta.errors import InputError
 from prelnroberta.model import attention_kernels
-from prelnroberta.model.attention_kernels import choose, refusals
-from prelnroberta.model.layers import visibility
+from prelnroberta.model.attention_kernels import choose_kernel, unsupported_reasons
+from prelnroberta.model.layers import visibility_mask
 from tests.helpers.programs import ROOT, call, tiny_flags
 from tests.helpers.small_models import TINY
 
@@ -29,8 +29,8 @@ def test_splash_is_plain_attention(L, K, causal):
     ids = np.repeat([[1, 1, 2, 3], [4, 4, 4, 2]], -(-L // 4), axis=1)[:, :L]
     mask = np.ones((2, L), int)
     mask[0, :3] = mask[1, L - 5 :] = 0
-    segments = attention_kernels.segments_of(jnp.asarray(mask), jnp.asarray(ids), (2, L))
-    visible = visibility(segment_ids=segments, causal_length=L if causal else None)
+    segments = attention_kernels.to_segment_ids(jnp.asarray(mask), jnp.asarray(ids), (2, L))
+    visible = visibility_mask(segment_ids=segments, causal_length=L if causal else None)
 
     def splash(q, k, v):
         return attention_kernels.splash(q, k, v, segments, causal, interpret=True)
@@ -47,9 +47,9 @@ def test_splash_is_plain_attention(L, K, causal):
 
 def test_real_tokens_see_what_the_mask_says():
     mask = jnp.asarray([[0, 1, 1, 0], [1, 1, 1, 1]])
-    segments = attention_kernels.segments_of(mask, None, mask.shape)
-    same = visibility(segment_ids=segments)
-    seen = jnp.broadcast_to(visibility(mask), same.shape)
+    segments = attention_kernels.to_segment_ids(mask, None, mask.shape)
+    same = visibility_mask(segment_ids=segments)
+    seen = jnp.broadcast_to(visibility_mask(mask), same.shape)
     np.testing.assert_array_equal(same[mask == 1], seen[mask == 1])
     assert same.any(axis=-1).all()  # splash is wrong where nobody is seen
 
@@ -104,7 +104,7 @@ def test_auto_takes_a_kernel_where_it_serves_alone(monkeypatch):
     def chosen(platform, config=NO_DROPOUT, dtype=jnp.bfloat16, training=True, **more):
         monkeypatch.setattr(attention_kernels, "target_platform", lambda: platform)
         asked = {"a cache": more.get("cache", False)}
-        return choose("auto", config, dtype, 32, more.get("mask"), training, asked)
+        return choose_kernel("auto", config, dtype, 32, more.get("mask"), training, asked)
 
     dropping = NO_DROPOUT.replace(attention_probs_dropout_prob=0.1)
     assert [chosen(x) for x in ("cpu", "tpu", "gpu")] == [None, "splash", "cudnn"]
@@ -116,12 +116,12 @@ def test_auto_takes_a_kernel_where_it_serves_alone(monkeypatch):
 
 def test_what_a_kernel_does_not_do_is_named_all_at_once():
     config = TINY.replace(attention_probs_dropout_prob=0.1, num_attention_heads=1, hidden_size=20)
-    found = refusals("cudnn", config, jnp.float32, 31, True, "tpu")
+    found = unsupported_reasons("cudnn", config, jnp.float32, 31, True, "tpu")
     for part in ("tpu backend", "dropout_prob=0.1", "float32", "20 dimensions", "31 positions"):
         assert any(part in reason for reason in found), part
-    assert refusals("splash", config, jnp.float32, 31, False, "tpu") == []
+    assert unsupported_reasons("splash", config, jnp.float32, 31, False, "tpu") == []
     with pytest.raises(InputError, match=r"splash.*cpu backend.*a cache"):
-        choose("splash", config, jnp.float32, 31, None, False, {"a cache": True})
+        choose_kernel("splash", config, jnp.float32, 31, None, False, {"a cache": True})
 
 
 @pytest.mark.parametrize("mesh", [(), ("--mesh_tensor=2",)])

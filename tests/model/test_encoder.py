@@ -11,15 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from prelnroberta import params as parameters
 from prelnroberta.errors import InputError
-from prelnroberta.model import encoder
 from prelnroberta.model.encoder import Encoder, Execution
 from prelnroberta.model.heads import MaskedLM
-from prelnroberta.model.layers import ACTIVATIONS
-from prelnroberta.model.losses import Scores, cross_entropy, masked_lm_scores
+from prelnroberta.model.losses import masked_lm_scores
+from tests.helpers.masked_batches import masked_rows
 from tests.helpers.small_models import ODD, TINY, random_params
 
 SIMILAR = {"rtol": 2e-5, "atol": 2e-5}
@@ -218,107 +216,6 @@ def test_masks_in_two_and_three_dimensions_agree(case):
     np.testing.assert_allclose(full, flat, **SIMILAR)
 
 
-def test_positions_count_real_tokens():
-    ids = jnp.asarray([[12, 31, 13, 1], [1, 12, 31, 1], [1, 1, 1, 1]])
-    found = encoder.default_position_ids(ids, 1)
-    np.testing.assert_array_equal(found, [[2, 3, 4, 1], [1, 2, 3, 1], [1, 1, 1, 1]])
-
-
-def test_layer_norm_keeps_its_precision_far_from_zero():
-    """At mean 100 and deviation 1, Flax's one-pass variance is off by 1.7e-3."""
-    x = np.random.default_rng(0).standard_normal((64, 256)) + 100
-    x = x.astype(np.float32)
-    wide = x.astype(np.float64)
-    expected = (wide - wide.mean(-1, keepdims=True)) / wide.std(-1, keepdims=True)
-    unit = {"scale": jnp.ones(256), "bias": jnp.zeros(256)}
-    found = encoder.layer_norm(unit, jnp.asarray(x), 1e-12)
-    assert np.abs(found - expected).max() < 3e-5
-
-
-@pytest.mark.parametrize(
-    ("equation", "inputs", "kernel", "fan_in"),
-    [
-        ("bld,df->blf", (3, 5, 8), (8, 12), 1),  # wider, by halves
-        ("bld,df->blf", (3, 5, 4), (4, 7), 1),  # wider, no halves
-        ("blf,fd->bld", (3, 5, 12), (12, 8), 1),
-        ("bld,dhk->blhk", (3, 5, 8), (8, 2, 4), 1),
-        ("bmhk,hkd->bmd", (3, 5, 2, 4), (2, 4, 8), 2),
-        ("...d,dc->...c", (0, 8), (8, 3), 1),
-    ],
-)
-def test_projection_is_einsum_in_value_and_every_derivative(equation, inputs, kernel, fan_in):
-    """Forwards, backwards and one after the other: it has a derivative rule of its own."""
-    rng = np.random.default_rng(0)
-    shapes = inputs, kernel, kernel[fan_in:]
-    at, along = (tuple(rng.standard_normal(shape) for shape in shapes) for _ in range(2))
-
-    def projected(x, kernel, bias):
-        return encoder.project({"kernel": kernel, "bias": bias}, equation, x)
-
-    def plain(x, kernel, bias):
-        return jnp.einsum(equation, x, kernel) + bias
-
-    def derivatives(function):
-        def loss(*values):
-            return jnp.sin(function(*values)).sum()
-
-        gradient = jax.grad(loss, (0, 1, 2))
-        return (
-            function(*at),
-            jax.jvp(gradient, at, along),
-            jax.grad(
-                lambda *values: sum(
-                    (g * t).sum() for g, t in zip(gradient(*values), along, strict=True)
-                ),
-                (0, 1, 2),
-            )(*at),
-        )
-
-    with jax.enable_x64(True):
-        found, expected = derivatives(projected), derivatives(plain)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), found, expected
-    )
-
-
-def test_gelu_is_as_close_to_float64_as_torch_is():
-    x = np.linspace(-8, 8, 100_001).astype(np.float32)
-    expected = torch.nn.functional.gelu(torch.tensor(x, dtype=torch.float64)).numpy()
-    theirs = torch.nn.functional.gelu(torch.tensor(x)).numpy()
-
-    def error(found):
-        return np.sqrt(np.mean((np.asarray(found, np.float64) - expected) ** 2))
-
-    assert error(ACTIVATIONS["gelu"](jnp.asarray(x))) < 1.5 * error(theirs)
-
-
-def test_dropout_draws_for_every_head_and_example_and_keeps_the_mean():
-    x = jnp.ones((8, 4, 32, 32))
-    dropped = np.asarray(encoder.dropout(x, 0.25, jax.random.key(0)))
-    assert set(np.unique(dropped)) == {np.float32(0), np.float32(4 / 3)}
-    assert abs(dropped.mean() - 1) < 0.02
-    flat = dropped.reshape(32, -1)
-    assert len({row.tobytes() for row in flat}) == 32
-    assert encoder.dropout(x, 0.25, None) is x
-
-
-@pytest.mark.parametrize("shape", [(64, 4097), (64, 3, 1367), (4096, 1)])
-def test_dropout_draws_are_independent(shape):
-    """Four draws share a block of random bits: neither they nor neighbours know of each other."""
-    rate, n = 0.1, np.prod(shape)
-    dropped = np.asarray(encoder.dropout(jnp.ones(shape), rate, jax.random.key(1))) == 0
-    spread = 5 / np.sqrt(n)
-    assert abs(dropped.mean() - rate) < spread * np.sqrt(rate * (1 - rate))
-    flat = dropped.reshape(len(dropped), -1) - rate
-    size = flat.shape[1]
-    for lag in {1, 2, 3, size // 4, size // 2, size - 1} - {0}:
-        pairs = flat[:, :-lag] * flat[:, lag:]
-        if pairs.size:
-            assert abs(pairs.mean()) < 5 / np.sqrt(pairs.size) * rate * (1 - rate), lag
-    rows = flat[:-1] * flat[1:]
-    assert abs(rows.mean()) < 5 / np.sqrt(rows.size) * rate * (1 - rate)
-
-
 def test_dropout_takes_keys_of_every_kind():
     module = Encoder(TINY, Execution())
     params, ids = random_params(TINY, "encoder"), some_ids(TINY)
@@ -337,7 +234,7 @@ def test_layers_that_stand_apart_are_the_same_layers(case):
     """Bit for bit; and on a CPU, in the same memory."""
     config, params, ids = case
     params = jax.device_put(params)
-    apart = parameters.unstack(params)
+    apart = parameters.unstack_layers(params)
     stacked = params["encoder"]["layers"]["mlp"]["wi"]["kernel"]
     kernel = apart["encoder"]["layers"][1]["mlp"]["wi"]["kernel"]
     if stacked[0].nbytes % 64 == 0:
@@ -345,47 +242,8 @@ def test_layers_that_stand_apart_are_the_same_layers(case):
         assert offset == stacked[0].nbytes
     find = functools.partial(encode, config, ids=ids, keep_residuals=True, keep_attentions=True)
     jax.tree.map(np.testing.assert_array_equal, find(params=apart), find(params=params))
-    with pytest.raises(InputError, match="unstack"):
+    with pytest.raises(InputError, match="unstack_layers"):
         encode(config, apart, ids, Execution(scan_layers=True))
-
-
-def test_cross_entropy_counts_what_it_is_told_to():
-    rng = np.random.default_rng(0)
-    logits = rng.standard_normal((4, 7, 11)).astype(np.float32)
-    labels = rng.integers(0, 11, (4, 7))
-    weights = (rng.random((4, 7)) < 0.5).astype(np.float32)
-    scores = cross_entropy(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(weights))
-    wide = logits.astype(np.float64)
-    log_p = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
-    picked = np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
-    assert float(scores.loss) == pytest.approx(-(picked * weights).sum(), rel=1e-6)
-    assert float(scores.correct) == ((logits.argmax(-1) == labels) * weights).sum()
-    assert float(scores.weight) == weights.sum()
-    empty = cross_entropy(jnp.asarray(logits), jnp.asarray(labels), jnp.zeros((4, 7)))
-    assert float(empty.loss) == float(empty.weight) == 0.0
-
-
-def masked_rows(L, M, V=500):
-    rng = np.random.default_rng(0)
-    return {
-        "input_ids": rng.integers(4, V, (4, L)),
-        "segment_ids": np.ones((4, L), np.int32),
-        "position_ids": np.tile(np.arange(L) + 2, (4, 1)),
-        "masked_positions": rng.integers(0, L, (4, M)),
-        "masked_labels": rng.integers(4, V, (4, M)),
-        "masked_weights": (rng.random((4, M)) < 0.6).astype(np.float32),
-    }
-
-
-def test_scores_of_rows_add_up():
-    params = random_params(TINY)
-    batch = masked_rows(10, 3)
-    score = jax.jit(functools.partial(masked_lm_scores, MaskedLM(TINY)))
-    whole = score(params, batch)
-    rows = [score(params, {k: v[i : i + 1] for k, v in batch.items()}) for i in range(4)]
-    total = sum(rows, Scores.zero())
-    for name in ("loss", "correct", "weight"):
-        assert float(getattr(total, name)) == pytest.approx(float(getattr(whole, name)), rel=1e-5)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
@@ -408,29 +266,3 @@ def test_scan_copies_no_parameters(remat):
     layers = sum(leaf.nbytes for leaf in jax.tree.leaves(params["encoder"]["layers"]))
     # The gradient is once all layers; the rest is of single layers and activations.
     assert compiled.memory_analysis().temp_size_in_bytes < 1.7 * layers
-
-
-def test_logits_in_parts_are_the_same_in_less_memory():
-    config = TINY.replace(vocab_size=20_000)
-    params, batch = random_params(config), masked_rows(32, 26)
-    keys = jax.random.split(jax.random.key(0), 4)
-
-    def compiled(at_once):
-        module = MaskedLM(config, Execution(logits_chunk_size=at_once))
-
-        def loss(params):
-            scores = masked_lm_scores(module, params, batch, keys)
-            return scores.loss, scores
-
-        return jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params).compile()
-
-    whole, parts = compiled(0), compiled(8)  # 26 is no multiple of 8: the last part is filled up
-    memory = [c.memory_analysis().temp_size_in_bytes for c in (whole, parts)]
-    assert memory[1] < 0.6 * memory[0]
-    ((_, expected), gradient), ((_, found), other) = whole(params), parts(params)
-    for name in ("loss", "correct", "weight"):
-        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-6)
-    for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(gradient), strict=True):
-        np.testing.assert_allclose(
-            a, b, rtol=1e-4, atol=1e-5 * np.abs(gradient["lm_head"]["bias"]).max()
-        )

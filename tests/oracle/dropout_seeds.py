@@ -17,7 +17,7 @@ import torch
 
 from experiments.common.evaluator import Evaluator
 from experiments.tasks import TASKS
-from prelnroberta.data.batches.buckets import bucket_lengths, evaluation_batches
+from prelnroberta.data.batches.buckets import bucket_lengths, bucketed_eval_batches
 from prelnroberta.distributed.sharding import Layout, Parallelism
 from prelnroberta.model import heads
 from tests.experiments.test_finetune_curves import (
@@ -42,8 +42,8 @@ def compare(name: str, folder: Path) -> None:
 
     def metric(params) -> float:
         with layout.use_mesh():
-            rows, _ = evaluator(params, features, evaluation_batches(features, buckets, 2048))
-        return task.measure(features, rows).metrics[task.metric]
+            rows, _ = evaluator(params, features, bucketed_eval_batches(features, buckets, 2048))
+        return task.evaluate(features, rows).metrics[task.metric]
 
     found = []
     for seed in range(SEEDS):

@@ -18,7 +18,7 @@ for _ in range(kills):
     reader, writer = os.pipe()
     child = os.fork()  # everything is imported by now, and no device yet asked for
     if child == 0:
-        checkpoints = CheckpointManager(directory, keep=2)
+        checkpoints = CheckpointManager(directory, max_to_keep=2)
         latest = checkpoints.latest_step() or 0
         if latest:
             restored, extra = checkpoints.restore(train_state(9))

@@ -41,7 +41,9 @@ def run(parallelism, devices, attention):
         # Pads on both sides, and two sequences of other lengths in every row.
         packed["segment_ids"] = np.clip((np.arange(16) - np.arange(16)[:, None] % 4) // 5, 0, 2)
         batch = layout.shard_batch(packed)
-        state, scores = compile_train_step(make_train_step(score, optimizer, 0), layout)(state, batch)
+        state, scores = compile_train_step(make_train_step(score, optimizer, 0), layout)(
+            state, batch
+        )
         return parameters.flatten(layout.gather_to_host(state.params)), float(scores.loss)
 
 

@@ -28,7 +28,7 @@ def assert_says(error, *parts):
 def saved(tmp_path_factory):
     """Steps 1 and 2, for copies to be damaged."""
     directory = tmp_path_factory.mktemp("saved")
-    checkpoints = CheckpointManager(directory, keep=5)
+    checkpoints = CheckpointManager(directory, max_to_keep=5)
     for step in (1, 2):
         checkpoints.save(train_state(step), {"note": step})
     checkpoints.close()
@@ -46,7 +46,7 @@ def test_round_trip_of_all_of_the_state(saved):
 
 
 def test_latest_and_best_are_kept(tmp_path):
-    checkpoints = CheckpointManager(tmp_path, keep=2)
+    checkpoints = CheckpointManager(tmp_path, max_to_keep=2)
     for step, loss in [(1, None), (2, 1.0), (3, 3.0), (4, None), (5, 2.0), (6, None)]:
         checkpoints.save(train_state(step), {}, loss)
     checkpoints.close()
@@ -111,7 +111,7 @@ def test_every_flipped_byte_of_the_weights_is_found(saved, tmp_path):
         checkpoints = CheckpointManager(directory)
         with pytest.raises(CheckpointError) as error:
             checkpoints.restore(train_state(9))
-        assert_says(error, f"{directory}/2", "damaged", "move that directory away")
+        assert_says(error, f"{directory}/2", "corrupt", "move that directory away")
         checkpoints.close()
 
 
@@ -182,7 +182,7 @@ def test_fifty_kills_at_any_moment_and_every_start_finds_a_whole_step(tmp_path):
 
 def test_full_disk_is_told_and_costs_no_earlier_step(tmp_path, caplog):
     with filled_disk(tmp_path / "disk") as disk:
-        checkpoints = CheckpointManager(disk.path, keep=9)
+        checkpoints = CheckpointManager(disk.path, max_to_keep=9)
         checkpoints.save(train_state(1, size=200), {})
         checkpoints.wait_until_finished()
         disk.fill()
@@ -190,15 +190,19 @@ def test_full_disk_is_told_and_costs_no_earlier_step(tmp_path, caplog):
             checkpoints.save(train_state(2, size=200), {})
             checkpoints.wait_until_finished()
         assert_says(
-            error, "No space left on device", str(disk.path), "step 1 is whole", "make room"
+            error,
+            "No space left on device",
+            str(disk.path),
+            "step 1 is complete",
+            "Free disk space",
         )
         try:
             checkpoints.close()
         except CheckpointError as again:
-            assert "step 1 is whole" in str(again)
+            assert "step 1 is complete" in str(again)
         assert not caplog.records  # of the tracebacks of orbax's threads
         disk.empty()
-        checkpoints = CheckpointManager(disk.path, keep=9)
+        checkpoints = CheckpointManager(disk.path, max_to_keep=9)
         assert checkpoints.latest_step() == 1
         assert_same_state(
             checkpoints.restore(train_state(9, size=200))[0], train_state(1, size=200)

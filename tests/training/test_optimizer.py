@@ -13,6 +13,7 @@ from prelnroberta.errors import InputError
 from prelnroberta.training.optimizer import (
     OptimizerConfig,
     adamw,
+    learning_rate_multipliers,
     learning_rate_schedule,
     make_optimizer,
     weight_decay_mask,
@@ -35,7 +36,9 @@ HALF = {
 
 @pytest.mark.parametrize("schedule", HALF)
 def test_schedules(schedule):
-    rate = learning_rate_schedule(settings(schedule=schedule, end_learning_rate=0.1, polynomial_power=3.0))
+    rate = learning_rate_schedule(
+        settings(schedule=schedule, end_learning_rate=0.1, polynomial_power=3.0)
+    )
     np.testing.assert_allclose(rate(0), 0.0)
     np.testing.assert_allclose(rate(5), 0.1, rtol=1e-6)
     np.testing.assert_allclose(rate(20), 0.4, rtol=1e-6)
@@ -49,7 +52,9 @@ def test_schedules(schedule):
 
 @pytest.mark.parametrize("schedule", HALF)
 def test_without_warm_up_the_first_step_has_the_peak(schedule):
-    np.testing.assert_allclose(learning_rate_schedule(settings(schedule=schedule, warmup_steps=0))(0), 0.4)
+    np.testing.assert_allclose(
+        learning_rate_schedule(settings(schedule=schedule, warmup_steps=0))(0), 0.4
+    )
 
 
 def test_warm_up_may_be_the_whole_run():
@@ -149,7 +154,7 @@ def test_lamb_steps_are_as_long_as_the_layer_times_the_rate():
     updates = {name: parameters.flatten(tree) for name, tree in updates.items()}
     for path, row in parameters.table(TINY).items():
         value, ours, adam = (
-            np.float64(tree[path]).reshape(TINY.num_hidden_layers if row.stacked else 1, -1)
+            np.float64(tree[path]).reshape(TINY.num_hidden_layers if row.is_stacked else 1, -1)
             for tree in (parameters.flatten(params), updates["lamb"], updates["adamw"])
         )
         if path == "lm_head/bias":
@@ -184,3 +189,66 @@ def test_bad_fields_are_named(changes, message):
     with pytest.raises(InputError) as error:
         settings(**changes)
     assert message in str(error.value) and "expected" in str(error.value)
+
+
+def stepped(gradient=1.0, **changes):
+    """The leaves that one AdamW step leaves, over where they began: path -> factor by element."""
+    settings = OptimizerConfig(
+        steps=10, learning_rate=0.1, weight_decay=0.0, adam_epsilon=1e-12, **changes
+    )
+    model = "token_classification"
+    params = random_params(TINY, model)
+    optimizer = make_optimizer(settings, TINY, model)
+    gradients = jax.tree.map(lambda x: np.full_like(x, gradient), params)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    return parameters.flatten(updates)
+
+
+def test_each_layer_learns_at_its_own_rate():
+    N, decay = TINY.num_hidden_layers, 0.5
+    for path, update in stepped(layer_decay=decay).items():
+        if path.startswith("embeddings/"):
+            expected = decay ** (N + 1)
+        elif path.startswith("encoder/layers/"):
+            by_layer = decay ** (N - np.arange(N))
+            expected = by_layer.reshape(N, *(1 for _ in update.shape[1:]))
+        else:
+            expected = 1.0
+        np.testing.assert_allclose(
+            update, np.broadcast_to(-0.1 * expected, update.shape), rtol=1e-5
+        )
+
+
+def test_frozen_parts_stay_and_count_in_no_norm():
+    updates = stepped(freeze_layers=1, freeze=("*/key/*", "classifier/bias"), clip_norm=1.0)
+    for path, update in updates.items():
+        if path.startswith("embeddings/") or "/key/" in path or path == "classifier/bias":
+            assert not np.any(update), path
+        elif path.startswith("encoder/layers/"):
+            assert not np.any(update[0]) and np.all(update[1:]), path
+        else:
+            assert np.all(update), path
+    # Clipping sees what moves and nothing else.
+    rates = learning_rate_multipliers(
+        OptimizerConfig(steps=1, learning_rate=1, freeze=("embeddings/*",)), TINY, "encoder"
+    )
+    params = random_params(TINY, "encoder")
+    settings = OptimizerConfig(steps=1, learning_rate=1, clip_norm=1.0, freeze=("embeddings/*",))
+    huge = jax.tree.map(
+        lambda p, rate: np.full_like(p, 1.0 if np.all(rate) else 1e9), params, rates
+    )
+    optimizer = make_optimizer(settings, TINY, "encoder")
+    _, state = optimizer.update(huge, optimizer.init(params), params)
+    moments = [
+        s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")
+    ]
+    np.testing.assert_allclose(optax.tree.norm(moments[0].mu), 0.1, rtol=1e-5)
+
+
+def test_bad_settings_are_named():
+    with pytest.raises(InputError, match="freeze_layers=9, expected 0 to 2"):
+        make_optimizer(OptimizerConfig(steps=1, learning_rate=1, freeze_layers=9), TINY)
+    with pytest.raises(InputError, match="freeze 'encodr/"):
+        make_optimizer(OptimizerConfig(steps=1, learning_rate=1, freeze=("encodr/*",)), TINY)
+    with pytest.raises(InputError, match="layer_decay"):
+        OptimizerConfig(steps=1, learning_rate=1, layer_decay=1.5)

@@ -127,6 +127,12 @@ HAND_WRITTEN = {
     "no end": b"\x80\x02" + b"N" * 1000,
     "two results": b"\x80\x02NN.",
     "unhashable keys": b"\x80\x02}]Ns.",
+    "a key of nested tuples": b"\x80\x02})" + b"\x85" * 200_000 + b"Ns.",
+    "a key of tuples that double": b"\x80\x02})" + b"q\x00h\x00\x86" * 60 + b"Ns.",
+    "a shape of lists that double": b"\x80\x02](]"
+    + b"q\x00]h\x00ah\x00a" * 60
+    + b"q\x00ctorch._utils\n_rebuild_tensor\n((U\x07storagectorch\nFloatStorage\nU\x010"
+    + b"U\x03cpuK\x00tQK\x00h\x00]tRe.",
     "a storage of its own": b"\x80\x02(U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x04tQ.",
 }
 
@@ -139,6 +145,7 @@ def test_hand_written_pickles(name, tmp_path):
     path = tmp_path / "a.pt"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a/data.pkl", program)
+        archive.writestr("a/data/0", b"")
     begin = time.monotonic()
     if name == "BUILD on a class":
         load(path)

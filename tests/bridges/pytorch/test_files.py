@@ -11,7 +11,7 @@ import transformers
 
 from prelnroberta import InputError
 from prelnroberta import params as parameters
-from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES
+from prelnroberta.config import ARCHITECTURES
 from tests.helpers.model_cases import case_batch
 from tests.helpers.oracles import run_oracle
 from tests.helpers.programs import ROOT
@@ -107,7 +107,7 @@ def test_round_trip_through_transformers_5(kind, tmp_path, caplog):
     theirs.save_pretrained(tmp_path / "theirs")
     again = twin_class(model).from_pretrained(tmp_path / "theirs")
     assert_same(again.to_params(), ours.to_params())
-    assert not str(again.swapped) and not again.training
+    assert not str(again.loading_info) and not again.training
     half = twin_class(model).from_pretrained(tmp_path / "ours", dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
@@ -130,7 +130,7 @@ def test_transformers_4_reads_and_computes_the_same(kind, answers):
     assert (answers / kind / "said.txt").read_text() == ""
     batch = to_torch(with_tokens(case_batch(model, config, kind)))
     again = twin_class(model).from_pretrained(answers / kind / "written")
-    assert not str(again.swapped)
+    assert not str(again.loading_info)
     assert_same(again.to_params(), random_params(config, model))
     again = twin_class(model).from_pretrained(
         answers / kind / "written", tie_last_hidden_states=False
@@ -151,9 +151,9 @@ def test_heads_are_swapped_and_reported(tmp_path, caplog):
     base = twin("base", SMALL)
     base.save_pretrained(tmp_path)
     headed = twin_class("sequence_classification").from_pretrained(tmp_path, num_labels=3)
-    assert "classifier.out_proj.weight" in headed.swapped.new
-    assert all("pooler.dense" in name for name in headed.swapped.dropped)
-    assert "new, to be trained: classifier.dense.weight" in caplog.text
+    assert "classifier.out_proj.weight" in headed.loading_info.missing_keys
+    assert all("pooler.dense" in name for name in headed.loading_info.unexpected_keys)
+    assert "newly initialized: classifier.dense.weight" in caplog.text
     assert_same(headed.to_params()["encoder"], base.to_params()["encoder"])
     assert headed.classifier.out_proj.weight.std() > 0
     without = twin_class("base").from_pretrained(tmp_path, add_pooling_layer=False)

@@ -14,7 +14,7 @@ from bridges.pytorch import Cache
 from prelnroberta import InputError
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
-from prelnroberta.pretrained.hf_checkpoint import to_tensors
+from prelnroberta.pretrained.hf_checkpoint import to_state_dict
 from tests.helpers.model_cases import MODEL_CASES, case_batch
 from tests.helpers.pytorch_models import paired_outputs, scalar_target, to_torch, twin, twin_class
 from tests.helpers.small_models import (
@@ -103,7 +103,7 @@ def test_gradients_against_flax(kind):
     ours(**to_torch(batch)).loss.backward()
     flax = flax_model(model, config)
     expected = jax.jit(jax.grad(lambda p: flax(**batch, params=p).loss))(params)
-    for name, gradient in to_tensors(expected, config, model).items():
+    for name, gradient in to_state_dict(expected, config, model).items():
         found = ours.get_parameter(name).grad.numpy()
         if name.endswith("self.key.bias"):
             assert np.abs(found).max() < 1e-5, name

@@ -9,7 +9,8 @@ import tensorflow as tf
 
 import bridges.tensorflow
 from prelnroberta import InputError
-from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES, save_pretrained, to_tensors
+from prelnroberta.config import ARCHITECTURES
+from prelnroberta.pretrained.hf_checkpoint import save_pretrained, to_state_dict
 from tests.helpers.model_cases import case_batch
 from tests.helpers.oracles import run_oracle
 from tests.helpers.small_models import ODD, SMALL, TWO_TYPES, random_params, with_tokens
@@ -68,7 +69,7 @@ def test_outputs_losses_and_gradients(kind, answers):
     for variable, gradient in zip(variables.values(), gradients, strict=True):
         zero = gradient is None
         variable.assign(tf.zeros_like(variable) if zero else tf.convert_to_tensor(gradient))
-    ladder = to_tensors(ours.to_params(), config, model)
+    ladder = to_state_dict(ours.to_params(), config, model)
 
     compared = set()
     real = batch["attention_mask"] == 1 if config.is_decoder else slice(None)
@@ -110,7 +111,7 @@ def test_old_h5_weights_are_read_to_the_bit(kind, answers):
         "tf_model.h5"
     ]
     read = tf_class(model).from_pretrained(directory, tie_last_hidden_states=False)
-    assert not str(read.swapped)
+    assert not str(read.loading_info)
     ours = tf_class(model).from_pretrained(answers / kind)
     for path, variable in ours.variables_by_path().items():
         np.testing.assert_array_equal(read.variables_by_path()[path], variable, err_msg=path)

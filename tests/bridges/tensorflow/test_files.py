@@ -14,10 +14,10 @@ import bridges.tensorflow
 from bridges.tensorflow import export
 from bridges.tensorflow.export import save_saved_model, save_tflite
 from prelnroberta import InputError
-from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES
+from prelnroberta.config import ARCHITECTURES
 from tests.helpers.programs import ROOT
-from tests.helpers.small_models import ODD, SMALL, flax_class, ragged_batch, random_params
-from tests.helpers.tensorflow_models import MODELS, tf_model
+from tests.helpers.small_models import MODELS, ODD, SMALL, flax_class, ragged_batch, random_params
+from tests.helpers.tensorflow_models import tf_model
 from tests.helpers.tolerances import assert_close, max_relative
 
 DECODER = SMALL.replace(is_decoder=True)
@@ -50,7 +50,7 @@ def test_heads_are_swapped_and_reported(tmp_path, caplog):
     made("base").save_pretrained(tmp_path)
     cls = bridges.tensorflow.TFRobertaPreLayerNormForSequenceClassification
     headed = cls.from_pretrained(tmp_path, num_labels=3, dtype="mixed_bfloat16", seed=2)
-    assert headed.swapped.new[0] == "classifier.dense.weight" in caplog.text
+    assert headed.loading_info.missing_keys[0] == "classifier.dense.weight" in caplog.text
     assert headed.config.num_labels == 3 and headed.compute_dtype == "bfloat16"
     jax.tree.map(
         np.testing.assert_array_equal,

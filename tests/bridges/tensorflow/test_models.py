@@ -13,10 +13,10 @@ import torch
 from bridges.tensorflow import variable_mapping
 from prelnroberta import InputError, RobertaPreLayerNormConfig
 from prelnroberta import params as parameters
-from prelnroberta.pretrained.hf_checkpoint import to_tensors
+from prelnroberta.pretrained.hf_checkpoint import to_state_dict
 from tests.helpers.model_cases import MODEL_CASES, case_batch
-from tests.helpers.small_models import ODD, SMALL, ragged_batch, random_params
-from tests.helpers.tensorflow_models import IDS, MODELS, tf_and_flax, tf_model
+from tests.helpers.small_models import IDS, MODELS, ODD, SMALL, ragged_batch, random_params
+from tests.helpers.tensorflow_models import tf_and_flax, tf_model
 from tests.helpers.tolerances import assert_close, rms_relative
 from tests.helpers.torch_reference import transformers_model
 
@@ -78,7 +78,7 @@ def test_parity(kind):
         else tf.convert_to_tensor(gradient).numpy()
         for (path, variable), gradient in zip(variables.items(), taken, strict=True)
     }
-    gradients = to_tensors(
+    gradients = to_state_dict(
         variable_mapping.from_variables(of_path, config, ours.model), config, model
     )
     ladder = {n: p.grad.numpy() for n, p in theirs.named_parameters() if p.grad is not None}

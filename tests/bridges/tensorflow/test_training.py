@@ -14,8 +14,8 @@ from bridges.tensorflow.outputs import Output
 from prelnroberta import InputError
 from prelnroberta import params as parameters
 from prelnroberta.training.optimizer import OptimizerConfig, adamw
-from tests.helpers.small_models import SMALL, TINY, ragged_batch, random_params
-from tests.helpers.tensorflow_models import IDS, MODELS, tf_and_flax, tf_model
+from tests.helpers.small_models import IDS, MODELS, SMALL, TINY, ragged_batch, random_params
+from tests.helpers.tensorflow_models import tf_and_flax, tf_model
 
 CONFIG = SMALL.replace(num_labels=3)
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

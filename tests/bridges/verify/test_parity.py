@@ -35,7 +35,7 @@ def test_every_class_is_one_function_in_all_frameworks(model):
         # Every leaf of the tree has its gradient compared, layer by layer.
         leaves = parameters.table(config, model).values()
         assert sum(e.kind == "gradient" for e in mine) == sum(
-            N if row.stacked else 1 for row in leaves
+            N if row.is_stacked else 1 for row in leaves
         )
         # Compared at all: float32 is not float64.
         assert worst(mine, "output").rms > 1e-9

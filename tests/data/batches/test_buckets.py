@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prelnroberta
-from prelnroberta.data.batches.buckets import bucket_lengths, bucket_of, evaluation_batches
-from prelnroberta.data.features.base import NOTHING, padded
+from prelnroberta.data.batches.buckets import bucket_lengths, bucketed_eval_batches, find_bucket
+from prelnroberta.data.features.base import PADDING_INDEX, padded
 from prelnroberta.errors import InputError
 
 
@@ -23,7 +23,7 @@ class Rows:
         self.lengths = np.asarray(lengths)
 
     def batch(self, indices, length):
-        real = indices != NOTHING
+        real = indices != PADDING_INDEX
         assert (self.lengths[indices[real]] <= length).all(), "an example longer than its row"
         return {"index": indices, "length": np.full(len(indices), length), "weights": real}
 
@@ -32,7 +32,7 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=30)
 
 
 def positions(lengths, buckets):
-    return sum(bucket_of(length, buckets) for length in lengths)
+    return sum(find_bucket(length, buckets) for length in lengths)
 
 
 @settings(max_examples=200, deadline=None)
@@ -59,7 +59,7 @@ def test_buckets_stay_within_what_there_is():
     with pytest.raises(InputError, match="no examples"):
         bucket_lengths(np.array([], int))
     with pytest.raises(InputError, match="131 tokens is longer than the longest of"):
-        bucket_of(131, (64, 128))
+        find_bucket(131, (64, 128))
 
 
 @settings(max_examples=100, deadline=None)
@@ -70,27 +70,27 @@ def test_evaluation_asks_for_every_row_once(lengths, count, tokens, multiple):
     shapes = set()
     found = []
     fillers = 0
-    for indices, batch in evaluation_batches(features, buckets, tokens, multiple):
+    for indices, batch in bucketed_eval_batches(features, buckets, tokens, multiple):
         length = int(batch["length"][0])
         assert len(indices) % multiple == 0 and len(indices) > 0
         assert len(indices) == multiple or len(indices) * length <= tokens
         assert (len(indices) + multiple) * length > tokens, "as many as there may be"
         shapes.add((len(indices), length))
-        fillers += int((indices == NOTHING).any())
-        found += indices[indices != NOTHING].tolist()
+        fillers += int((indices == PADDING_INDEX).any())
+        found += indices[indices != PADDING_INDEX].tolist()
     assert len(shapes) <= len(buckets), "one program a bucket"
     assert fillers <= 1, "one batch at most is filled up"
     assert sorted(found) == list(range(len(lengths)))
 
 
 def test_nothing_to_evaluate():
-    assert list(evaluation_batches(Rows([]), (8,), 64)) == []
+    assert list(bucketed_eval_batches(Rows([]), (8,), 64)) == []
 
 
 def test_padding():
     rows = [np.array([1, 2]), np.array([3])]
     expected = [[3, 9, 9], [9, 9, 9], [1, 2, 9]]
-    assert padded(rows, np.array([1, NOTHING, 0]), 3, 9).tolist() == expected
+    assert padded(rows, np.array([1, PADDING_INDEX, 0]), 3, 9).tolist() == expected
 
 
 def test_data_and_metrics_load_no_jax():

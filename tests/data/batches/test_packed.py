@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from experiments.tasks import TASKS, TaskSettings
 from prelnroberta.config import IGNORE_INDEX, MULTI_LABEL, REGRESSION
-from prelnroberta.data.batches.packed import TrainingBatches
+from prelnroberta.data.batches.packed import PackedBatches
 from prelnroberta.data.features.base import Features
 from prelnroberta.data.readers.classification import TextExample
-from prelnroberta.data.readers.row_errors import BadRows
+from prelnroberta.data.readers.row_errors import RowErrors
 from prelnroberta.data.readers.swag import ChoiceExample
 from prelnroberta.errors import InputError
 from prelnroberta.model import heads, losses
@@ -45,7 +45,7 @@ def ragged(n, seed=0):
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 9), st.integers(1, 3))
 def test_every_token_of_a_batch_is_there_once(lengths, B, multiple):
     features = Rows(lengths)
-    loader = TrainingBatches(features, B, 0, steps=8, multiple=multiple, pool=2)
+    loader = PackedBatches(features, B, 0, steps=8, multiple=multiple, pool=2)
     assert loader.rows % multiple == 0
     for step in range(8):
         indices, batch = loader.indices(step), loader.batch(step)
@@ -67,7 +67,7 @@ def test_every_token_of_a_batch_is_there_once(lengths, B, multiple):
 @pytest.mark.parametrize("pool", [1, 3, 50])
 @pytest.mark.parametrize("n", [1, 7, 64, 101])
 def test_an_epoch_is_every_example_once(n, pool):
-    loader = TrainingBatches(ragged(n), 8, seed=5, steps=3 * -(-n // 8), pool=pool)
+    loader = PackedBatches(ragged(n), 8, seed=5, steps=3 * -(-n // 8), pool=pool)
     epochs = []
     for epoch in range(3):
         steps = range(epoch * loader.steps_per_epoch, (epoch + 1) * loader.steps_per_epoch)
@@ -83,7 +83,7 @@ def test_a_batch_follows_from_seed_and_step_alone():
     features = ragged(203)
 
     def loader(seed):
-        return TrainingBatches(features, 8, seed, 60, pool=4)
+        return PackedBatches(features, 8, seed, 60, pool=4)
 
     first = loader(1)
     through = [first.batch(step) for step in range(60)]
@@ -97,7 +97,7 @@ def test_a_batch_follows_from_seed_and_step_alone():
 
 
 def test_hosts_share_a_batch_without_overlap():
-    loader = TrainingBatches(ragged(61), 8, 0, 20, multiple=4, pool=2)
+    loader = PackedBatches(ragged(61), 8, 0, 20, multiple=4, pool=2)
     for step in range(20):
         whole = loader.batch(step)
         hosts = np.arange(loader.rows).reshape(2, -1)
@@ -108,7 +108,7 @@ def test_hosts_share_a_batch_without_overlap():
 
 def test_pools_fill_rows_and_still_shuffle():
     features = ragged(2000)
-    loader, plain = (TrainingBatches(features, 16, 0, 250, pool=pool) for pool in (50, 1))
+    loader, plain = (PackedBatches(features, 16, 0, 250, pool=pool) for pool in (50, 1))
     assert loader.fill > 0.8 > 0.6 > plain.fill
     filled = [(loader.batch(step)["segment_ids"] > 0).mean() for step in range(125)]
     np.testing.assert_allclose(loader.fill, np.mean(filled), rtol=1e-6)
@@ -122,14 +122,14 @@ def test_pools_fill_rows_and_still_shuffle():
 
 
 def test_what_was_not_planned_is_refused():
-    loader = TrainingBatches(Rows([8] * 30 + [60] * 8), 8, 0, steps=1, pool=1)
+    loader = PackedBatches(Rows([8] * 30 + [60] * 8), 8, 0, steps=1, pool=1)
     with pytest.raises(InputError, match=r"step \d+: needs \d+ rows, planned were \d"):
         [loader.batch(step) for step in range(40)]
     for change in ({"batch_size": 0}, {"seed": -1}, {"pool": 0}, {"steps": 0}):
         with pytest.raises(InputError):
-            TrainingBatches(ragged(10), **({"batch_size": 2, "seed": 0, "steps": 3} | change))
+            PackedBatches(ragged(10), **({"batch_size": 2, "seed": 0, "steps": 3} | change))
     with pytest.raises(InputError, match="no examples to train on"):
-        TrainingBatches(Rows([]), 2, 0, 1)
+        PackedBatches(Rows([]), 2, 0, 1)
 
 
 def learned(name):
@@ -140,7 +140,7 @@ def learned(name):
     settings = TaskSettings(
         task=name, max_length=96, problem_type=sort or TaskSettings.problem_type
     )
-    task, bad = TASKS[name](settings), BadRows()
+    task, bad = TASKS[name](settings), RowErrors()
     if sort == REGRESSION:
         examples = [TextExample("f", text, None, float(len(text))) for text in texts]
     elif sort == MULTI_LABEL:
@@ -198,11 +198,3 @@ def test_packed_sums_and_gradients_are_those_of_padded_examples(kind, settings):
         np.testing.assert_allclose(packed[1].loss, padded[1].loss, rtol=2e-6)
         for found, expected in zip(*map(jax.tree.leaves, (packed[0], padded[0])), strict=True):
             np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max() + 1e-5)
-
-
-def test_smoothing_spreads_over_the_classes_there_are():
-    """Of four logits two are no class: the loss is that of the two others alone."""
-    logits, labels = np.float32([[0.3, -1.2, -1e30, -1e30]]), np.array([1])
-    smooth = losses.LossSettings(label_smoothing=0.3)
-    alone = losses.label_scores(logits[:, :2], labels, smooth)
-    np.testing.assert_allclose(losses.label_scores(logits, labels, smooth).loss, alone.loss)

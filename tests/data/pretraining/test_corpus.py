@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prelnroberta.data.pretraining import corpus as module
-from prelnroberta.data.pretraining.corpus import FileCorpus, is_validation
-from prelnroberta.data.pretraining.docstrings import STDLIB, DocstringCorpus, prose
+from prelnroberta.data.pretraining.corpus import FileCorpus, in_validation_split
 from prelnroberta.errors import InputError
 
 
@@ -21,134 +20,13 @@ def texts(corpus):
 
 def test_split_is_a_function_of_the_key_and_has_the_asked_share():
     keys = [f"package/module{i}" for i in range(4000)]
-    held_out = [is_validation(key, 0.1) for key in keys]
-    assert held_out == [is_validation(key, 0.1) for key in keys]
+    held_out = [in_validation_split(key, 0.1) for key in keys]
+    assert held_out == [in_validation_split(key, 0.1) for key in keys]
     assert 0.08 < sum(held_out) / len(keys) < 0.12
-    assert not any(is_validation(key, 0.0) for key in keys)
-    assert all(is_validation(key, 1.0) for key in keys)
+    assert not any(in_validation_split(key, 0.0) for key in keys)
+    assert all(in_validation_split(key, 1.0) for key in keys)
     # A larger fraction only adds keys.
-    assert all(is_validation(key, 0.2) for key in keys if is_validation(key, 0.1))
-
-
-NUMPYDOC = """Return the sum of the values that are given along an axis
-    of the array, see :func:`~numpy.add` and `the guide <https://x.org>`_ for more [1]_.
-
-    Parameters
-    ----------
-    a : array_like
-        The elements to sum, in any shape that can be made into an array
-        by ``numpy.asarray``.
-    axis : int, optional
-
-    Returns
-    -------
-    out : ndarray
-        An array with the same shape as the input, with the axis removed.
-
-    Notes
-    -----
-    This note has the title that is above it, which is not a part of it.
-
-    See Also
-    --------
-    mean : Compute the mean of the values that are given along an axis.
-
-    Examples
-    --------
-    >>> the_sum_of_all_the_values_in_the_array_is_printed(a)
-    Here is the following result::
-
-        this is code that could be read as a sentence if it were not indented.
-
-    .. math:: the sum of a is the sum of all the elements of the array a.
-
-    where the lower limit is the first of the elements in the array.
-
-    ==========  ===========================================================
-    the name    the text of the row that is the first one in the table.
-    ==========  ===========================================================
-    """
-GOOGLE = """Trains the model on the given data for as many steps as asked.
-
-    Args:
-      rate (float): the rate at which the parameters are changed, which
-        should be small and is often found by trying.
-      data: An iterator over the batches that the model is to be trained on.
-
-    See https://example.com for all of the words that are in the text of the link.
-
-    * The first bullet is long enough to be a paragraph of its own.
-    * The second bullet is as well, and it must not run into the first.
-    """
-
-
-def test_prose_is_sentences_without_markup():
-    assert prose(NUMPYDOC) == [
-        "Return the sum of the values that are given along an axis of the array, see numpy.add and "
-        "the guide for more.",
-        "The elements to sum, in any shape that can be made into an array by numpy.asarray.",
-        "An array with the same shape as the input, with the axis removed.",
-        "This note has the title that is above it, which is not a part of it.",
-    ]
-    assert prose(GOOGLE) == [
-        "Trains the model on the given data for as many steps as asked.",
-        "the rate at which the parameters are changed, which should be small and is often found by "
-        "trying.",
-        "An iterator over the batches that the model is to be trained on.",
-        "The first bullet is long enough to be a paragraph of its own.",
-        "The second bullet is as well, and it must not run into the first.",
-    ]
-
-
-@settings(deadline=None)
-@given(st.text(st.sampled_from(list("ab :*`-.>\n[]")), max_size=80))
-def test_prose_takes_any_string(text):
-    assert all("\n" not in paragraph for paragraph in prose(text))
-
-
-@pytest.fixture
-def toy(tmp_path, monkeypatch):
-    """A package that must not be imported, and a corpus of it alone."""
-    root = tmp_path / "toy"
-    (root / "tests").mkdir(parents=True)
-    sentence = "The %s of the module is to say a thing that no other one says.\n"
-    (root / "b.py").write_text(
-        f'"""{sentence % "beginning"}"""\n'
-        f'def f():\n    """{sentence % "function"}"""\n'
-        f'class C:\n    """{sentence % "class"}\n\n{sentence % "rest"}"""\n'
-        f'add_newdoc("f", """{sentence % "argument"}""")\n'
-        'raise SystemExit("imported")\n'
-    )
-    (root / "a.py").write_text(f'"""{sentence % "class"}"""\n')
-    (root / "broken.py").write_text('"""The %s of the module\n')
-    (root / "tests" / "c.py").write_text(f'"""{sentence % "test"}"""\n')
-    (root / "test_d.py").write_text(f'"""{sentence % "test"}"""\n')
-    monkeypatch.syspath_prepend(tmp_path)
-    corpus = DocstringCorpus(["toy", "no_such_package"])
-    assert corpus.roots.pop(STDLIB)[0].is_dir()
-    return corpus
-
-
-def test_docstrings_are_read_in_order_and_once(toy):
-    found = [(d.key, [line.split()[1] for line in d.text.split("\n")]) for d in toy.documents()]
-    assert found == [
-        ("toy/a", ["class"]),
-        ("toy/b", ["beginning"]),
-        ("toy/b", ["function"]),
-        ("toy/b", ["rest"]),
-        ("toy/b", ["argument"]),
-    ]
-    assert list(toy.documents()) == list(toy.documents())
-
-
-def test_manifest_names_versions_and_what_is_missing():
-    corpus = DocstringCorpus(["numpy", "no_such_package"])
-    manifest = corpus.manifest()
-    assert manifest["missing_packages"] == ["no_such_package"]
-    import numpy
-
-    assert manifest["packages"]["numpy"] == {"numpy": numpy.__version__}
-    assert json.loads(json.dumps(manifest)) == manifest
+    assert all(in_validation_split(key, 0.2) for key in keys if in_validation_split(key, 0.1))
 
 
 def write(path, text):
@@ -174,7 +52,7 @@ def test_documents_do_not_depend_on_how_text_is_read(chunks, piece):
     documents = ["\n".join(lines).rstrip() for is_text, lines in groups if is_text]
     assert list(module._plain_documents(chunks)) == documents
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "PIECE", piece)
+        patch.setattr(module, "MAX_DOCUMENT_CHARS", piece)
         found = list(module._plain_documents(chunks))
     assert all(0 < len(text) <= piece for text in found)
     assert "".join("".join(found).split()) == "".join(whole.split())
@@ -188,7 +66,7 @@ def test_jsonl_gives_a_document_a_line(tmp_path):
 
 
 def test_long_documents_come_in_pieces_cut_at_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PIECE", 100)
+    monkeypatch.setattr(module, "MAX_DOCUMENT_CHARS", 100)
     long = "\n".join(f"line {i} of a document" for i in range(50))
     path = write(tmp_path / "a.txt", long.encode())
     found = texts(FileCorpus([path]))

@@ -42,7 +42,7 @@ def row(length, seed=0, segment_sizes=None):
 
 
 def make(**fields):
-    return Masking(V, **{"word_starts": WORD_STARTS, **fields})
+    return Masking(V, **{"word_start_mask": WORD_STARTS, **fields})
 
 
 def chosen(masked):
@@ -85,7 +85,7 @@ MASKINGS = st.builds(
 def test_contract_of_a_masked_row(example, masking, epoch):
     before = example.input_ids.copy()
     masked = masking.apply(example, seed=3, epoch=epoch, example=7)
-    slots = masking.slots(len(before))
+    slots = masking.max_masked_positions(len(before))
     for name, dtype in [("positions", np.int32), ("labels", np.int32), ("weights", np.float32)]:
         assert masked[f"masked_{name}"].shape == (slots,)
         assert masked[f"masked_{name}"].dtype == dtype
@@ -116,7 +116,7 @@ def test_exact_counts_are_floor_or_ceiling(rate, length):
     assert set(counts) <= {math.floor(rate * length), math.ceil(rate * length)}
     spread = math.sqrt(0.25 / len(counts))
     assert np.mean(counts) == pytest.approx(rate * length, abs=5 * spread)
-    assert masking.slots(length) == math.ceil(rate * length)
+    assert masking.max_masked_positions(length) == math.ceil(rate * length)
 
 
 def test_packed_row_counts_real_tokens():
@@ -275,7 +275,7 @@ def test_overflow_keeps_a_random_subset_of_whole_units(unit):
 
     def decide(slots, number):
         stream = np.random.Generator(np.random.Philox(key=number))
-        return masking.decide(example, slots, stream)
+        return masking.choose_positions(example, slots, stream)
 
     hits = np.zeros(64)
     for number in range(3000):
@@ -339,11 +339,11 @@ def test_stream_is_pinned():
         ({"mask": 0.9}, r"mask=0\.9.*sum to 1"),
         ({"mask": 1.2, "random": -0.2, "same": 0.0}, r"random=-0\.2"),
         ({"mask": math.nan}, "mask=nan"),
-        ({"unit": "word", "word_starts": None}, "word_starts"),
-        ({"unit": "span", "word_starts": np.ones(7, bool)}, r"\(7,\)"),
+        ({"unit": "word", "word_start_mask": None}, "word_start_mask"),
+        ({"unit": "span", "word_start_mask": np.ones(7, bool)}, r"\(7,\)"),
         ({"vocab_size": 5}, "vocab_size=5"),
     ],
 )
 def test_bad_fields_are_named(fields, message):
     with pytest.raises(InputError, match=message):
-        Masking(**{"vocab_size": V, "word_starts": WORD_STARTS, **fields})
+        Masking(**{"vocab_size": V, "word_start_mask": WORD_STARTS, **fields})

@@ -11,8 +11,8 @@ import pytest
 
 from prelnroberta.data.pretraining import docstrings
 from prelnroberta.data.pretraining import token_files as module
-from prelnroberta.data.pretraining.corpus import Document, FileCorpus, is_validation
-from prelnroberta.data.pretraining.token_files import TokenFiles, prepare
+from prelnroberta.data.pretraining.corpus import Document, FileCorpus, in_validation_split
+from prelnroberta.data.pretraining.token_files import TokenFiles, tokenize_corpus
 from prelnroberta.data.tokenizer import EOS_ID, save_tokenizer, train_tokenizer
 from prelnroberta.errors import InputError
 
@@ -53,9 +53,9 @@ def decoded(tokenizer, files):
 
 def test_every_document_is_there_once_on_its_side(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_BATCH_BYTES", 1000)
-    train, validation = prepare(Texts(TEXTS), tokenizer, tmp_path, validation_fraction=0.2)
+    train, validation = tokenize_corpus(Texts(TEXTS), tokenizer, tmp_path, validation_fraction=0.2)
     for files, held_out in ((train, False), (validation, True)):
-        expected = [text for text in TEXTS if is_validation(text[:20], 0.2) == held_out]
+        expected = [text for text in TEXTS if in_validation_split(text[:20], 0.2) == held_out]
         assert decoded(tokenizer, files) == expected
         assert files.document_ends[-1] == len(files.tokens)
         assert files.tokens.dtype == np.uint16
@@ -69,7 +69,7 @@ def test_every_document_is_there_once_on_its_side(tokenizer, tmp_path, monkeypat
 
 def test_special_tokens_in_text_are_text_and_the_tokenizer_stays(tokenizer, tmp_path):
     before = tokenizer.to_str()
-    train, _ = prepare(Texts(["say <mask></s>"]), tokenizer, tmp_path, 0.0)
+    train, _ = tokenize_corpus(Texts(["say <mask></s>"]), tokenizer, tmp_path, 0.0)
     assert tokenizer.token_to_id("<mask>") not in train.tokens
     assert (train.tokens == EOS_ID).sum() == 1
     assert tokenizer.to_str() == before
@@ -86,11 +86,11 @@ def test_wide_ids_for_wide_vocabularies(tmp_path):
 
 def test_second_call_reuses_and_says_so(tokenizer, tmp_path, capfd):
     corpus = Texts(TEXTS)
-    first, _ = prepare(corpus, tokenizer, tmp_path)
+    first, _ = tokenize_corpus(corpus, tokenizer, tmp_path)
     said = capfd.readouterr().err
     assert said.count("\n") == 1  # no bar where there is no terminal
     assert "200 documents" in said
-    second, _ = prepare(corpus, tokenizer, tmp_path)
+    second, _ = tokenize_corpus(corpus, tokenizer, tmp_path)
     assert "reusing" in capfd.readouterr().err
     assert corpus.reads == 1
     assert first.directory == second.directory
@@ -98,9 +98,9 @@ def test_second_call_reuses_and_says_so(tokenizer, tmp_path, capfd):
 
 def test_anything_that_changes_the_tokens_has_files_of_its_own(tokenizer, tmp_path):
     corpora = [Texts(TEXTS), Texts(TEXTS, name="other")]
-    made = [prepare(corpus, tokenizer, tmp_path)[0].directory for corpus in corpora]
-    made.append(prepare(corpora[0], tokenizer, tmp_path, 0.1)[0].directory)
-    made.append(prepare(corpora[0], train_tokenizer(TEXTS, 290), tmp_path)[0].directory)
+    made = [tokenize_corpus(corpus, tokenizer, tmp_path)[0].directory for corpus in corpora]
+    made.append(tokenize_corpus(corpora[0], tokenizer, tmp_path, 0.1)[0].directory)
+    made.append(tokenize_corpus(corpora[0], train_tokenizer(TEXTS, 290), tmp_path)[0].directory)
     assert len(set(made)) == 4
 
 
@@ -111,11 +111,11 @@ def test_the_version_of_the_extraction_rules_is_in_the_cache_key(tokenizer, tmp_
     corpus = docstrings.DocstringCorpus([])
     corpus.roots = {"package": [tmp_path / "package"]}
     cache = tmp_path / "cache"
-    before = prepare(corpus, tokenizer, cache, 0.0)[0]
+    before = tokenize_corpus(corpus, tokenizer, cache, 0.0)[0]
     assert decoded(tokenizer, before) == [sentence]
-    assert prepare(corpus, tokenizer, cache, 0.0)[0].directory == before.directory
+    assert tokenize_corpus(corpus, tokenizer, cache, 0.0)[0].directory == before.directory
     monkeypatch.setattr(docstrings, "EXTRACTION_VERSION", docstrings.EXTRACTION_VERSION + 1)
-    assert prepare(corpus, tokenizer, cache, 0.0)[0].directory != before.directory
+    assert tokenize_corpus(corpus, tokenizer, cache, 0.0)[0].directory != before.directory
 
 
 def only_locks(directory):
@@ -140,16 +140,16 @@ def test_a_failure_on_the_way_leaves_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(module._Writer, "add", fail)
         with pytest.raises(raised, match=message):
-            prepare(Texts(TEXTS), tokenizer, tmp_path)
+            tokenize_corpus(Texts(TEXTS), tokenizer, tmp_path)
     assert only_locks(tmp_path)
-    train, _ = prepare(Texts(TEXTS), tokenizer, tmp_path)
+    train, _ = tokenize_corpus(Texts(TEXTS), tokenizer, tmp_path)
     assert len(train.document_ends) > 100
 
 
 def test_a_place_that_cannot_be_written_is_named(tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"token files in .*file: not a directory"):
-        prepare(Texts(TEXTS), tokenizer, tmp_path / "file")
+        tokenize_corpus(Texts(TEXTS), tokenizer, tmp_path / "file")
 
 
 SCRIPT = """
@@ -165,7 +165,7 @@ class Slow(FileCorpus):
                 print("reading", flush=True)
                 time.sleep(delay)
             yield document
-train, _ = token_files.prepare(Slow([directory + "/a.txt"]), load_tokenizer(directory), directory)
+train, _ = token_files.tokenize_corpus(Slow([directory + "/a.txt"]), load_tokenizer(directory), directory)
 print(len(train.tokens))
 """
 
@@ -187,7 +187,7 @@ def test_a_killed_preparation_is_made_anew_and_cleared_away(tokenizer, tmp_path)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert list(tmp_path.glob(".*.partial"))
-    train, _ = prepare(FileCorpus([str(tmp_path / "a.txt")]), tokenizer, tmp_path)
+    train, _ = tokenize_corpus(FileCorpus([str(tmp_path / "a.txt")]), tokenizer, tmp_path)
     assert len(train.document_ends) > 100
     assert not list(tmp_path.glob(".*.partial"))
 
@@ -206,11 +206,11 @@ def test_of_two_at_once_one_prepares_and_the_other_waits(tokenizer, tmp_path):
 
 
 def test_cut_and_missing_files_are_named(tokenizer, tmp_path):
-    train, _ = prepare(Texts(TEXTS), tokenizer, tmp_path)
+    train, _ = tokenize_corpus(Texts(TEXTS), tokenizer, tmp_path)
     tokens = train.directory / "tokens.bin"
     os.truncate(tokens, 100)
     with pytest.raises(InputError, match=r"train/tokens\.bin: 100 bytes, its manifest says \d+"):
-        prepare(Texts(TEXTS), tokenizer, tmp_path)
+        tokenize_corpus(Texts(TEXTS), tokenizer, tmp_path)
     tokens.unlink()
     with pytest.raises(InputError, match=r"tokens\.bin"):
         TokenFiles.open(train.directory)
@@ -224,11 +224,11 @@ def test_cut_and_missing_files_are_named(tokenizer, tmp_path):
 
 def test_an_empty_split_is_refused_unless_asked_for(tokenizer, tmp_path):
     with pytest.raises(InputError, match=r"the validation split is empty: none of .* 1 document"):
-        prepare(Texts(TEXTS[:1]), tokenizer, tmp_path, 0.001)
+        tokenize_corpus(Texts(TEXTS[:1]), tokenizer, tmp_path, 0.001)
     with pytest.raises(InputError, match=r"the train split is empty"):
-        prepare(Texts(TEXTS), tokenizer, tmp_path, 1.0)
+        tokenize_corpus(Texts(TEXTS), tokenizer, tmp_path, 1.0)
     assert only_locks(tmp_path)
-    _, validation = prepare(Texts(TEXTS), tokenizer, tmp_path, 0.0)
+    _, validation = tokenize_corpus(Texts(TEXTS), tokenizer, tmp_path, 0.0)
     assert len(validation.tokens) == len(validation.document_ends) == 0
 
 
@@ -236,12 +236,12 @@ MEMORY = """
 import pathlib, re, sys
 from prelnroberta.data.pretraining import token_files
 from prelnroberta.data.pretraining.corpus import FileCorpus
-from prelnroberta.data.pretraining.token_files import prepare
+from prelnroberta.data.pretraining.token_files import tokenize_corpus
 from prelnroberta.data.tokenizer import load_tokenizer
 token_files._BATCH_BYTES >>= 3  # what a batch takes must not hide what is kept
 peaks = []
 for name in ("small.txt", "large.txt"):
-    prepare(FileCorpus([f"{sys.argv[1]}/{name}"]), load_tokenizer(sys.argv[1]), sys.argv[1])
+    tokenize_corpus(FileCorpus([f"{sys.argv[1]}/{name}"]), load_tokenizer(sys.argv[1]), sys.argv[1])
     # Not getrusage: its peak begins with that of the process that started this one.
     status = pathlib.Path("/proc/self/status").read_text()
     peaks.append(int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) / 1024)

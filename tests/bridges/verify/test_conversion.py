@@ -1,0 +1,22 @@
+"""The check of a conversion."""
+
+import pytest
+
+from bridges.formats.detect import open_checkpoint
+from bridges.verify.conversion import compare
+from prelnroberta.errors import InputError
+from prelnroberta.pretrained import hf_checkpoint
+from tests.helpers.transformers_files import FILE_CONFIG, FILE_FORMS, tensors_of, write_config
+
+
+def test_verification_sees_a_swapped_norm(tmp_path):
+    """A wrong pairing survives every round trip; it does not survive being run."""
+    write_config(tmp_path)
+    FILE_FORMS["bin"](tmp_path, tensors_of())
+    found = open_checkpoint(tmp_path)
+    wrong = found.tree()
+    layers = wrong["encoder"]["layers"]
+    layers["mlp_norm"], layers["attention_norm"] = layers["attention_norm"], layers["mlp_norm"]
+    hf_checkpoint.save_pretrained(tmp_path / "out", wrong, FILE_CONFIG)
+    with pytest.raises(InputError, match="the result is another function"):
+        compare(found, found.tree(), tmp_path / "out", None, exact=True)

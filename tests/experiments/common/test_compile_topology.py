@@ -1,0 +1,140 @@
+"""`pretrain --rehearse`: a step compiled for a TPU slice, its report and its advice.
+
+The collectives that a strategy must have are stated here: fsdp gathers each kernel twice a step, in
+bfloat16, and scatters its gradient; tensor sums activations four times a layer; nothing is moved
+from all to all.
+"""
+
+import dataclasses
+import math
+
+import pytest
+
+from experiments.common import compile_topology as rehearse
+from prelnroberta import params as parameters
+from prelnroberta.config import RobertaPreLayerNormConfig
+from prelnroberta.distributed.hardware import CHIP_SPECS
+from prelnroberta.distributed.topology_compile import (
+    Collective,
+    CompileReport,
+)
+from tests.helpers.programs import ROOT, call, tiny_flags
+
+
+def rehearsal(**changes):
+    [v5e] = [chip for chip in CHIP_SPECS if chip.name == "v5e"]
+    values = {
+        "chip": v5e,
+        "chips": 256,
+        "params": 1 << 30,
+        "optimizer": 2 << 30,
+        "activations": 4 << 30,
+        "total": 7 << 30,
+        "needed": "",
+        "flops": 197e12,
+        "recomputed": 0.0,
+        "collectives": {"all-gather": Collective(10, 10**9, 4 * 10**11)},
+        "compile_seconds": 1.0,
+    }
+    return CompileReport(**values | changes)
+
+
+def test_what_is_told():
+    text = rehearse.tell(rehearsal())
+    assert "in all 7.00 of 16 GiB: fits" in text and "try" not in text
+    # A second of matrix products, two of links.
+    assert "a step takes at least 2.000 s, for its links" in text and "MFU at most 50%" in text
+    assert "matrix products 1.000 s" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"total": 20 << 30}, "--remat=dots, --dtype=bfloat16, --accumulate=2"),
+        (
+            {"params": 8 << 30, "optimizer": 16 << 30, "total": None, "needed": "Used 30G of 16G"},
+            "--mesh_fsdp=8 (parameters and optimizer fill the chip), --remat=dots",
+        ),
+    ],
+)
+def test_what_is_advised_where_it_does_not_fit(changes, advice, monkeypatch):
+    flags = dataclasses.make_dataclass(
+        "Flags",
+        [
+            ("mesh_fsdp", int, 1),
+            ("remat", str, "none"),
+            ("dtype", str, "float32"),
+            ("accumulate", int, 1),
+        ],
+    )
+    monkeypatch.setattr(rehearse, "FLAGS", flags())
+    text = rehearse.tell(rehearsal(**changes))
+    assert "not fit" in text and f"try, in this order: {advice}" in text
+
+
+@pytest.mark.parametrize(("slice_name", "kind"), [("v5e:2x2", "v5 lite"), ("v4:2x2x1", "v4")])
+def test_a_rehearsal_writes_nothing(slice_name, kind, tmp_path):
+    run_dir = tmp_path / "run"
+    done = call("pretrain", *tiny_flags(), f"--run_dir={run_dir}", f"--rehearse={slice_name}")
+    assert done.returncode == 0, done.stderr
+    assert f"4 devices (TPU {kind}), jit, mesh data 4" in done.stdout
+    assert ": fits" in done.stdout and "all-reduce" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+LARGE = RobertaPreLayerNormConfig.preset("roberta-large", vocab_size=50265)
+
+
+def large(slice_name, *flags):
+    """kind -> times, GB of the arrays in full; and all that was said."""
+    done = call(
+        "pretrain",
+        f"--flagfile={ROOT / 'experiments/recipes/efficient_mlm_large.flags'}",
+        "--run_dir=none",
+        f"--rehearse={slice_name}",
+        *flags,
+        timeout=1200,
+    )
+    assert done.returncode == 0, (done.stdout, done.stderr[-2000:])
+    found = {}
+    for line in done.stdout.splitlines():
+        words = line.split()
+        if words and words[0] in ("all-reduce", "all-gather", "reduce-scatter", "all-to-all"):
+            found[words[0]] = (int(words[1].replace(",", "")), float(words[5]))
+    return found, done.stdout
+
+
+def kernels():
+    """Elements of all layers' kernels."""
+    rows, shapes = parameters.table(LARGE), parameters.shapes(LARGE)
+    return sum(math.prod(shapes[p]) for p, r in rows.items() if r.is_stacked and r.kind == "kernel")
+
+
+@pytest.mark.slow
+def test_the_large_recipe_fits_a_v5e_pod_by_fsdp():
+    found, said = large("v5e:16x16", "--mesh_fsdp=16")
+    assert "256 devices (TPU v5 lite), jit, mesh data 16 x fsdp 16" in said and ": fits" in said
+    N, V, D = LARGE.num_hidden_layers, LARGE.vocab_size, LARGE.hidden_size
+    times, size = found["all-gather"]
+    # Six kernels a layer, forward and backward; the word table for lookups, and for logits.
+    assert 12 * N <= times <= 12 * N + 8
+    expected = (2 * 2 * kernels() + (4 + 2) * V * D) / 1e9
+    assert expected <= size <= 1.02 * expected
+    times, size = found["reduce-scatter"]
+    assert times >= 4 * N and 0.8 <= size / (2 * kernels() / 1e9) <= 1.05
+    assert "all-to-all" not in found and "collective-permute" not in said
+
+
+@pytest.mark.slow
+def test_the_large_recipe_fits_v5p_by_tensor_and_fsdp():
+    found, said = large("v5p:4x4x4", "--mesh_fsdp=4", "--mesh_tensor=4")
+    assert "mesh data 4 x fsdp 4 x tensor 4" in said and ": fits" in said
+    assert "vocab_size=50,265 does not divide by mesh_tensor=4: it stays whole" in said
+    assert found["all-reduce"][0] >= 4 * LARGE.num_hidden_layers
+    assert "all-to-all" not in found
+
+
+def test_the_same_command_is_refused_before_anything_is_compiled():
+    done = call("pretrain", *tiny_flags(batch_size=10), "--run_dir=none", "--rehearse=v5e:2x2")
+    assert done.returncode == 2, done.stdout
+    assert "batch_size=10 does not divide by 4 devices" in done.stderr

@@ -1,0 +1,18 @@
+"""Activations against torch in float64."""
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from prelnroberta.model.layers import ACTIVATIONS
+
+
+def test_gelu_is_as_close_to_float64_as_torch_is():
+    x = np.linspace(-8, 8, 100_001).astype(np.float32)
+    expected = torch.nn.functional.gelu(torch.tensor(x, dtype=torch.float64)).numpy()
+    theirs = torch.nn.functional.gelu(torch.tensor(x)).numpy()
+
+    def error(found):
+        return np.sqrt(np.mean((np.asarray(found, np.float64) - expected) ** 2))
+
+    assert error(ACTIVATIONS["gelu"](jnp.asarray(x))) < 1.5 * error(theirs)
