@@ -1,9 +1,13 @@
-"""Reads files of `torch.save` without torch and without running anything that is in them.
+"""Reads files of `torch.save` without torch and without running anything in them.
 
-A pickle is a program. This is an interpreter for the few instructions that torch's files consist
-of; classes and functions are never looked up, their names stand for constructors written here,
-and any other name is refused. Tensors stay on disk until they are read, and are held to the size
-of the file before a byte is allocated.
+A pickle is a program. This module interprets the few opcodes that torch's files consist of.
+Classes and functions are never imported: their names select constructors defined here, and any
+other name is refused. Tensors stay on disk until they are read, and their sizes are checked against
+the size of the file before any memory is allocated.
+
+The standard library's `pickle.Unpickler` with an allow-listing `find_class` is not enough for
+untrusted files: 10 bytes make it allocate gigabytes for its memo, nested tuples as a dictionary key
+overflow the C stack, and BUILD changes the classes that `find_class` returns.
 
 Both containers of torch are read: the zip archive (since 1.6; torch/serialization.py `_save`) and
 the older stream of pickles followed by raw storages (`_legacy_save`).
@@ -15,11 +19,12 @@ import dataclasses
 import functools
 import io
 import math
+import operator
 import pickletools
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,11 +37,12 @@ ZIP_MAGIC = b"PK\x03\x04"
 # The pickle of torch's magic number, protocol 2.
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
-# The pickle holds names and settings only: a checkpoint of a thousand tensors takes 200 KB.
-_MOST_PICKLE_BYTES = 1 << 28
-_MOST_DIMENSIONS = 8
+# A pickle holds names and settings only: a checkpoint of a thousand tensors takes 200 KB.
+_MAX_PICKLE_BYTES = 1 << 28
+_MAX_DIMENSIONS = 8
+_MAX_NESTED_TUPLES = 10_000
 
-_STORAGES = {
+_STORAGE_DTYPES = {
     "torch.DoubleStorage": np.dtype(np.float64),
     "torch.FloatStorage": np.dtype(np.float32),
     "torch.HalfStorage": np.dtype(np.float16),
@@ -50,13 +56,19 @@ _STORAGES = {
 }
 
 
-class Settings(dict):
-    """What was an `argparse.Namespace`: its attributes by name."""
+class NamespaceDict(dict):
+    """The attributes of a pickled `argparse.Namespace`, by name."""
 
 
 @dataclasses.dataclass(eq=False)
 class Storage:
-    """A flat array somewhere in a file."""
+    """A flat array inside a file; `data` reads it.
+
+    Attributes:
+        count: number of elements.
+        offset: position of the first byte; None until it is known.
+        checksum: CRC-32 of the bytes, if the container has one.
+    """
 
     path: Path
     dtype: np.dtype
@@ -82,7 +94,13 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor on disk: shape and dtype are known, `np.asarray` reads it."""
+    """A tensor on disk: shape and dtype are known, `np.asarray` reads its data.
+
+    `offset` and `strides` count elements, as in torch.
+
+    Raises:
+        ValueError: negative numbers, too many dimensions, or elements outside the storage.
+    """
 
     storage: Storage
     offset: int
@@ -92,7 +110,7 @@ class StoredTensor:
     def __post_init__(self) -> None:
         numbers = (self.offset, *self.shape, *self.strides)
         if not all(type(n) is int and n >= 0 for n in numbers) or (
-            len(self.shape) != len(self.strides) or len(self.shape) > _MOST_DIMENSIONS
+            len(self.shape) != len(self.strides) or len(self.shape) > _MAX_DIMENSIONS
         ):
             raise ValueError(f"a tensor of shape {self.shape} and strides {self.strides}")
         last = sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
@@ -121,12 +139,12 @@ def is_torch_file(path: Path) -> bool:
 
 
 def load(path: str | Path) -> Any:
-    """The object that was saved: dicts, lists and numbers as they are, tensors as `StoredTensor`,
-    namespaces as `Settings`.
+    """Returns the saved object: dicts, lists and numbers as they are, tensors as `StoredTensor`,
+    namespaces as `NamespaceDict`.
 
     Raises:
-        InputError: a file that is damaged, claims more than it holds, or names anything but
-            tensors and settings; nothing of it was run.
+        InputError: the file is damaged, claims more data than it holds, or names anything other
+            than tensors and settings. No code from the file has been run.
     """
     path = Path(path)
     try:
@@ -153,14 +171,14 @@ def _load_zip(path: Path) -> Any:
         # Compressed entries could claim any size; torch never compresses.
         if any(info.compress_type != zipfile.ZIP_STORED for info in entries.values()):
             raise InputError(f"{path}: compressed entries, which torch.save never writes: refused")
-        if entries[pickled].file_size > min(size, _MOST_PICKLE_BYTES):
+        if entries[pickled].file_size > min(size, _MAX_PICKLE_BYTES):
             raise InputError(f"{path}: a pickle of {entries[pickled].file_size} bytes: refused")
         order = root + "byteorder"
         if order in entries and archive.read(order) != b"little":
             raise InputError(f"{path}: written on a big-endian machine, expected little-endian")
         program = io.BytesIO(archive.read(pickled))
 
-    def place(storage: Storage, key: str) -> None:
+    def locate(storage: Storage, key: str) -> None:
         entry = entries[f"{root}data/{key}"]
         if storage.nbytes != entry.file_size:
             raise ValueError(f"storage {key} has {entry.file_size} bytes, not {storage.nbytes}")
@@ -171,17 +189,16 @@ def _load_zip(path: Path) -> Any:
         storage.offset = entry.header_offset + 30 + name + extra
         storage.checksum = entry.CRC
 
-    storages = _Storages(path, size, place)
-    return _Interpreter(path, storages).run(program)
+    return _Interpreter(path, _StorageTable(path, size, locate)).run(program)
 
 
 def _load_legacy(path: Path) -> Any:
     size = path.stat().st_size
-    storages = _Storages(path, size)
+    storages = _StorageTable(path, size)
     with path.open("rb") as file:
         if file.read(len(LEGACY_MAGIC)) != LEGACY_MAGIC:
-            raise ValueError("neither a zip archive nor torch's older form")
-        _protocol, system, found, keys = (
+            raise ValueError("neither a zip archive nor torch's older format")
+        _protocol, system, saved, keys = (
             _Interpreter(path, storages).run(file, end=size) for _ in range(4)
         )
         if system.get("little_endian") is not True or sys.byteorder != "little":
@@ -195,30 +212,31 @@ def _load_legacy(path: Path) -> Any:
             file.seek(storage.nbytes, 1)
     if any(storage.offset is None for storage in storages.by_key.values()):
         raise ValueError("a storage is missing")
-    return found
+    return saved
 
 
-class _Storages:
-    """The storages a pickle speaks of, each once, together no larger than the file."""
+class _StorageTable:
+    """All storages of one file by key. Their total size is limited to that of the file."""
 
     def __init__(
-        self, path: Path, size: int, place: Callable[[Storage, str], None] = lambda *_: None
+        self, path: Path, size: int, locate: Callable[[Storage, str], None] = lambda *_: None
     ):
-        self.path, self.left, self.place = path, size, place
+        self.path, self.bytes_left, self.locate = path, size, locate
         self.by_key: dict[str, Storage] = {}
 
     def __call__(self, tag: str, kind: str, key: str, location: str, count: int, view: Any = None):
-        dtype = _STORAGES[kind]
+        """Returns the storage of a persistent id; see `persistent_id` in torch/serialization.py."""
+        dtype = _STORAGE_DTYPES[kind]
         if tag != "storage" or view is not None or type(key) is not str or type(count) is not int:
             raise ValueError("a storage of an unknown kind")
         if key not in self.by_key:
             storage = Storage(self.path, dtype, count)
-            self.left -= storage.nbytes
-            if count < 0 or self.left < 0:
+            self.bytes_left -= storage.nbytes
+            if count < 0 or self.bytes_left < 0:
                 raise InputError(
                     f"{self.path}: claims more tensors than its size holds: truncated or forged"
                 )
-            self.place(storage, key)
+            self.locate(storage, key)
             self.by_key[key] = storage
         storage = self.by_key[key]
         if (storage.dtype, storage.count) != (dtype, count):
@@ -226,32 +244,38 @@ class _Storages:
         return storage
 
 
-class _Name(str):
-    """A class or function that a pickle names."""
+class _GlobalName(str):
+    """The name of a class or function in a pickle."""
 
 
-def _tensor(storage: Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> StoredTensor:
+def _rebuild_tensor(
+    storage: Storage, offset: int, shape: tuple, strides: tuple, *_: Any
+) -> StoredTensor:
     if not isinstance(storage, Storage):
         raise TypeError("a tensor without a storage")
-    return StoredTensor(storage, offset, tuple(shape), tuple(strides))
+    return StoredTensor(storage, offset, _integers(shape), _integers(strides))
 
 
-def _nothing(*_: Any) -> None:
-    """Numbers of numpy, in the logs of a training: not read."""
+def _integers(values: Iterable[Any]) -> tuple[int, ...]:
+    return tuple(map(operator.index, values))
 
 
-# All that a checkpoint may name, and what it becomes.
+def _discard(*_: Any) -> None:
+    """Stands in for numpy's numbers, which occur in training logs and are not read."""
+
+
+# The only names that a checkpoint may contain, besides storages, and their constructors here.
 _CONSTRUCTORS: dict[str, Callable[..., Any]] = {
-    "argparse.Namespace": Settings,
+    "argparse.Namespace": NamespaceDict,
     "collections.OrderedDict": dict,
-    "torch.Size": tuple,
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch.Size": _integers,
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-    "numpy.core.multiarray.scalar": _nothing,
-    "numpy._core.multiarray.scalar": _nothing,
-    "numpy.dtype": _nothing,
-    "_codecs.encode": _nothing,
+    "numpy.core.multiarray.scalar": _discard,
+    "numpy._core.multiarray.scalar": _discard,
+    "numpy.dtype": _discard,
+    "_codecs.encode": _discard,
 }
 
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
@@ -265,87 +289,105 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class _Interpreter:
-    """Runs one pickle: a stack, a memo, and no names but `_CONSTRUCTORS`."""
+    """Runs one pickle with a stack, a memo, and no names other than `_CONSTRUCTORS`."""
 
-    def __init__(self, path: Path, storages: _Storages):
+    def __init__(self, path: Path, storages: _StorageTable):
         self.path, self.storages = path, storages
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        # By id, with their counts. Holding the tuples keeps their ids from being used again.
+        self.tuples: dict[int, tuple[tuple, int]] = {}
 
-    def run(self, file: BinaryIO, end: int = _MOST_PICKLE_BYTES) -> Any:
+    def run(self, file: BinaryIO, end: int = _MAX_PICKLE_BYTES) -> Any:
+        """Returns the object that the pickle at the current position of `file` describes.
+
+        Raises:
+            Exception: of any type, if the pickle is damaged.
+        """
         begin = file.tell()
         for opcode, argument, position in pickletools.genops(file):
-            if position - begin > min(end, _MOST_PICKLE_BYTES):
+            if position - begin > min(end, _MAX_PICKLE_BYTES):
                 raise ValueError("the pickle does not end")
-            self.step(opcode.name, argument)
+            self.execute(opcode.name, argument)
         [result] = self.stack
         return result
 
-    def step(self, name: str, argument: Any) -> None:
+    def execute(self, opcode: str, argument: Any) -> None:
+        """Runs one opcode; see `pickletools.opcodes` for what each one does."""
         stack, push = self.stack, self.stack.append
-        if name in _CONSTANTS:
-            push(_CONSTANTS[name])
-        elif name in _EMPTY:
-            push(_EMPTY[name]())
-        elif name in _LITERALS:
+        if opcode in _CONSTANTS:
+            push(_CONSTANTS[opcode])
+        elif opcode in _EMPTY:
+            push(_EMPTY[opcode]())
+        elif opcode in _LITERALS:
             push(argument)
-        elif name == "MARK":
+        elif opcode == "MARK":
             self.marks.append(len(stack))
-        elif name == "TUPLE":
-            push(tuple(self.above_mark()))
-        elif name in _TUPLES:
-            push(tuple(self.take(_TUPLES[name])))
-        elif name in ("APPEND", "APPENDS"):
-            items = self.take(1) if name == "APPEND" else self.above_mark()
+        elif opcode == "TUPLE":
+            push(self.make_tuple(self.pop_mark()))
+        elif opcode in _TUPLES:
+            push(self.make_tuple(self.pop(_TUPLES[opcode])))
+        elif opcode in ("APPEND", "APPENDS"):
+            items = self.pop(1) if opcode == "APPEND" else self.pop_mark()
             self.top(list).extend(items)
-        elif name in ("SETITEM", "SETITEMS"):
-            items = self.take(2) if name == "SETITEM" else self.above_mark()
+        elif opcode in ("SETITEM", "SETITEMS"):
+            items = self.pop(2) if opcode == "SETITEM" else self.pop_mark()
             self.top(dict).update(zip(items[::2], items[1::2], strict=True))
-        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            self.memo[len(self.memo) if name == "MEMOIZE" else argument] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
+        elif opcode in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self.memo[len(self.memo) if opcode == "MEMOIZE" else argument] = stack[-1]
+        elif opcode in ("BINGET", "LONG_BINGET"):
             push(self.memo[argument])
-        elif name == "GLOBAL":
-            push(self.allowed(argument.replace(" ", ".")))
-        elif name == "STACK_GLOBAL":
-            push(self.allowed(".".join(self.take(2))))
-        elif name in ("REDUCE", "NEWOBJ"):
-            maker, arguments = self.take(2)
-            if not isinstance(maker, _Name):
-                raise TypeError("a call of what is no constructor")
-            push(_CONSTRUCTORS[maker](*arguments))
-        elif name == "BUILD":
-            [state] = self.take(1)
-            if isinstance(stack[-1], Settings):
+        elif opcode == "GLOBAL":
+            push(self.global_name(argument.replace(" ", ".")))
+        elif opcode == "STACK_GLOBAL":
+            push(self.global_name(".".join(self.pop(2))))
+        elif opcode in ("REDUCE", "NEWOBJ"):
+            name, arguments = self.pop(2)
+            if not isinstance(name, _GlobalName):
+                raise TypeError("a call of something that is not a constructor")
+            push(_CONSTRUCTORS[name](*arguments))
+        elif opcode == "BUILD":
+            [state] = self.pop(1)
+            if isinstance(stack[-1], NamespaceDict):
                 stack[-1].update(state)
-        elif name == "BINPERSID":
-            [identity] = self.take(1)
-            push(self.storages(*identity))
-        elif name not in ("PROTO", "FRAME", "STOP"):
-            raise InputError(f"{self.path}: its pickle has {name}, which no checkpoint needs")
+        elif opcode == "BINPERSID":
+            [persistent_id] = self.pop(1)
+            push(self.storages(*persistent_id))
+        elif opcode not in ("PROTO", "FRAME", "STOP"):
+            raise InputError(f"{self.path}: its pickle has {opcode}, which no checkpoint needs")
 
-    def top(self, kind: type) -> Any:
-        if not isinstance(self.stack[-1], kind):
-            raise TypeError(f"{type(self.stack[-1]).__name__} where a {kind.__name__} belongs")
+    def make_tuple(self, items: list[Any]) -> tuple:
+        """Limits the tuples inside a tuple, each counted as often as it occurs: a hash visits all
+        of them, which takes forever if they double and overflows the C stack if they nest."""
+        count = 1 + sum(self.tuples.get(id(item), ((), 0))[1] for item in items)
+        if count > _MAX_NESTED_TUPLES:
+            raise ValueError(f"more than {_MAX_NESTED_TUPLES} tuples inside one")
+        made = tuple(items)
+        self.tuples[id(made)] = made, count
+        return made
+
+    def top(self, expected: type) -> Any:
+        if not isinstance(self.stack[-1], expected):
+            raise TypeError(f"expected a {expected.__name__}, not {type(self.stack[-1]).__name__}")
         return self.stack[-1]
 
-    def take(self, count: int) -> list[Any]:
+    def pop(self, count: int) -> list[Any]:
         if len(self.stack) - (self.marks[-1] if self.marks else 0) < count:
-            raise IndexError("the pickle takes more than it has")
-        taken = self.stack[-count:]
+            raise IndexError("the pickle pops an empty stack")
+        popped = self.stack[-count:]
         del self.stack[-count:]
-        return taken
+        return popped
 
-    def above_mark(self) -> list[Any]:
-        taken = self.stack[self.marks[-1] :]
+    def pop_mark(self) -> list[Any]:
+        popped = self.stack[self.marks[-1] :]
         del self.stack[self.marks.pop() :]
-        return taken
+        return popped
 
-    def allowed(self, name: str) -> _Name:
-        if name not in _CONSTRUCTORS and name not in _STORAGES:
+    def global_name(self, name: str) -> _GlobalName:
+        if name not in _CONSTRUCTORS and name not in _STORAGE_DTYPES:
             raise InputError(
                 f"{self.path}: refused, nothing was run: its pickle names {name[:100]!r}, which is "
                 "neither a tensor nor a setting"
             )
-        return _Name(name)
+        return _GlobalName(name)
