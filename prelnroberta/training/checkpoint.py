@@ -1,16 +1,16 @@
-"""Checkpoints of a training state: asynchronous, whole or not at all, and verified when read.
+"""Checkpoints of a training state: asynchronous, atomic, and verified when read.
 
-orbax writes them, every host its own part; a step's directory appears by one rename and goes by
-another, so a killed process leaves either a complete step or none. orbax alone would load a flipped
-byte without a word (measured, 6 times in 6), so every checkpoint carries a manifest of each leaf's
-shape, dtype and digest. A digest is a sum over elements, the same however a leaf is cut over
-devices and hosts: what one mesh saved, another verifies.
+orbax writes them; each host writes its own shards. The directory of a step appears by one rename
+and is removed by another, so a killed process leaves either a complete step or none. orbax alone
+loads a flipped byte without an error (measured, 6 times in 6), so every checkpoint carries a
+manifest of the shape, dtype and digest of each leaf. A digest is a sum over elements and does not
+depend on how a leaf is sharded: a checkpoint that was saved on one mesh is verified on another.
 
-    <directory>/<step>/params      the parameter tree, alone, for whoever needs no optimizer
-    <directory>/<step>/training    step, optimizer state and report window
+    <directory>/<step>/params      the parameter tree alone, to be read without an optimizer
+    <directory>/<step>/training    step, optimizer state, report window and gradient norm
     <directory>/<step>/manifest    leaves, and the caller's own JSON (`extra`)
-    <directory>/removed            steps no longer kept, until the next save
-    <directory>/damaged            steps that were set aside
+    <directory>/removed            steps that are no longer kept, until the next save
+    <directory>/corrupt            corrupt steps that were moved aside
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import logging
 import re
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,44 +33,44 @@ from prelnroberta.errors import InputError
 from prelnroberta.params import check_leaves
 from prelnroberta.training.train_step import TrainState
 
-# orbax empties a directory file by file: a process killed meanwhile would leave part of a step in
-# its place. It renames into this one instead, and we delete there.
-_REMOVED = "removed"
-_DAMAGED = "damaged"
+# orbax deletes a directory file by file, and a process that is killed meanwhile would leave part of
+# a step. So orbax renames the step into this directory instead, and we delete it there.
+_REMOVED_DIR = "removed"
+_CORRUPT_DIR = "corrupt"
 
 
 class CheckpointError(InputError):
-    """A checkpoint could not be written or read; the message says which and what still stands."""
+    """A checkpoint could not be written or read. The message says which is still complete."""
 
 
 class CorruptCheckpointError(CheckpointError):
-    """What is on the disk is not what was saved."""
+    """The data on disk differs from what was saved."""
 
 
-def _is_not_orbax(record: logging.LogRecord) -> bool:
-    """orbax logs the traceback of each of its threads; their errors reach us as exceptions."""
+def _is_not_from_orbax(record: logging.LogRecord) -> bool:
+    """orbax logs the tracebacks of its threads, although their errors reach us as exceptions."""
     return "orbax" not in record.pathname and "never retrieved" not in record.getMessage()
 
 
 class CheckpointManager:
-    """The checkpoints of one run: the latest `keep` and the one with the lowest loss.
+    """The checkpoints of one run: the latest `max_to_keep` and the one with the lowest loss.
 
     Args:
-        directory: made if it does not exist.
-        keep: how many of the latest to keep, 1 or more.
+        directory: created if it does not exist.
+        max_to_keep: how many of the latest checkpoints to keep, 1 or more.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 2):
+    def __init__(self, directory: str | Path, max_to_keep: int = 2):
         import orbax.checkpoint as ocp
 
         for name in ("absl", "asyncio"):
-            logging.getLogger(name).addFilter(_is_not_orbax)
+            logging.getLogger(name).addFilter(_is_not_from_orbax)
         self.directory = Path(directory).absolute()
         self._ocp = ocp
-        self._keep = keep
-        self._manager = self._open()
+        self._max_to_keep = max_to_keep
+        self._manager = self._make_manager()
 
-    def _open(self) -> Any:
+    def _make_manager(self) -> Any:
         from orbax.checkpoint import checkpoint_managers as policies
 
         ocp = self._ocp
@@ -79,14 +80,14 @@ class CheckpointManager:
             reverse=True,
             keep_checkpoints_without_metrics=False,
         )
-        latest = policies.LatestN(self._keep)
+        latest = policies.LatestN(self._max_to_keep)
         return ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy([latest, best]),
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,
-                todelete_subdir=_REMOVED,
+                todelete_subdir=_REMOVED_DIR,
             ),
         )
 
@@ -95,27 +96,28 @@ class CheckpointManager:
         return self._manager.latest_step()
 
     def all_steps(self) -> list[int]:
-        """The complete steps that are there, in order."""
+        """The complete steps, in ascending order."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, extra: dict[str, Any], loss: float | None = None) -> None:
-        """Begins to write `state` and returns once its values are safe to change.
+        """Starts to write `state`. Returns once its buffers may be donated or changed.
 
         Args:
-            extra: JSON-able, given back by `restore`.
-            loss: validation loss at this step, if it is known: the lowest is kept for good.
+            extra: JSON-serializable; `restore` returns it.
+            loss: validation loss at this step, if known. The checkpoint with the lowest loss is
+                always kept.
 
         Raises:
-            CheckpointError: if this write or the one before it failed, on a full disk for one. The
-                next call tries anew.
+            CheckpointError: this write or the previous one failed, for example on a full disk. The
+                next call tries again.
         """
         ocp, step = self._ocp, int(state.step)
         if step == self.latest_step():
             return
-        self._empty_removed()
+        self._delete_removed()
         params, training = _split(state)
         manifest = {"leaves": _describe({"params": params, "training": training}), "extra": extra}
-        self._reporting(
+        self._raise_system_errors(
             lambda: self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -129,93 +131,94 @@ class CheckpointManager:
         )
 
     def wait_until_finished(self) -> None:
-        """Returns when everything begun is on disk. Raises CheckpointError if a write failed."""
-        self._reporting(self._manager.wait_until_finished)
+        """Waits until all writes are on disk. Raises CheckpointError if a write failed."""
+        self._raise_system_errors(self._manager.wait_until_finished)
 
     def close(self) -> None:
-        """Waits as `wait` does, and lets go. Raises CheckpointError if a write failed."""
-        self._reporting(self._manager.close)
-        self._empty_removed()
+        """Waits for all writes, then closes. Raises CheckpointError if a write failed."""
+        self._raise_system_errors(self._manager.close)
+        self._delete_removed()
 
     def restore(
-        self, like: TrainState, step: int | None = None
+        self, target: TrainState, step: int | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
-        """Reads a step (the latest by default) into the structure and shardings of `like`.
+        """Reads a step (the latest by default). Returns the state and the `extra` of `save`.
+
+        Args:
+            target: gives the structure, shapes, dtypes and shardings; arrays or ShapeDtypeStructs.
 
         Raises:
-            CheckpointError: naming each leaf that is missing, unexpected, or of another shape or
+            CheckpointError: names each leaf that is missing, unexpected, or of another shape or
                 dtype.
-            CorruptCheckpointError: naming each leaf whose values are not those that were saved, or what
-                could not be read at all.
+            CorruptCheckpointError: names each leaf whose values differ from those that were saved,
+                or what could not be read.
         """
-        ocp = self._ocp
         step = self.latest_step() if step is None else step
-        where = f"{self.directory}/{step}"
-        params, training = _split(like)
+        source = f"{self.directory}/{step}"
+        params, training = _split(target)
+        leaves, extra = self._restore_manifest(step, source)
+        _check_same_leaves({"params": params, "training": training}, leaves, source)
+        args = self._ocp.args
+        restored = self._restore(
+            step,
+            source,
+            params=args.StandardRestore(_abstract(params)),
+            training=args.StandardRestore(_abstract(training)),
+        )
+        found = _describe({"params": restored["params"], "training": restored["training"]})
+        if changed := [path for path, leaf in leaves.items() if found[path] != leaf]:
+            raise _corrupt(source, ValueError(f"digest of {', '.join(changed)}"))
+        state = TrainState(params=restored["params"], **restored["training"])
+        return state, extra
+
+    def _restore_manifest(self, step: int, source: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """`leaves` and `extra` of a step's manifest."""
+        restored = self._restore(step, source, manifest=self._ocp.args.JsonRestore())
         try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore())
-            )
             manifest = dict(restored["manifest"])
             if manifest.pop("crc32", None) != _json_checksum(manifest):
                 raise ValueError("checksum of the manifest")
-            leaves = manifest["leaves"]
+            return manifest["leaves"], manifest["extra"]
         except Exception as error:
-            raise _damaged(where, error) from error
+            raise _corrupt(source, error) from error
+
+    def _restore(self, step: int, source: str, **items: Any) -> Any:
         try:
-            check_leaves(
-                _named(_abstract({"params": params, "training": training})),
-                {
-                    path: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"])
-                    for path, leaf in leaves.items()
-                },
-                where,
-            )
-        except InputError as error:
-            raise CheckpointError(f"{error} (another model or optimizer made it)") from None
-        try:
-            values = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(_abstract(params)),
-                    training=ocp.args.StandardRestore(_abstract(training)),
-                ),
-            )
+            return self._manager.restore(step, args=self._ocp.args.Composite(**items))
         except Exception as error:
-            raise _damaged(where, error) from error
-        found = _describe({"params": values["params"], "training": values["training"]})
-        changed = [path for path, leaf in leaves.items() if found[path] != leaf]
-        if changed:
-            raise _damaged(where, ValueError(f"digest of {', '.join(changed)}"))
-        state = TrainState(params=values["params"], **values["training"])
-        return state, manifest["extra"]
+            raise _corrupt(source, error) from error
 
     def move_aside(self, step: int) -> None:
-        """Moves a damaged step out of the way: the one before it is the latest from now on."""
-        (self.directory / _DAMAGED).mkdir(exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # another host was faster
-            (self.directory / str(step)).rename(self.directory / _DAMAGED / str(step))
+        """Moves a corrupt step to another directory, so that the previous step is the latest."""
+        (self.directory / _CORRUPT_DIR).mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another host has moved it already
+            (self.directory / str(step)).rename(self.directory / _CORRUPT_DIR / str(step))
         self._manager.reload()
 
-    def _empty_removed(self) -> None:
+    def _delete_removed(self) -> None:
         if jax.process_index() == 0:
-            for step in self.directory.glob(f"{_REMOVED}/*"):
+            for step in self.directory.glob(f"{_REMOVED_DIR}/*"):
                 shutil.rmtree(step, ignore_errors=True)
 
-    def _reporting(self, action: Any) -> None:
+    def _raise_system_errors(self, action: Callable[[], Any]) -> None:
+        """Runs `action`; an error of the operating system becomes a CheckpointError."""
         try:
             action()
         except Exception as error:
             reason = _system_error(error)
             if reason is None:
                 raise
-            # orbax would tell of the same failure again and again.
-            self._manager = self._open()
+            # The old manager would raise the same failure again in every later call.
+            self._manager = self._make_manager()
             step = self.latest_step()
-            stands = "no checkpoint stands yet" if step is None else f"that of step {step} is whole"
+            complete = (
+                "no checkpoint is complete yet"
+                if step is None
+                else f"the checkpoint of step {step} is complete"
+            )
             raise CheckpointError(
-                f"a checkpoint could not be saved below {self.directory}: {reason}; {stands}: "
-                "make room there and run the same command again"
+                f"a checkpoint could not be saved in {self.directory}: {reason}; {complete}. "
+                "Free disk space there and run the same command again"
             ) from error
 
 
@@ -229,15 +232,26 @@ def _split(state: TrainState) -> tuple[Any, dict[str, Any]]:
 
 
 def _abstract(tree: Any) -> Any:
-    """Shapes, dtypes and shardings alone: nothing is guessed from what a file says."""
+    """Shapes, dtypes and shardings, so that orbax takes none of them from the files."""
 
-    def describe(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    def abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
-    return jax.tree.map(describe, tree)
+    return jax.tree.map(abstract, tree)
 
 
-def _named(tree: Any) -> dict[str, Any]:
+def _check_same_leaves(target: Any, leaves: dict[str, dict[str, Any]], source: str) -> None:
+    """Raises CheckpointError if the leaves of a manifest are not those of `target`."""
+    saved = {
+        path: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for path, leaf in leaves.items()
+    }
+    try:
+        check_leaves(_flatten_paths(_abstract(target)), saved, source)
+    except InputError as error:
+        raise CheckpointError(f"{error} (another model or optimizer made it)") from None
+
+
+def _flatten_paths(tree: Any) -> dict[str, Any]:
     """path -> leaf, for any pytree."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
@@ -247,7 +261,7 @@ def _named(tree: Any) -> dict[str, Any]:
 
 def _describe(tree: Any) -> dict[str, dict[str, Any]]:
     """path -> shape, dtype and digest, for every leaf."""
-    leaves = _named(tree)
+    leaves = _flatten_paths(tree)
     digests = jax.device_get(_digests(leaves))
     return {
         path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "digest": int(digests[path])}
@@ -261,36 +275,38 @@ def _digests(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _digest(x: jax.Array) -> jax.Array:
-    """[] uint32: the sum of each element's bits, times an odd number drawn from its place.
+    """[] uint32: the sum over elements of their bits times an odd number hashed from their index.
 
-    Whatever one element is changed to, the sum changes, as its factor has no divisor in common with
-    2^32; changes of several go unseen once in 2^32. The numbers are murmur3's finalizer of the
-    index (Appleby, 2011).
+    A change of one element always changes the sum, because an odd factor has no divisor in common
+    with 2^32. Changes of several elements go undetected with probability 2^-32. The hash is the
+    finalizer of murmur3 (Appleby, 2011).
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-    place = jnp.zeros(x.shape, jnp.uint32)
+    index = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
-        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        index = index * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        place = (place ^ (place >> shift)) * np.uint32(factor)
-    return (bits.astype(jnp.uint32) * (place ^ (place >> 16) | 1)).sum(dtype=jnp.uint32)
+        index = (index ^ (index >> shift)) * np.uint32(factor)
+    return (bits.astype(jnp.uint32) * (index ^ (index >> 16) | 1)).sum(dtype=jnp.uint32)
 
 
 def _json_checksum(value: Any) -> int:
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
-def _damaged(where: str, error: Exception) -> CorruptCheckpointError:
+def _corrupt(source: str, error: Exception) -> CorruptCheckpointError:
     reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
     return CorruptCheckpointError(
-        f"{where}: the checkpoint is damaged ({reason}); move that directory away, or run with "
-        "--set_damaged_aside, to go on from the one before it"
+        f"{source}: the checkpoint is corrupt ({reason}); to resume from the previous one, move "
+        "that directory away or pass --skip_corrupt_checkpoints"
     )
 
 
 def _system_error(error: BaseException | None) -> str | None:
-    """What the operating system said, if it is behind this error: its own word, as "No space left
-    on device". tensorstore gives it in the text of a ValueError."""
+    """The operating system's message behind an error, such as "No space left on device", or None.
+
+    tensorstore gives it in the text of a ValueError.
+    """
     while error is not None:
         if isinstance(error, OSError):
             return error.strerror or str(error)

@@ -1,9 +1,10 @@
-"""Training state and the one pure step; `parallel` compiles it for one device or many.
+"""The training state and the training step, compiled for one device or many.
 
-The step knows no model, no data and no device: it is given a function from (params, batch,
-dropout keys) to `Scores`, whose sums over rows make its gradient exact under any accumulation or
-sharding. Dropout keys are the rows' own: what is drawn follows from (seed, step, row of the batch),
-on however many devices and hosts, and in however many parts, the batch is computed.
+The step is a pure function that knows no model, no data and no device. It takes a `ScoreFn`, a
+function of (params, batch, dropout rngs) that returns `Scores`. Scores are sums over rows, so the
+gradient is exact under any gradient accumulation or sharding. Each row has its own dropout rng,
+a function of (seed, step, row of the batch): the number of devices, hosts and microbatches does not
+change the dropout masks.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from prelnroberta.model.losses import Scores
 from prelnroberta.params import Tree
 
 Batch = dict[str, jax.Array]
-# (params, batch, dropout keys [B] or None) -> sums over the batch's rows
+# (params, batch, dropout rngs [B] or None) -> sums over the rows of the batch
 ScoreFn = Callable[[Tree, Batch, jax.Array | None], Scores]
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step reads and writes; a checkpoint holds all of it.
+    """Everything that a step reads and writes. A checkpoint holds all of it.
 
     Attributes:
         step: [] int32, optimizer steps taken.
         params: the parameter tree, float32.
-        opt_state: optax's.
-        window: scores summed since they were last reported. They live here so that what is
-            reported after a resume is what an uninterrupted run reports.
-        gradient_norm: [] float32, of the last step's mean gradient, before clipping.
+        opt_state: the optax state.
+        window: scores summed since the last report. They are part of the state so that a resumed
+            run reports the same numbers as an uninterrupted one.
+        gradient_norm: [] float32, global norm of the last mean gradient, before clipping.
     """
 
     step: jax.Array
@@ -59,150 +60,168 @@ class TrainState:
         return self.replace(window=jax.tree.map(jnp.zeros_like, self.window))
 
 
-Sums = tuple[Scores, Tree]
+# Scores and the gradient of their loss, both summed over rows.
+SummedGradients = tuple[Scores, Tree]
 
 
-def _one_device(sums: Sums) -> Sums:
+def _no_reduction(sums: SummedGradients) -> SummedGradients:
     return sums
 
 
 class TrainStep(Protocol):
-    """(state, batch) -> (next state, scores of this batch). The rest is for those who compile it
-    for many devices, each with some of the rows: `parallel` does."""
+    """(state, batch) -> (next state, scores of the batch).
+
+    A device that has only some rows of the batch also passes `first_row`, the index of its first
+    row, and `reduce`, which sums over devices. `compile_train_step` does this for pmap.
+    """
 
     def __call__(
         self,
         state: TrainState,
         batch: Batch,
         first_row: jax.Array | int = 0,
-        total: Callable[[Sums], Sums] = _one_device,
+        reduce: Callable[[SummedGradients], SummedGradients] = _no_reduction,
     ) -> tuple[TrainState, Scores]: ...
 
 
 def make_train_step(
-    score: ScoreFn, optimizer: optax.GradientTransformation, seed: int, gradient_accumulation_steps: int = 1
+    score_fn: ScoreFn,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    gradient_accumulation_steps: int = 1,
 ) -> TrainStep:
-    """The pure training step.
+    """Returns the pure training step.
 
     Args:
-        score: batch -> summed scores; its loss sum is differentiated.
-        seed: a row's dropout key is a function of (seed, step, its place in the batch), no more.
-        gradient_accumulation_steps: slices that the batch's rows [B, ...] are dealt out to, computed one after the
-            other; gradients of sums add up, and are divided by the total weight once.
+        score_fn: returns the summed scores of a batch; the step differentiates their loss.
+        seed: with the step and the index of a row in the batch, determines the row's dropout rng.
+        gradient_accumulation_steps: microbatches that the rows [B, ...] are split into. They are
+            computed one after the other. Their gradients, which are sums, are added up and divided
+            by the total weight once.
     """
 
-    def gradient(params: Tree, batch: Batch, keys: jax.Array) -> Sums:
-        def loss(params: Tree) -> tuple[jax.Array, Scores]:
-            scores = score(params, batch, keys)
+    def sum_gradients(params: Tree, batch: Batch, dropout_rngs: jax.Array) -> SummedGradients:
+        def loss_fn(params: Tree) -> tuple[jax.Array, Scores]:
+            scores = score_fn(params, batch, dropout_rngs)
             return scores.loss, scores
 
-        (_, scores), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        (_, scores), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
         return scores, gradients
 
-    def deal(x: jax.Array) -> jax.Array:
-        """[B, ...] -> [gradient_accumulation_steps, B / gradient_accumulation_steps, ...], row r to slice r % gradient_accumulation_steps: where the
-        rows are cut over devices, each has its share of every slice, and none moves."""
+    def split_microbatches(x: jax.Array) -> jax.Array:
+        """[B, ...] -> [steps, B / steps, ...]: row r goes to microbatch r % steps. When the rows
+        are sharded over devices, each device has its share of every microbatch and no row moves."""
         return x.reshape(-1, gradient_accumulation_steps, *x.shape[1:]).swapaxes(0, 1)
+
+    def accumulate_gradients(
+        params: Tree, batch: Batch, dropout_rngs: jax.Array
+    ) -> SummedGradients:
+        def add(
+            sums: SummedGradients, microbatch: tuple[Batch, jax.Array]
+        ) -> tuple[SummedGradients, None]:
+            return jax.tree.map(jnp.add, sums, sum_gradients(params, *microbatch)), None
+
+        zeros = (Scores.zero(), jax.tree.map(jnp.zeros_like, params))
+        microbatches = jax.tree.map(split_microbatches, (batch, dropout_rngs))
+        return jax.lax.scan(add, zeros, microbatches)[0]
 
     def step(
         state: TrainState,
         batch: Batch,
         first_row: jax.Array | int = 0,
-        total: Callable[[Sums], Sums] = _one_device,
+        reduce: Callable[[SummedGradients], SummedGradients] = _no_reduction,
     ) -> tuple[TrainState, Scores]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        step_rng = jax.random.fold_in(jax.random.key(seed), state.step)
         rows = first_row + jnp.arange(len(jax.tree.leaves(batch)[0]))
-        keys = jax.vmap(partial(jax.random.fold_in, key))(rows)
-        if gradient_accumulation_steps == 1:
-            sums = gradient(state.params, batch, keys)
-        else:
-
-            def add(sums: Sums, part: tuple[Batch, jax.Array]) -> tuple[Sums, None]:
-                return jax.tree.map(jnp.add, sums, gradient(state.params, *part)), None
-
-            start = (Scores.zero(), jax.tree.map(jnp.zeros_like, state.params))
-            sums, _ = jax.lax.scan(add, start, jax.tree.map(deal, (batch, keys)))
-        scores, gradients = total(sums)
-        mean = 1.0 / jnp.maximum(scores.weight, 1.0)
-        gradients = jax.tree.map(lambda g: g * mean, gradients)
+        dropout_rngs = jax.vmap(partial(jax.random.fold_in, step_rng))(rows)
+        compute = sum_gradients if gradient_accumulation_steps == 1 else accumulate_gradients
+        scores, gradients = reduce(compute(state.params, batch, dropout_rngs))
+        inverse_weight = 1.0 / jnp.maximum(scores.weight, 1.0)
+        gradients = jax.tree.map(lambda g: g * inverse_weight, gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        after = TrainState(
+        next_state = TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             opt_state=opt_state,
             window=state.window + scores,
             gradient_norm=optax.tree.norm(gradients),
         )
-        return after, scores
+        return next_state, scores
 
     return step
 
 
 def compile_train_step(step: TrainStep, layout: Layout) -> Callable:
-    """Compiles (state, batch) -> (state, scores) for the devices of a layout.
+    """Returns (state, batch) -> (state, scores), jitted for the devices of a layout.
 
-    The old state's memory becomes the new one's. The state comes from `layout.init_sharded`, the batch from
-    `layout.shard_batch`; call it, or `.lower(state, batch).compile()`, while `layout.use_mesh()`.
+    The old state is donated: its memory becomes that of the new one. Make the state with
+    `layout.init_sharded` and the batch with `layout.shard_batch`. Call the function, or
+    `.lower(state, batch).compile()`, inside `layout.use_mesh()`.
     """
     return _pmap_train_step(step, layout) if layout.is_pmap else _jit_train_step(step, layout)
 
 
 def _jit_train_step(step: TrainStep, layout: Layout) -> Callable:
-    """One program over the mesh: XLA's partitioner puts in the sums over devices."""
+    """One program over the mesh: XLA's partitioner inserts the sums over devices."""
 
-    def whole_batch(state: TrainState, batch: Batch) -> tuple[TrainState, Scores]:
-        after, scores = step(state, batch)
-        after = jax.lax.with_sharding_constraint(after, layout.shardings(after))
-        return after, jax.lax.with_sharding_constraint(scores, layout.replicated)
+    def constrained_step(state: TrainState, batch: Batch) -> tuple[TrainState, Scores]:
+        state, scores = step(state, batch)
+        state = jax.lax.with_sharding_constraint(state, layout.shardings(state))
+        return state, jax.lax.with_sharding_constraint(scores, layout.replicated)
 
-    return jax.jit(whole_batch, donate_argnums=0)
+    return jax.jit(constrained_step, donate_argnums=0)
 
 
-_DEVICES = "devices"
+_PMAP_AXIS = "devices"
 
 
 def _pmap_train_step(step: TrainStep, layout: Layout) -> Callable:
-    """The whole step on every device, on its part of the rows; gradients and weights are summed
-    over devices before they are divided."""
+    """The step on every device, on its own rows. Gradients and weights are summed over devices
+    before the division."""
 
-    def part(state: TrainState, batch: Batch) -> tuple[TrainState, Scores]:
-        rows = len(jax.tree.leaves(batch)[0])
-        first_row = jax.lax.axis_index(_DEVICES) * rows
-        return step(state, batch, first_row, partial(jax.lax.psum, axis_name=_DEVICES))
+    def device_step(state: TrainState, batch: Batch) -> tuple[TrainState, Scores]:
+        num_rows = len(jax.tree.leaves(batch)[0])
+        first_row = jax.lax.axis_index(_PMAP_AXIS) * num_rows
+        return step(state, batch, first_row, partial(jax.lax.psum, axis_name=_PMAP_AXIS))
 
-    return _pmap(part, layout, donate_argnums=0)
+    return _pmap(device_step, layout, donate_argnums=0)
 
 
 def _pmap(function: Callable, layout: Layout, **options: Any) -> Callable:
-    """f(same on all, [devices, ...]) -> same on all."""
+    """f(replicated, [devices, ...]) -> replicated."""
     devices = list(layout.mesh.devices.flat)
     return jax.pmap(
-        function, _DEVICES, in_axes=(None, 0), out_axes=None, devices=devices, **options
+        function, _PMAP_AXIS, in_axes=(None, 0), out_axes=None, devices=devices, **options
     )
 
 
-def compile_eval_step(score: ScoreFn, layout: Layout) -> Callable[[Tree, Batch], Scores]:
-    """Compiles (params, batch) -> scores of all rows, without dropout, as `parallel` does."""
+def compile_eval_step(score_fn: ScoreFn, layout: Layout) -> Callable[[Tree, Batch], Scores]:
+    """Returns (params, batch) -> scores of all rows, without dropout, jitted for a layout."""
 
-    def part(params: Tree, batch: Batch) -> Scores:
-        return jax.lax.psum(score(params, batch, None), _DEVICES)
+    def device_scores(params: Tree, batch: Batch) -> Scores:
+        return jax.lax.psum(score_fn(params, batch, None), _PMAP_AXIS)
 
     if layout.is_pmap:
-        return _pmap(part, layout)
-    return jax.jit(lambda params, batch: score(params, batch, None), out_shardings=layout.replicated)
+        return _pmap(device_scores, layout)
+    return jax.jit(
+        lambda params, batch: score_fn(params, batch, None), out_shardings=layout.replicated
+    )
 
 
-def compile_predict_step(function: Callable[[Tree, Batch], Any], layout: Layout) -> Callable[[Tree, Batch], Any]:
-    """Compiles (params, placed batch) -> what `function` makes of its rows: a pytree of arrays
-    [rows, ...], those of all devices in order, to be had on every host.
+def compile_predict_step(
+    function: Callable[[Tree, Batch], Any], layout: Layout
+) -> Callable[[Tree, Batch], Any]:
+    """Returns (params, batch) -> the outputs of `function` for all rows, jitted for a layout.
 
-    A sum over the rows of a device has one row, and is summed up by the caller.
+    The outputs are a pytree of arrays [rows, ...], gathered from all devices in the order of rows
+    and available on every host. An output that is summed over the rows of a device must have shape
+    [1, ...]; the caller adds up the parts of the devices.
     """
 
-    def part(params: Tree, batch: Batch) -> Any:
-        gather = partial(jax.lax.all_gather, axis_name=_DEVICES, tiled=True)
+    def device_outputs(params: Tree, batch: Batch) -> Any:
+        gather = partial(jax.lax.all_gather, axis_name=_PMAP_AXIS, tiled=True)
         return jax.tree.map(gather, function(params, batch))
 
     if layout.is_pmap:
-        return _pmap(part, layout)
+        return _pmap(device_outputs, layout)
     return jax.jit(function, out_shardings=layout.replicated)
