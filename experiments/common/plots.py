@@ -1,7 +1,6 @@
-"""Pictures of fine-tuned models: learning curves, a confusion matrix, attention in a sentence.
+"""Plots: learning curves, a confusion matrix, attention maps.
 
-Each is written whole, beside the numbers that it is drawn from. PNGs need matplotlib and are left
-out (None) without it; the HTML needs nothing but a browser.
+PNGs need matplotlib; without it the functions return None. The HTML needs only a browser.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from experiments.common.report import read_records
-from prelnroberta.files import written_whole
+from prelnroberta.files import atomic_write
 
 
 def pyplot() -> Any | None:
-    """matplotlib's, without a screen; None where it is not installed."""
+    """matplotlib.pyplot with a backend that needs no screen; None if not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -31,29 +30,47 @@ def pyplot() -> Any | None:
 
 
 def _save(plt: Any, figure: Any, path: Path) -> Path:
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
     plt.close(figure)
     return path
 
 
-def draw_curves(run_dir: Path, metric: str, baseline: float | None) -> Path | None:
-    """`loss.png` from the records: losses, and the metric by which the best model is chosen."""
+def draw_learning_curves(
+    run_dir: Path,
+    metric: str,
+    train_label: str = "training",
+    validation_label: str = "validation",
+    loss_baseline: str | None = None,
+    metric_baseline: str | float | None = None,
+) -> Path | None:
+    """Draws `loss.png` from the run's records: both losses, and `metric` of the validation set.
+
+    Args:
+        metric, loss_baseline: fields of the validation records.
+        metric_baseline: a field, or a constant.
+    """
     if (plt := pyplot()) is None:
         return None
     records = read_records(run_dir / "metrics.jsonl")
     train, validation = (
         [r for r in records if r["kind"] == kind] for kind in ("train", "validation")
     )
+
+    def plot(axes: Any, records: list[dict], field: str, style: str, label: str) -> None:
+        steps, values = [r["step"] for r in records], [r[field] for r in records]
+        axes.plot(steps, values, style, markersize=3, label=label)
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for series, label, style in ((train, "training", "-"), (validation, "validation", "o-")):
-        steps = [r["step"] for r in series]
-        left.plot(steps, [r["loss"] for r in series], style, markersize=3, label=label)
+    plot(left, train, "loss", "-", train_label)
+    plot(left, validation, "loss", "o-", validation_label)
+    plot(right, validation, metric, "o-", validation_label)
+    for axes, baseline in ((left, loss_baseline), (right, metric_baseline)):
+        if isinstance(baseline, str):
+            plot(axes, validation, baseline, "k--", baseline.replace("_", " "))
+        elif baseline is not None:
+            axes.axhline(baseline, linestyle="--", color="k", label="baseline")
     left.set(xlabel="step", ylabel="loss", title="Loss")
-    steps = [r["step"] for r in validation]
-    right.plot(steps, [r[metric] for r in validation], "o-", markersize=3, label="validation")
-    if baseline is not None:
-        right.axhline(baseline, linestyle="--", color="grey", label="trivial baseline")
     right.set(xlabel="step", ylabel=metric, title=metric)
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -62,7 +79,7 @@ def draw_curves(run_dir: Path, metric: str, baseline: float | None) -> Path | No
 
 
 def draw_confusion(path: Path, matrix: np.ndarray, names: Sequence[str]) -> Path | None:
-    """Counts [C, C], true class by row; colours are shares of the row."""
+    """Draws counts [C, C], true class by row; the colour is the share of the row."""
     if (plt := pyplot()) is None:
         return None
     C = len(names)
@@ -80,7 +97,7 @@ def draw_confusion(path: Path, matrix: np.ndarray, names: Sequence[str]) -> Path
 
 
 def draw_attention(path: Path, tokens: Sequence[str], attention: np.ndarray) -> Path | None:
-    """One small map a layer (row) and head (column) of probabilities [N, H, L, L]."""
+    """Draws attention probabilities [N, H, L, L], a map for each layer (row) and head (column)."""
     if (plt := pyplot()) is None:
         return None
     N, H, L, _ = attention.shape
@@ -114,7 +131,7 @@ def write_attention_html(path: Path, tokens: Sequence[str], attention: np.ndarra
     values = np.rint(1000 * np.asarray(attention, np.float64)).astype(int).tolist()
     data = json.dumps({"tokens": list(tokens), "attention": values}).replace("</", "<\\/")
     page = _PAGE.format(title=html.escape(" ".join(tokens)), layers=N - 1, heads=H, data=data)
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(page, encoding="utf-8")
     return path
 

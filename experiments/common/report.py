@@ -1,7 +1,7 @@
-"""What a run tells: a live bar, `metrics.jsonl`, TensorBoard events and the loss picture.
+"""Reports the progress of a run: a progress bar, `metrics.jsonl` and TensorBoard events.
 
-`metrics.jsonl` is the record: one JSON object a line, flushed as it is made. The other forms are
-drawn from it, so that a resumed run has one unbroken history.
+`metrics.jsonl` has one JSON object a line, written without a buffer. A resumed
+run continues the file, so a run has a single history.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from prelnroberta.errors import InputError
-from prelnroberta.files import written_whole
+from prelnroberta.files import atomic_write
 
-# What a clock or the machine says; every other number of a record is the same in a resumed run.
-TIMES = (
+# Fields that depend on the clock or the machine. All others are reproduced by a resumed run.
+TIMING_FIELDS = (
     "tokens_per_second",
     "tokens_per_second_per_chip",
     "mfu",
@@ -29,7 +29,7 @@ TIMES = (
 )
 
 
-def describe_validation(record: dict[str, Any]) -> str:
+def format_validation(record: dict[str, Any]) -> str:
     gain = record["unigram_loss"] - record["loss"]
     return (
         f"step {record['step']:,}  validation loss {record['loss']:.3f} "
@@ -40,14 +40,14 @@ def describe_validation(record: dict[str, Any]) -> str:
 
 
 class Report:
-    """The records of one run directory.
+    """Writes and prints the records of a run.
 
     Args:
-        run_dir: where `metrics.jsonl`, `events/` and `loss.png` stand.
+        run_dir: has `metrics.jsonl` and `events/`.
         steps: of the whole run.
-        start: the step that this part of the run goes on from. Later records are dropped: their
-            steps are about to be run again.
-        describe: puts a validation record in words.
+        start: the step from which the run is resumed. Later records are dropped, since their steps
+            are repeated.
+        format_record: formats a validation record as a line.
     """
 
     def __init__(
@@ -55,60 +55,64 @@ class Report:
         run_dir: Path,
         steps: int,
         start: int,
-        describe: Callable[[dict[str, Any]], str] = describe_validation,
+        format_record: Callable[[dict[str, Any]], str] = format_validation,
     ):
         from tqdm import tqdm
 
         self.run_dir = run_dir
-        self._describe = describe
+        self._format_record = format_record
         self.path = run_dir / "metrics.jsonl"
-        kept = [record for record in read_records(self.path) if record["step"] <= start]
-        with written_whole(self.path) as partial:
-            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        # Unbuffered: what a full disk refuses is told at once, and not again when it is closed.
+        earlier = [record for record in read_records(self.path) if record["step"] <= start]
+        with atomic_write(self.path) as partial:
+            partial.write_text("".join(json.dumps(record) + "\n" for record in earlier))
+        # Unbuffered, so that a full disk raises here, and not again on closing.
         self._file = self.path.open("ab", buffering=0)
-        self._events = _events(run_dir / "events", start)
-        self._live = sys.stderr.isatty()
+        self._event_writer = _open_event_writer(run_dir / "events", start)
+        self._is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=steps,
             initial=start,
-            disable=not self._live,
+            disable=not self._is_terminal,
             dynamic_ncols=True,
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps "
             "[{elapsed}<{remaining}]{postfix}",
         )
-        self._steps, self._start, self._began = steps, start, time.monotonic()
+        self._steps, self._start, self._start_time = steps, start, time.monotonic()
 
     def advance(self) -> None:
         self._bar.update()
 
     def record(self, kind: str, step: int, **values: Any) -> None:
-        """Adds a record and shows it."""
+        """Writes and prints a record.
+
+        Raises:
+            InputError: the disk is full, or another error of writing.
+        """
         record = {"kind": kind, "step": step, **values}
         try:
             self._file.write((json.dumps(record) + "\n").encode())
         except OSError as error:
             raise InputError(
-                f"{self.path} cannot be written: {error.strerror}; make room there and run the "
-                "same command again: it goes on from the last checkpoint"
+                f"{self.path} cannot be written: {error.strerror}; free space and run the "
+                "same command again to resume from the last checkpoint"
             ) from error
         for name, value in values.items():
-            self._events.add_scalar(f"{kind}/{name}", value, step)
+            self._event_writer.add_scalar(f"{kind}/{name}", value, step)
         if kind == "train":
             self._bar.set_postfix_str(
                 f"loss {values['loss']:.3f}, {values['tokens_per_second']:,.0f} tokens/s"
             )
-            if not self._live:
-                left = (time.monotonic() - self._began) / (step - self._start)
-                self.say(
+            if not self._is_terminal:
+                seconds_per_step = (time.monotonic() - self._start_time) / (step - self._start)
+                self.print(
                     f"step {step:,}/{self._steps:,}  loss {values['loss']:.3f}  "
                     f"{values['tokens_per_second']:,.0f} tokens/s  "
-                    f"{duration(left * (self._steps - step))} left"
+                    f"{format_duration(seconds_per_step * (self._steps - step))} left"
                 )
         else:
-            self.say(self._describe(record))
+            self.print(self._format_record(record))
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         """Prints a line above the bar."""
         self._bar.write(line)
         sys.stdout.flush()
@@ -116,12 +120,12 @@ class Report:
     def close(self) -> None:
         self._bar.close()
         self._file.close()
-        with suppress(OSError):  # a full disk, which the records have told of
-            self._events.close()
+        with suppress(OSError):  # a full disk; `record` has reported it
+            self._event_writer.close()
 
 
-class NoReport:
-    """What the other hosts of a job tell: nothing."""
+class NullReport:
+    """A report that does nothing, for every host but the first."""
 
     def advance(self) -> None:
         pass
@@ -129,79 +133,39 @@ class NoReport:
     def record(self, kind: str, step: int, **values: Any) -> None:
         pass
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         pass
 
     def close(self) -> None:
         pass
 
 
-def describe_time(buckets: dict[str, float]) -> str:
-    """Where a run's time went, and its goodput: the share that was steps."""
-    whole = sum(buckets.values())
+def format_time_breakdown(buckets: dict[str, float]) -> str:
+    """Seconds and share of each kind of work, and the goodput: the share of steps."""
+    total = sum(buckets.values())
     parts = ", ".join(
-        f"{name} {duration(seconds)} ({seconds / whole:.0%})"
+        f"{name} {format_duration(seconds)} ({seconds / total:.0%})"
         for name, seconds in sorted(buckets.items(), key=lambda item: -item[1])
     )
-    return f"time: {parts}; goodput {buckets['steps'] / whole:.0%}"
+    return f"time: {parts}; goodput {buckets['steps'] / total:.0%}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; a line cut off by a kill is left out."""
+    """The records of a `metrics.jsonl`; a line that a kill left incomplete is skipped."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def draw_losses(run_dir: Path, train_label: str, validation_label: str) -> Path | None:
-    """Draws `loss.png` from the records; None where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    records = read_records(run_dir / "metrics.jsonl")
-    train = [r for r in records if r["kind"] == "train"]
-    validation = [r for r in records if r["kind"] == "validation"]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-
-    def series(records: list[dict], name: str) -> tuple[list, list]:
-        return [r["step"] for r in records], [r[name] for r in records]
-
-    left.plot(*series(train, "loss"), linewidth=1, alpha=0.7, label=train_label)
-    left.plot(*series(validation, "loss"), "o-", markersize=3, label=validation_label)
-    left.plot(
-        *series(validation, "unigram_loss"), "--", color="grey", label="word frequencies alone"
-    )
-    left.set(xlabel="step", ylabel="masked-token loss (nats)", title="Loss")
-    right.plot(*series(validation, "accuracy"), "o-", markersize=3, label=validation_label)
-    right.plot(
-        *series(validation, "most_frequent_accuracy"),
-        "--",
-        color="grey",
-        label="always the most frequent token",
-    )
-    right.set(xlabel="step", ylabel="share right", title="Masked accuracy", ylim=(0, None))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    path = run_dir / "loss.png"
-    with written_whole(path) as partial:
-        figure.savefig(partial, dpi=110, format="png")
-    pyplot.close(figure)
-    return path
-
-
-class _NoEvents:
+class _NullEventWriter:
     def add_scalar(self, name: str, value: float, step: int) -> None:
         pass
 
@@ -209,11 +173,11 @@ class _NoEvents:
         pass
 
 
-def _events(directory: Path, start: int) -> Any:
-    """A TensorBoard writer that hides events after `start`; a mute one without tensorboardX."""
+def _open_event_writer(directory: Path, start: int) -> Any:
+    """A TensorBoard writer that drops events after `start`; does nothing without tensorboardX."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        return _NoEvents()
+        return _NullEventWriter()
     logging.getLogger("tensorboardX").setLevel(logging.ERROR)
     return SummaryWriter(str(directory), purge_step=start + 1)

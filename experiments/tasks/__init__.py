@@ -7,11 +7,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from experiments.tasks.base import Answer, Measured, Row, Task, cut
+    from experiments.tasks.base import EvalResult, Prediction, RowOutputs, Task, truncation_message
     from experiments.tasks.by_name import TASKS
     from experiments.tasks.settings import TaskSettings
 
-__all__ = ["TASKS", "Answer", "Measured", "Row", "Task", "TaskSettings", "cut"]
+__all__ = [
+    "TASKS",
+    "EvalResult",
+    "Prediction",
+    "RowOutputs",
+    "Task",
+    "TaskSettings",
+    "truncation_message",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,16 +1,17 @@
-"""The six tasks: how each one's files are read, scored, answered and measured, in one place.
+"""The interface of a task: how its files are read, batched, scored, predicted and evaluated.
 
-`experiments.finetune`, `evaluate` and `predict` are the same for all tasks; what differs is here. A
-task goes from files to figures in the order of its methods:
+`experiments.finetune`, `evaluate` and `predict` are the same for all tasks; what differs is a
+method here. In the order in which they are called:
 
-    read      file -> examples                     (prelnroberta/data)
-    settled   what the training examples decide: the names of the classes
-    features  examples -> token ids in batches     (prelnroberta/data)
-    logits    batch -> what the model says         \\
-    loss      logits -> summed scores               | pure, compiled together
-    outputs   logits -> what answers are made of   /
-    answers   outputs -> predictions, JSON-able
-    measure   outputs -> metrics
+    read_examples   file -> examples                          (prelnroberta/data)
+    infer_settings  training examples -> settings, with the names of the classes
+    model_config    config of an encoder -> config of the task's model
+    features        examples -> token ids in batches          (prelnroberta/data)
+    logits          batch -> logits                           \\
+    loss            logits -> summed scores                    | pure, compiled together
+    outputs         logits -> arrays for predictions, by row  /
+    predictions     outputs -> JSON-able predictions
+    evaluate        outputs -> metrics
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ import numpy as np
 
 from experiments.tasks.settings import TaskSettings
 from prelnroberta.config import IGNORE_INDEX, RobertaPreLayerNormConfig
-from prelnroberta.data.batches.packed import TrainingBatches
+from prelnroberta.data.batches.packed import PackedBatches
 from prelnroberta.data.features.base import Features
 from prelnroberta.data.pretraining.loader import Loader
-from prelnroberta.data.readers.row_errors import BadRows
+from prelnroberta.data.readers.row_errors import RowErrors
 from prelnroberta.metrics.classification import (
     ClassReportRow,
     classification_report,
@@ -48,36 +49,38 @@ if TYPE_CHECKING:
     import tokenizers
 
 Array = jax.Array
-RowOutputs = dict[str, np.ndarray]  # what the model said of one row of the features
-Prediction = dict[str, Any]
+RowOutputs = dict[str, np.ndarray]  # `Task.outputs` of one row of the features
+Prediction = dict[str, Any]  # JSON-able
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
-    """What a model's answers to some examples are worth.
+    """Metrics of a model on labelled examples.
 
     Attributes:
-        of: numbers of examples [k] -> metrics of those; an example may be counted several times.
-        count: of all examples.
-        confusion, names: of classes, [C, C] counts, true by row.
-        classes: precision, recall and F1 of each class.
+        metrics_for: indices of examples [k] -> their metrics; an index may repeat, as in a
+            bootstrap sample.
+        num_examples: in the file.
+        confusion: [C, C] counts, true class by row; None where the task has no single class.
+        class_names: of the rows of `confusion`.
+        per_class: precision, recall and F1 of each class.
     """
 
-    of: Callable[[np.ndarray], dict[str, float]]
-    count: int
+    metrics_for: Callable[[np.ndarray], dict[str, float]]
+    num_examples: int
     confusion: np.ndarray | None = None
-    names: Sequence[str] = ()
-    classes: Sequence[ClassReportRow] = ()
+    class_names: Sequence[str] = ()
+    per_class: Sequence[ClassReportRow] = ()
 
     @functools.cached_property
     def metrics(self) -> dict[str, float]:
-        return self.of(np.arange(self.count))
+        return self.metrics_for(np.arange(self.num_examples))
 
-    def report(self) -> str:
-        """The classes as a table to read."""
-        width = max([12, *(len(c.name) for c in self.classes)])
+    def per_class_table(self) -> str:
+        """`per_class` as text."""
+        width = max([12, *(len(c.name) for c in self.per_class)])
         lines = [f"{'':{width}}  precision  recall      f1  support"]
-        for name, precision, recall, f1, support in self.classes:
+        for name, precision, recall, f1, support in self.per_class:
             lines.append(
                 f"{name:{width}}  {precision:9.3f}  {recall:6.3f}  {f1:6.3f}  {support:7,}"
             )
@@ -85,60 +88,89 @@ class EvalResult:
 
 
 class Task:
-    """What the tasks share. `metric` is what models are compared by; `target` is in the batches of
-    examples whose answers are known; `inputs` are those of the model's arguments that its batches
-    may have, padded (to evaluate) or packed (to train)."""
+    """Base class of the tasks.
+
+    Attributes:
+        model: name of the task and of its model in the parameter table.
+        metric: name of the metric by which models are compared.
+        label_key: array that is in a batch only if its examples are labelled.
+        model_inputs: arguments of the model that a batch may have, next to `input_ids`. Evaluation
+            batches are padded and have an `attention_mask`; training batches are packed and have
+            segment and position ids.
+    """
 
     model: ClassVar[str]
     metric: str = "accuracy"
-    target: ClassVar[str] = "labels"
-    inputs: ClassVar[tuple[str, ...]] = ("attention_mask", "segment_ids", "position_ids")
+    label_key: ClassVar[str] = "labels"
+    model_inputs: ClassVar[tuple[str, ...]] = ("attention_mask", "segment_ids", "position_ids")
 
     def __init__(self, settings: TaskSettings):
         self.settings = settings
 
     # Data.
 
-    def read(self, path: str | Path, labelled: bool, bad: BadRows) -> list:
+    def read_examples(self, path: str | Path, labelled: bool, row_errors: RowErrors) -> list:
+        """Reads a whole file; unusable rows are added to `row_errors`."""
         raise NotImplementedError
 
-    def stream(self, path: str, bad: BadRows, file: BinaryIO | None) -> Iterator:
-        """Examples without labels as they are read; from `file`, if given, under `path`'s name."""
+    def stream_examples(self, path: str, row_errors: RowErrors, file: BinaryIO | None) -> Iterator:
+        """Yields unlabelled examples as they are read.
+
+        Args:
+            file: read instead of `path`, which then only names it in messages.
+        """
         raise NotImplementedError
 
-    def typed(self, texts: Sequence[str], pair: str | None, choices: Sequence[str]) -> list:
-        """Examples of what was typed on the command line."""
+    def examples_from_text(
+        self, texts: Sequence[str], pair: str | None, choices: Sequence[str]
+    ) -> list:
+        """Examples from --text, --pair and --choice."""
         raise NotImplementedError
 
-    def settled(self, examples: Sequence) -> TaskSettings:
-        """The settings with what the training examples decide."""
+    def infer_settings(self, examples: Sequence) -> TaskSettings:
+        """The settings, completed from the training examples."""
         return self.settings
 
-    def configure(self, config: RobertaPreLayerNormConfig) -> RobertaPreLayerNormConfig:
-        """The config of this task's model, of the architecture of `config`."""
+    def model_config(self, config: RobertaPreLayerNormConfig) -> RobertaPreLayerNormConfig:
+        """`config` with the fields of this task's head."""
         if not self.settings.labels:
             return config
         return config.replace(id2label=dict(enumerate(self.settings.labels)))
 
     def features(
-        self, examples: Sequence, tokenizer: tokenizers.Tokenizer, bad: BadRows, training: bool
+        self,
+        examples: Sequence,
+        tokenizer: tokenizers.Tokenizer,
+        row_errors: RowErrors,
+        training: bool,
     ) -> Features:
         raise NotImplementedError
 
-    def batches(
+    def training_batches(
         self, features: Features, batch_size: int, seed: int, steps: int, multiple: int
-    ) -> TrainingBatches | Loader:
-        """`steps` batches of `batch_size` examples, in a `multiple` of rows."""
-        return TrainingBatches(features, batch_size, seed, steps, multiple)
+    ) -> PackedBatches | Loader:
+        """`steps` batches of `batch_size` examples; their number of rows is divisible by
+        `multiple`."""
+        return PackedBatches(features, batch_size, seed, steps, multiple)
 
     # The model: pure.
 
     def logits(
-        self, module: TableModule, params: Tree, batch: dict[str, Array], keys: Array | None = None
+        self,
+        module: TableModule,
+        params: Tree,
+        batch: dict[str, Array],
+        dropout_rngs: Array | None = None,
     ) -> Array:
-        """Of rows [B]; `keys` [B] are their dropout keys, None evaluates."""
-        given = {name: batch[name] for name in self.inputs if name in batch}
-        logits, _ = module.apply({"params": params}, batch["input_ids"], **given, dropout_keys=keys)
+        """Logits of a batch of B rows.
+
+        Args:
+            dropout_rngs: [B], a key for each row; None evaluates without dropout.
+        """
+        inputs = {name: batch[name] for name in self.model_inputs if name in batch}
+        logits, _ = module.apply(
+            {"params": params}, batch["input_ids"], **inputs, dropout_rngs=dropout_rngs
+        )
         return logits
 
     def loss(
@@ -153,56 +185,61 @@ class Task:
     def outputs(
         self, config: RobertaPreLayerNormConfig, logits: Array, batch: dict[str, Array]
     ) -> dict[str, Array]:
-        """By row of the batch, float32."""
+        """float32 arrays [B, ...] from which predictions and metrics are computed."""
         return {"probabilities": jax.nn.softmax(logits.astype(jnp.float32), axis=-1)}
 
     # Results.
 
-    def answers(self, features: Features, rows: Sequence[RowOutputs]) -> Iterator[Prediction]:
-        """One for each example, in order."""
+    def predictions(self, features: Features, rows: Sequence[RowOutputs]) -> Iterator[Prediction]:
+        """One prediction for each example, in order."""
         raise NotImplementedError
 
-    def measure(self, features: Features, rows: Sequence[RowOutputs]) -> EvalResult:
+    def evaluate(self, features: Features, rows: Sequence[RowOutputs]) -> EvalResult:
         raise NotImplementedError
 
-    def trivial(self, train: Features, features: Features) -> float:
-        """`metric` of whoever knows the labels of training, and reads no text."""
+    def baseline_score(self, train: Features, features: Features) -> float:
+        """`metric` on `features` of a predictor that knows only the labels of `train`."""
         raise NotImplementedError
 
     def selection_score(self, metrics: Mapping[str, float]) -> float:
-        """More is better; what is undefined is worse than anything."""
+        """Higher is better; an undefined metric scores below every other."""
         value = metrics[self.metric]
         return value if math.isfinite(value) else -1e9
 
     def label_counts(self, features: Features) -> np.ndarray:
-        """[C]: how often each class is asked for."""
+        """int [C]: how often each class is a label."""
         labels = np.concatenate([np.atleast_1d(x) for x in features.labels])
         return np.bincount(labels[labels != IGNORE_INDEX], minlength=len(self.settings.labels))
 
 
 def truncation_message(features: Features, max_length: int) -> str:
-    """Says how many examples lost their end; empty where none did."""
+    """How many examples were truncated; empty if none was."""
     count = getattr(features, "truncated", 0)
-    return f"{count:,} of {len(features.lengths):,} truncation_message to {max_length} tokens" if count else ""
-
-
-def stacked(rows: Sequence[RowOutputs], name: str) -> np.ndarray:
-    return np.stack([row[name] for row in rows])
-
-
-def of_classes(labels: np.ndarray, found: np.ndarray, names: Sequence[str]) -> EvalResult:
-    """One class of `names` for each of n examples: labels, found [n] int."""
-    C = len(names)
-    confusion = confusion_matrix(labels, found, C)
-    return EvalResult(
-        lambda i: single_label_metrics(confusion_matrix(labels[i], found[i], C)),
-        len(labels),
-        confusion,
-        names,
-        classification_report(counts_from_confusion(confusion), names),
+    return (
+        f"{count:,} of {len(features.lengths):,} truncated to {max_length} tokens" if count else ""
     )
 
 
-def most_frequent(train: Features, features: Features) -> float:
-    """Accuracy of always the most frequent label of training."""
+def stack_outputs(rows: Sequence[RowOutputs], name: str) -> np.ndarray:
+    """[n, ...]: the output `name` of n rows."""
+    return np.stack([row[name] for row in rows])
+
+
+def single_label_result(
+    labels: np.ndarray, predicted: np.ndarray, class_names: Sequence[str]
+) -> EvalResult:
+    """The result where each of n examples has one class: labels, predicted [n] int."""
+    C = len(class_names)
+    confusion = confusion_matrix(labels, predicted, C)
+    return EvalResult(
+        lambda i: single_label_metrics(confusion_matrix(labels[i], predicted[i], C)),
+        len(labels),
+        confusion,
+        class_names,
+        classification_report(counts_from_confusion(confusion), class_names),
+    )
+
+
+def majority_class_accuracy(train: Features, features: Features) -> float:
+    """Accuracy of always predicting the most frequent label of `train`."""
     return float((features.labels == np.bincount(train.labels).argmax()).mean())

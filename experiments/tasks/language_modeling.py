@@ -1,4 +1,4 @@
-"""Language models of running text, causal and masked."""
+"""Causal and masked language modeling of running text."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import jax
 import numpy as np
 
 from experiments.tasks.base import (
-    Answer,
     Array,
-    Measured,
-    Row,
+    EvalResult,
+    Prediction,
+    RowOutputs,
     Task,
-    stacked,
+    stack_outputs,
 )
 from prelnroberta.config import RobertaPreLayerNormConfig
-from prelnroberta.data.features.base import NOTHING, Features
-from prelnroberta.data.features.language_modeling import Blocks, token_stream
+from prelnroberta.data.features.base import PADDING_INDEX, Features
+from prelnroberta.data.features.language_modeling import TokenBlocks, token_stream
 from prelnroberta.data.pretraining.corpus import FileCorpus
 from prelnroberta.data.pretraining.loader import Loader
 from prelnroberta.data.pretraining.masking import Masking
-from prelnroberta.data.readers.row_errors import BadRows
+from prelnroberta.data.readers.row_errors import RowErrors
 from prelnroberta.data.shuffle import Batch
 from prelnroberta.metrics.classification import perplexity
 from prelnroberta.metrics.unigram import UnigramBaseline
-from prelnroberta.model import heads
+from prelnroberta.model import losses
 from prelnroberta.model.encoder import TableModule
-from prelnroberta.model.heads import LossSettings, Scores
+from prelnroberta.model.losses import LossSettings, Scores
 from prelnroberta.params import Tree
 
 if TYPE_CHECKING:
@@ -38,30 +38,33 @@ if TYPE_CHECKING:
 
 
 class _LanguageModel(Task):
-    """Raw text: .txt, .md or .jsonl; what is measured is the loss of each row's tokens."""
+    """What causal and masked language modeling share: raw text (.txt, .md, .jsonl), and a loss for
+    each row of tokens instead of predictions."""
 
     metric = "perplexity"
 
-    def merit(self, metrics: Mapping[str, float]) -> float:
+    def selection_score(self, metrics: Mapping[str, float]) -> float:
         return -metrics[self.metric]
 
-    def read(self, path: str | Path, labelled: bool, bad: BadRows) -> list:
+    def read_examples(self, path: str | Path, labelled: bool, row_errors: RowErrors) -> list:
         column = "text" if self.settings.text_column is None else str(self.settings.text_column)
         return [document.text for document in FileCorpus([str(path)], column).documents()]
 
-    def measure(self, features: Features, rows: Sequence[Row]) -> Measured:
-        loss, correct, weight = (stacked(rows, name) for name in ("loss", "correct", "weight"))
+    def evaluate(self, features: Features, rows: Sequence[RowOutputs]) -> EvalResult:
+        loss, correct, weight = (
+            stack_outputs(rows, name) for name in ("loss", "correct", "weight")
+        )
 
-        def of(i: np.ndarray) -> dict[str, float]:
-            total = float(weight[i].sum())
+        def metrics_for(i: np.ndarray) -> dict[str, float]:
+            tokens = float(weight[i].sum())
             return {
-                "perplexity": perplexity(float(loss[i].sum()), total),
-                "accuracy": float(correct[i].sum()) / total,
+                "perplexity": perplexity(float(loss[i].sum()), tokens),
+                "accuracy": float(correct[i].sum()) / tokens,
             }
 
-        return Measured(of, len(rows))
+        return EvalResult(metrics_for, len(rows))
 
-    def answers(self, features: Features, rows: Sequence[Row]) -> Iterator[Answer]:
+    def predictions(self, features: Features, rows: Sequence[RowOutputs]) -> Iterator[Prediction]:
         for number, row in enumerate(rows):
             weight = max(float(row["weight"]), 1.0)
             yield {"row": number, "loss": float(row["loss"]) / weight, "tokens": weight}
@@ -69,37 +72,41 @@ class _LanguageModel(Task):
     def outputs(
         self, config: RobertaPreLayerNormConfig, logits: Array, batch: dict[str, Array]
     ) -> dict[str, Array]:
-        def of_row(logits: Array, batch: dict[str, Array]) -> Scores:
-            one = jax.tree.map(lambda x: x[None], (logits, batch))
-            return self.loss(config, *one, heads.PLAIN)
+        def row_scores(logits: Array, batch: dict[str, Array]) -> Scores:
+            batch_of_one = jax.tree.map(lambda x: x[None], (logits, batch))
+            return self.loss(config, *batch_of_one, losses.DEFAULT_LOSS)
 
-        return dataclasses.asdict(jax.vmap(of_row)(logits, batch))
+        return dataclasses.asdict(jax.vmap(row_scores)(logits, batch))
 
-    def trivial(self, train: Features, features: Features) -> float:
-        """Word frequencies alone."""
+    def baseline_score(self, train: Features, features: Features) -> float:
+        """Perplexity of the token frequencies of `train`."""
         size = int(max(train.stream.max(), features.stream.max())) + 1
         counts = np.bincount(train.stream, minlength=size)
-        scores = UnigramBaseline(counts, ()).scores(*self._asked(features))
+        scores = UnigramBaseline(counts, ()).scores(*self._targets(features))
         return perplexity(float(scores.loss), float(scores.weight))
 
-    def _asked(self, features: Features) -> tuple[np.ndarray, np.ndarray]:
-        """Labels and weights of all that is asked for."""
+    def _targets(self, features: Features) -> tuple[np.ndarray, np.ndarray]:
+        """Labels of all tokens that are predicted, and their weights."""
         raise NotImplementedError
 
 
 class CausalLM(_LanguageModel):
-    """The next token of running text."""
+    """Predicts the next token of running text."""
 
     model = "causal_lm"
 
-    def configure(self, config: RobertaPreLayerNormConfig) -> RobertaPreLayerNormConfig:
+    def model_config(self, config: RobertaPreLayerNormConfig) -> RobertaPreLayerNormConfig:
         return config.replace(is_decoder=True)
 
     def features(
-        self, examples: Sequence, tokenizer: tokenizers.Tokenizer, bad: BadRows, training: bool
+        self,
+        examples: Sequence,
+        tokenizer: tokenizers.Tokenizer,
+        row_errors: RowErrors,
+        training: bool,
     ) -> Features:
-        # One token of context shared by neighbours: every token is predicted once.
-        return Blocks(token_stream(examples, tokenizer), self.settings.max_length, overlap=1)
+        # Neighbouring rows share one token, so that every token is predicted once.
+        return TokenBlocks(token_stream(examples, tokenizer), self.settings.max_length, overlap=1)
 
     def loss(
         self,
@@ -108,18 +115,18 @@ class CausalLM(_LanguageModel):
         batch: dict[str, Array],
         settings: LossSettings,
     ) -> Scores:
-        return heads.causal_lm_scores(logits, batch["labels"], settings)
+        return losses.causal_lm_scores(logits, batch["labels"], settings)
 
-    def _asked(self, features: Features) -> tuple[np.ndarray, np.ndarray]:
+    def _targets(self, features: Features) -> tuple[np.ndarray, np.ndarray]:
         labels = features.stream[1:]
         return labels, np.ones(len(labels))
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskedBlocks(Features):
-    """Blocks under the masks of epoch 0: the same at every evaluation."""
+    """`TokenBlocks` with the masks of epoch 0, which are the same at every evaluation."""
 
-    blocks: Blocks
+    blocks: TokenBlocks
     masking: Masking
 
     @property
@@ -133,30 +140,38 @@ class MaskedBlocks(Features):
     def batch(self, indices: np.ndarray, length: int) -> Batch:
         rows = [self.masking.apply(self.blocks[max(i, 0)], 0, 0, max(i, 0)) for i in indices]
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        batch["masked_weights"][np.asarray(indices) == NOTHING] = 0.0
+        batch["masked_weights"][np.asarray(indices) == PADDING_INDEX] = 0.0
         return batch
 
 
 class MaskedLM(_LanguageModel):
-    """The tokens behind masks."""
+    """Predicts masked tokens of running text."""
 
     model = "masked_lm"
-    target = "masked_labels"
+    label_key = "masked_labels"
 
     def features(
-        self, examples: Sequence, tokenizer: tokenizers.Tokenizer, bad: BadRows, training: bool
+        self,
+        examples: Sequence,
+        tokenizer: tokenizers.Tokenizer,
+        row_errors: RowErrors,
+        training: bool,
     ) -> Features:
         s = self.settings
         masking = Masking(tokenizer.get_vocab_size(), rate=s.mask_rate, sampling="bernoulli")
-        return MaskedBlocks(Blocks(token_stream(examples, tokenizer), s.max_length), masking)
+        return MaskedBlocks(TokenBlocks(token_stream(examples, tokenizer), s.max_length), masking)
 
-    def batches(
+    def training_batches(
         self, features: Features, batch_size: int, seed: int, steps: int, multiple: int
     ) -> Loader:
         return Loader(features.blocks, features.masking, batch_size, seed)
 
     def logits(
-        self, module: TableModule, params: Tree, batch: dict[str, Array], keys: Array | None = None
+        self,
+        module: TableModule,
+        params: Tree,
+        batch: dict[str, Array],
+        dropout_rngs: Array | None = None,
     ) -> Array:
         logits, _ = module.apply(
             {"params": params},
@@ -164,7 +179,7 @@ class MaskedLM(_LanguageModel):
             position_ids=batch["position_ids"],
             segment_ids=batch["segment_ids"],
             read_positions=batch["masked_positions"],
-            dropout_keys=keys,
+            dropout_rngs=dropout_rngs,
         )
         return logits
 
@@ -175,10 +190,10 @@ class MaskedLM(_LanguageModel):
         batch: dict[str, Array],
         settings: LossSettings,
     ) -> Scores:
-        return heads.cross_entropy(
+        return losses.cross_entropy(
             logits, batch["masked_labels"], batch["masked_weights"], settings
         )
 
-    def _asked(self, features: Features) -> tuple[np.ndarray, np.ndarray]:
+    def _targets(self, features: Features) -> tuple[np.ndarray, np.ndarray]:
         batch = features.batch(np.arange(len(features.blocks)), features.blocks.length)
         return batch["masked_labels"], batch["masked_weights"]
