@@ -44,12 +44,12 @@ def main() -> int:
     signal.signal(signal.SIGINT, before)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    from experiments.common.report import describe_validation, read_records
+    from experiments.common.report import format_validation, read_records
 
     records = read_records(run_dir / "metrics.jsonl")
     first, *_, last = [record for record in records if record["kind"] == "validation"]
     print("\nthe curve, first and last evaluation:")
-    print(f"  {describe_validation(first)}\n  {describe_validation(last)}")
+    print(f"  {format_validation(first)}\n  {format_validation(last)}")
     fill_masks(run_dir)
     print_next_steps(run_dir)
     return 0
@@ -87,14 +87,14 @@ def held_out_riddles(
     documents: Iterator[Document], fraction: float, tokenizer: tokenizers.Tokenizer
 ) -> list[tuple[str, str]]:
     """(sentence with a mask, the hidden word), chosen by hash: by neither hand nor model."""
-    from prelnroberta.data.pretraining.corpus import is_validation
+    from prelnroberta.data.pretraining.corpus import in_validation_split
 
     def shuffled(text: str) -> str:
         return hashlib.sha256(text.encode()).hexdigest()
 
     sentences = set()
     for document in documents:
-        if is_validation(document.key, fraction):
+        if in_validation_split(document.key, fraction):
             sentences.update(re.findall(r"(?<![^\n])[A-Z][\w ,'-]{40,90}\.(?=\s|$)", document.text))
     riddles = []
     for sentence in sorted(sentences, key=shuffled):

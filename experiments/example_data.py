@@ -46,12 +46,12 @@ def main() -> int:
     flags.check_new_folder(FLAGS.output)
 
     from prelnroberta.data.pretraining.docstrings import DocstringCorpus
-    from prelnroberta.files import written_whole
+    from prelnroberta.files import atomic_write
 
     corpus = DocstringCorpus()
     documents, strings = list(corpus.documents()), list(corpus.strings())
     most = {"train": FLAGS.train_examples, "dev": FLAGS.dev_examples}
-    with written_whole(FLAGS.output) as partial:
+    with atomic_write(FLAGS.output) as partial:
         for name, (find, write, from_strings) in FILES.items():
             task, _, suffix = name.partition(".")
             (partial / task).mkdir(parents=True)
@@ -70,11 +70,11 @@ def main() -> int:
 
 
 def divided(documents: Iterable[Document]) -> dict[str, list[Document]]:
-    from prelnroberta.data.pretraining.corpus import is_validation
+    from prelnroberta.data.pretraining.corpus import in_validation_split
 
     splits: dict[str, list[Document]] = {"train": [], "dev": []}
     for document in documents:
-        splits["dev" if is_validation(document.key, DEV) else "train"].append(document)
+        splits["dev" if in_validation_split(document.key, DEV) else "train"].append(document)
     return splits
 
 

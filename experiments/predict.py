@@ -1,4 +1,4 @@
-"""Predicts with a trained model, on what a flag, a file or standard input brings.
+"""Predicts with a trained model, for texts from a flag, a file or standard input.
 
     python -m experiments.predict --task=fill_mask --model=runs/a --text="Returns a <mask> of ints."
     python -m experiments.predict --model=runs/reviews --file=new.csv > answers.jsonl
@@ -7,8 +7,8 @@
     python -m experiments.predict --task=generate --model=runs/clm --text="The function"
     python -m experiments.predict --task=attention --model=runs/a --text="A b." --output=maps
 
-Without --task it is the one that the model was made for. Answers are JSON lines, in the order of
-the input; they come as they are made, so any amount of input takes the same memory.
+Without --task, the task is the one that the model was trained for. Predictions are JSON lines in the
+order of the input. They are written as they are made, so memory does not grow with the input.
 """
 
 from __future__ import annotations
@@ -27,45 +27,48 @@ from experiments.common.text_input import opened, reads_keyboard, texts
 from experiments.flags import FLAGS
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
-from prelnroberta.files import written_whole
+from prelnroberta.files import atomic_write
 
 if TYPE_CHECKING:
     from experiments.tasks import Prediction
     from prelnroberta.inference.fill_mask import Guess
 
-flags.declare("predict", "task_or_use", "compute")
-
-_CHUNK = 1024  # examples read and answered at a time
+_CHUNK = 1024  # examples in memory at the same time
 
 
-def main() -> int:
-    flags.positive("top_k", "batch_size", "max_new_tokens", "num_beams")
-    folder = flags.model_folder(FLAGS.model)
-    task = FLAGS.task or made_for(folder)
-    if task in ("embed", "attention"):
-        from experiments.common import embeddings
+def main(settings: PredictSettings) -> int:
+    """Runs the task or use. Returns the exit code."""
+    check_positive(settings, "top_k", "batch_size", "max_new_tokens", "num_beams")
+    folder = find_model_folder(settings.model)
+    task = settings.task or trained_for(folder)
+    if task == "embed":
+        from experiments.common.embeddings import embed
 
-        return embeddings.embed(folder) if task == "embed" else embeddings.draw_attention(folder)
+        return embed(settings, folder)
+    if task == "attention":
+        from experiments.common.attention_maps import draw_attention_maps
+
+        return draw_attention_maps(settings, folder)
     if task in ("fill_mask", "masked_lm"):
-        return fill_masks(folder)
+        return fill_masks(settings, folder)
     if task in ("generate", "causal_lm"):
-        return write_lines(continuations(folder))
-    return answer_examples(folder)
+        return write_lines(continuations(settings, folder), settings.output)
+    return predict_examples(settings, folder)
 
 
-def made_for(folder: Path) -> str:
-    """What a model's task.json says."""
-    kept = folder / "task.json"
-    if not kept.exists():
+def trained_for(folder: Path) -> str:
+    """The task in a model's task.json."""
+    path = folder / "task.json"
+    if not path.exists():
         raise InputError(
-            f"--task is missing, expected one of {', '.join((*flags.TASKS, *flags.USES))}: {folder}"
-            " does not say what it was made for"
+            f"--task is missing, expected one of {', '.join((*TASK_NAMES, *USES))}: {folder} has "
+            "no task.json that says what it was trained for"
         )
-    return json.loads(kept.read_text(encoding="utf-8"))["task"]
+    return read_task_json(path)["task"]
 
 
-class Problems:
-    """Texts that get no answer. Each is told of where it stands, and all are counted at the end."""
+class SkippedTexts:
+    """Texts without a prediction. Each is reported with its place; the end counts them all."""
 
     def __init__(self) -> None:
         self.places: list[str] = []
@@ -74,21 +77,21 @@ class Problems:
         self.places.append(place)
         print(f"{place}: {problem}", file=sys.stderr)
 
-    def settle(self, total: int) -> None:
+    def raise_if_any(self, total: int) -> None:
         if self.places:
             shown = "; ".join(self.places[:5]) + ("; .." if len(self.places) > 5 else "")
             raise InputError(f"{len(self.places):,} of {total:,} got no answer: {shown}")
 
 
-def write_lines(answers: Iterable[Prediction]) -> int:
-    """JSON lines, to --output or as they come to standard output."""
+def write_lines(predictions: Iterable[Prediction], output: str | None) -> int:
+    """Writes JSON lines to the file `output`, or as they come to standard output."""
     with ExitStack() as stack:
         file = sys.stdout
-        if FLAGS.output:
-            partial = stack.enter_context(written_whole(FLAGS.output))
+        if output:
+            partial = stack.enter_context(atomic_write(output))
             file = stack.enter_context(partial.open("w", encoding="utf-8"))
-        for answer in answers:
-            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+        for prediction in predictions:
+            file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
             file.flush()
     return 0
 
@@ -101,38 +104,38 @@ def answer_examples(folder: Path) -> int:
     """The answers of a fine-tuned model, chunk by chunk."""
     from experiments.common.evaluator import Evaluator, batches_by_length
     from experiments.tasks import TASKS
-    from prelnroberta.data.readers.row_errors import BadRows
+    from prelnroberta.data.readers.row_errors import RowErrors
     from prelnroberta.data.tokenizer import load_tokenizer
     from prelnroberta.distributed.sharding import Layout, Parallelism
     from prelnroberta.model.heads import MODULES
     from prelnroberta.pretrained.hf_checkpoint import load_pretrained
 
     settings = flags.task_settings(RobertaPreLayerNormConfig.from_json(folder), folder)
-    task, bad = TASKS[settings.task](settings), BadRows(skip=True)
+    task, bad = TASKS[settings.task](settings), RowErrors(skip=True)
     if FLAGS.text:
         examples = iter(task.examples_from_text(FLAGS.text, FLAGS.pair, FLAGS.choice))
         bad.seen(len(FLAGS.text))
     elif FLAGS.file:
         opened()[0].close()
-        examples = task.stream(FLAGS.file, bad, None)
+        examples = task.stream_examples(FLAGS.file, bad, None)
     else:
         kind = FLAGS.stdin_format
         if kind is None:
             plain = task.model == "sequence_classification" and settings.pair_column is None
             kind = "txt" if plain else "jsonl"
-        examples = task.stream(f"stdin.{kind}", bad, opened()[0])
+        examples = task.stream_examples(f"stdin.{kind}", bad, opened()[0])
     tokenizer = load_tokenizer(folder)
     params, config = load_pretrained(folder, task.model)
     layout = Layout(Parallelism(), config, task.model)
 
     def answers() -> Iterator[Prediction]:
         evaluator = Evaluator(task, MODULES[task.model](config, flags.execution()), layout)
-        weights = evaluator.weights(params)
+        weights = evaluator.place_params(params)
         while chunk := list(itertools.islice(examples, 1 if reads_keyboard() else _CHUNK)):
             features = task.features(chunk, tokenizer, bad, training=False)
             batches = batches_by_length(features, settings.max_length)
             rows, _ = evaluator(weights, features, batches)
-            yield from task.answers(features, rows)
+            yield from task.predictions(features, rows)
 
     with layout.use_mesh():
         write_lines(answers())
@@ -197,13 +200,13 @@ def fill_masks(folder: Path) -> int:
     params, config = load_pretrained(folder)
     fill = FillMask(params, config, load_tokenizer(folder), flags.execution())
     asked: list[str] = []
-    problems, total = Problems(), itertools.count()
+    skipped, total = SkippedTexts(), itertools.count()
 
     def fillable() -> Iterator[str]:
         for line in texts():
             next(total)
             if problem := fill.problem(line.text):
-                problems.add(line.place, problem)
+                skipped.add(line.place, problem)
             else:
                 asked.append(line.text)
                 yield line.text
@@ -219,7 +222,7 @@ def fill_masks(folder: Path) -> int:
     else:
         for text, masks in filled():
             show(text, masks)
-    problems.settle(next(total))
+    skipped.raise_if_any(next(total))
     return 0
 
 

@@ -14,7 +14,7 @@ from experiments.benchmark.cases import Case, checked
 from experiments.benchmark.work import Work
 from experiments.common.loop import compiled
 from prelnroberta.config import IGNORE_INDEX
-from prelnroberta.data.batches.packed import TrainingBatches
+from prelnroberta.data.batches.packed import PackedBatches
 from prelnroberta.data.features.base import Features
 from prelnroberta.distributed.sharding import Layout, Parallelism
 from prelnroberta.inference.ragged import PackedBatch, pack_sequences
@@ -40,8 +40,8 @@ def _train(weights: Path, case: Case, batch: Batch, mode: str) -> Work:
     module = MODULES[case.model](config)
     optimizer = adamw(OptimizerConfig(steps=10_000, learning_rate=1e-4), config, case.model)
 
-    def score(params: dict, batch: dict, dropout_keys: jax.Array | None) -> Scores:
-        return _scores(case.model, module, params, batch, dropout_keys)
+    def score(params: dict, batch: dict, dropout_rngs: jax.Array | None) -> Scores:
+        return _scores(case.model, module, params, batch, dropout_rngs)
 
     layout = Layout(Parallelism(), config, case.model)
     step = compile_train_step(make_train_step(score, optimizer, seed=0), layout)
@@ -67,15 +67,15 @@ def _train(weights: Path, case: Case, batch: Batch, mode: str) -> Work:
 
 
 def _scores(
-    model: str, module: Any, params: dict, batch: dict, dropout_keys: jax.Array | None
+    model: str, module: Any, params: dict, batch: dict, dropout_rngs: jax.Array | None
 ) -> Scores:
     if model == "masked_lm":
-        return losses.masked_lm_scores(module, params, batch, dropout_keys)
+        return losses.masked_lm_scores(module, params, batch, dropout_rngs)
     names = ["input_ids", "attention_mask", "segment_ids", "position_ids"]
     if model in ("sequence_classification", "multiple_choice"):  # the others read every token
         names.append("read_positions")
     inputs = {name: batch[name] for name in names if name in batch}
-    logits, _ = module.apply({"params": params}, **inputs, dropout_keys=dropout_keys)
+    logits, _ = module.apply({"params": params}, **inputs, dropout_rngs=dropout_rngs)
     if model == "question_answering":
         spans = batch["start_positions"], batch["end_positions"]
         starts, ends = losses.span_scores(logits, *spans, segment_ids=batch.get("segment_ids"))
@@ -90,7 +90,7 @@ def _batches(case: Case, batch: Batch, mode: str) -> list[Batch]:
     language = case.model in ("masked_lm", "causal_lm")
     if mode == "packed" and not language:
         steps = n // case.B
-        packed = TrainingBatches(_Examples(batch), case.B, seed=0, steps=steps)
+        packed = PackedBatches(_Examples(batch), case.B, seed=0, steps=steps)
         return [packed.batch(step) for step in range(steps)]
     parts = [
         {name: values[at : at + case.B] for name, values in batch.items()}
@@ -101,7 +101,7 @@ def _batches(case: Case, batch: Batch, mode: str) -> list[Batch]:
 
 @dataclasses.dataclass(frozen=True)
 class _Examples(Features):
-    """The case's padded examples for `TrainingBatches`: arrays [n], [n, L] or [n, C, L]."""
+    """The case's padded examples for `PackedBatches`: arrays [n], [n, L] or [n, C, L]."""
 
     arrays: Batch
 
@@ -181,7 +181,7 @@ def _forward(weights: Path, case: Case, batch: Batch, mode: str) -> Work:
     else:
         rows, inputs = _one_a_row(batch, lengths), {k: batch[k] for k in batch}
     inputs = jax.device_put(inputs)
-    params = model.execution.prepared(model.params)
+    params = model.execution.params_for_inference(model.params)
 
     @jax.jit
     def forward(params: dict, inputs: dict) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What is inside a model: vectors of texts, and where its heads look. Uses of `predict`."""
+"""Vectors of texts, from the encoder of a model with any head: a use of `predict`."""
 
 from __future__ import annotations
 
@@ -8,43 +8,42 @@ import zipfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments import flags
-from experiments.flags import FLAGS
+from experiments.common.text_input import TextInput
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
-from prelnroberta.files import written_whole
+from prelnroberta.files import atomic_write
 
-_CHUNK = 1024  # texts computed at a time
+if TYPE_CHECKING:
+    from experiments.flags.programs import PredictSettings
+
+_CHUNK = 1024  # texts in memory at the same time
 
 
-def load_encoder(folder: Path) -> tuple[Any, Any, RobertaPreLayerNormConfig]:
-    """(module, params, config) of the encoder of a model with any head, or with none."""
-
+def load_encoder(
+    settings: PredictSettings, folder: Path
+) -> tuple[Any, Any, RobertaPreLayerNormConfig]:
+    """The module, parameters and config of the encoder of a model with any head, or with none."""
     from prelnroberta.model.encoder import Encoder
     from prelnroberta.pretrained.hf_checkpoint import load_pretrained
 
     params, config = load_pretrained(folder, "encoder")
-    execution = flags.execution()
-    return Encoder(config, execution), execution.prepared(params), config
+    execution = settings.execution()
+    return Encoder(config, execution), execution.params_for_inference(params), config
 
 
-# ---------------------------------------------------------------------------------------------
-# Embeddings.
-
-
-def embed(folder: Path) -> int:
-    """--output: an .npz with `vectors` [n, layers, D] float32 and `texts` [n], or .jsonl."""
+def embed(settings: PredictSettings, folder: Path) -> int:
+    """Writes --output: an .npz with `vectors` [n, layers, D] float32 and `texts` [n], or .jsonl."""
     config = RobertaPreLayerNormConfig.from_json(folder)
-    layers = chosen_layers(config)
-    output = Path(FLAGS.output or "")
+    layers = layer_numbers(settings, config)
+    output = Path(settings.output or "")
     if output.suffix not in (".npz", ".jsonl"):
-        raise InputError(f"--output={FLAGS.output}, expected a file named .npz or .jsonl")
-    vectors = embedded(folder, layers)
-    with written_whole(output) as partial_path:
+        raise InputError(f"--output={settings.output}, expected a file named .npz or .jsonl")
+    vectors = embed_texts(settings, folder, layers)
+    with atomic_write(output) as partial_path:
         if output.suffix == ".jsonl":
             count = write_jsonl(partial_path, vectors)
         else:
@@ -53,48 +52,49 @@ def embed(folder: Path) -> int:
     return 0
 
 
-def chosen_layers(config: RobertaPreLayerNormConfig) -> list[int]:
+def layer_numbers(
+    settings: PredictSettings, config: RobertaPreLayerNormConfig
+) -> list[int]:
     """--layers as numbers from 0 (the embeddings) to N (after the final norm)."""
     N = config.num_hidden_layers
-    try:
-        asked = [int(layer) for layer in FLAGS.layers]
-    except ValueError:
-        asked = []
+    asked = settings.layers
     if not asked or not all(-N - 1 <= layer <= N for layer in asked):
         raise InputError(
-            f"--layers={','.join(FLAGS.layers)}, expected numbers from 0 (embeddings) to {N} (the "
+            f"--layers={','.join(map(str, asked))}, expected numbers from 0 (embeddings) to {N} (the "
             "last layer, normed), or from -1 backwards"
         )
     return [layer % (N + 1) for layer in asked]
 
 
-def embedded(folder: Path, layers: list[int]) -> Iterator[tuple[str, np.ndarray]]:
+def embed_texts(
+    settings: PredictSettings, folder: Path, layers: list[int]
+) -> Iterator[tuple[str, np.ndarray]]:
     """(text, its vectors [layers, D]) of each text of the input."""
     import jax
 
-    from experiments.common.evaluator import by_length
-    from experiments.common.text_input import reads_keyboard, texts
-    from prelnroberta.data.features.base import NOTHING
+    from experiments.common.evaluator import batches_by_length
+    from prelnroberta.data.features.base import PADDING_INDEX
     from prelnroberta.data.features.sequence_classification import text_features
     from prelnroberta.data.readers.classification import TextExample
-    from prelnroberta.data.readers.row_errors import BadRows
+    from prelnroberta.data.readers.row_errors import RowErrors
     from prelnroberta.data.tokenizer import load_tokenizer
 
-    module, params, config = load_encoder(folder)
+    module, params, config = load_encoder(settings, folder)
     tokenizer = load_tokenizer(folder)
-    longest = config.max_length if FLAGS.max_length is None else FLAGS.max_length
+    longest = config.max_length if settings.max_length is None else settings.max_length
     if not 8 <= longest <= config.max_length:
         raise InputError(f"--max_length={longest}, expected 8 to {config.max_length}, the model's")
-    compute = jax.jit(partial(vectors_of, module, layers, FLAGS.pooling))
-    lines = texts()
-    while chunk := list(itertools.islice(lines, 1 if reads_keyboard() else _CHUNK)):
+    compute = jax.jit(partial(vectors_of, module, layers, settings.pooling))
+    source = TextInput(settings.text, settings.file)
+    lines = source.lines()
+    while chunk := list(itertools.islice(lines, 1 if source.is_keyboard else _CHUNK)):
         examples = [TextExample(line.place, line.text) for line in chunk]
-        features = text_features(examples, tokenizer, longest, bad=BadRows())
+        features = text_features(examples, tokenizer, longest, bad=RowErrors())
         found: list[Any] = [None] * len(chunk)
-        for indices, batch in by_length(features, longest):
+        for indices, batch in batches_by_length(features, longest):
             rows = np.asarray(compute(params, batch["input_ids"], batch["attention_mask"]))
             for index, row in zip(indices, rows, strict=True):
-                if index != NOTHING:
+                if index != PADDING_INDEX:
                     found[index] = row
         yield from zip((line.text for line in chunk), found, strict=True)
 
@@ -159,39 +159,3 @@ def write_npz(path: Path, vectors: Iterator[tuple[str, np.ndarray]], shape: tupl
 def _write_header(file: Any, dtype: str, shape: tuple[int, ...]) -> None:
     header = {"descr": dtype, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_2_0(file, header)
-
-
-# ---------------------------------------------------------------------------------------------
-# Attention.
-
-
-def draw_attention(folder: Path) -> int:
-    """--output: a folder, in which attention.html and attention.png of one --text are made."""
-    from experiments.common.plots import draw_attention as draw
-    from experiments.common.plots import write_attention_html
-    from prelnroberta.data.tokenizer import load_tokenizer
-
-    if len(FLAGS.text) != 1 or not FLAGS.output:
-        raise InputError("--task=attention needs one --text, and --output, a folder for the maps")
-    flags.check_new_folder(FLAGS.output)
-    module, params, config = load_encoder(folder)
-    encoding = load_tokenizer(folder).encode(FLAGS.text[0], FLAGS.pair)
-    config.check_length(len(encoding.ids), "--text")
-    encoded = module.apply({"params": params}, np.array([encoding.ids]), keep_attentions=True)
-    attention = np.stack([np.asarray(layer[0], np.float32) for layer in encoded.attentions])
-    tokens = [FLAGS.text[0][a:b] for a, b in encoding.offsets]
-    if FLAGS.pair is not None:
-        sides = {0: FLAGS.text[0], 1: FLAGS.pair}
-        tokens = [
-            sides.get(side, "")[a:b]
-            for side, (a, b) in zip(encoding.sequence_ids, encoding.offsets, strict=True)
-        ]
-    tokens = [text.strip() or piece for text, piece in zip(tokens, encoding.tokens, strict=True)]
-    with written_whole(FLAGS.output) as partial_path:
-        partial_path.mkdir()
-        write_attention_html(partial_path / "attention.html", tokens, attention)
-        drawn = draw(partial_path / "attention.png", tokens, attention)
-    print(f"{Path(FLAGS.output) / 'attention.html'}")
-    if drawn:
-        print(f"{Path(FLAGS.output) / 'attention.png'}")
-    return 0

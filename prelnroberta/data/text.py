@@ -14,7 +14,7 @@ from typing import BinaryIO
 from prelnroberta.errors import InputError
 
 
-def text_chunks(path: Path, file: BinaryIO | None = None) -> Iterator[str]:
+def iter_text_chunks(path: Path, file: BinaryIO | None = None) -> Iterator[str]:
     """The file's text in chunks of a megabyte: decompressed, decoded, newlines made one kind.
 
     Args:
@@ -47,7 +47,7 @@ def text_chunks(path: Path, file: BinaryIO | None = None) -> Iterator[str]:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
-def lines(chunks: Iterable[str]) -> Iterator[str]:
+def iter_lines(chunks: Iterable[str]) -> Iterator[str]:
     pending = []  # the parts of a line longer than a chunk, joined once
     for chunk in chunks:
         head, *rest = chunk.split("\n")

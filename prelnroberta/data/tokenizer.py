@@ -191,7 +191,7 @@ def save_tokenizer(
     )
 
 
-def word_starts(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
+def word_start_mask(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
     """Which ids begin a word: bool [V], for whole-word masking.
 
     The rule is fairseq's (fairseq/data/encoders/utils.py with gpt2_bpe.py): a piece begins a word
@@ -212,7 +212,7 @@ def word_starts(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
     return starts
 
 
-def line_ends(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
+def newline_mask(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
     """Which ids hold a newline in their text: bool [V]."""
     newline = _byte_characters()[ord("\n")]
     return np.array([newline in piece for piece in _pieces(tokenizer)])

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from prelnroberta.data.readers.bio_tags import spans, strict_spans
+from prelnroberta.data.readers.bio_tags import conlleval_spans, seqeval_strict_spans
 from prelnroberta.metrics.classification import AVERAGE_MODES, ClassCounts
 
 
@@ -66,4 +66,4 @@ class EntityCounts:
 
 
 def _entities(tags: Sequence[str], scheme: str | None) -> set:
-    return set(spans(tags) if scheme is None else strict_spans(tags, scheme))
+    return set(conlleval_spans(tags) if scheme is None else seqeval_strict_spans(tags, scheme))

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from prelnroberta.data.features.base import NOTHING, Features
+from prelnroberta.data.features.base import PADDING_INDEX, Features
 from prelnroberta.data.shuffle import Batch
 from prelnroberta.errors import InputError
 
@@ -58,7 +58,7 @@ def bucket_lengths(lengths: np.ndarray, count: int = 6, multiple: int = 8) -> tu
     return (*shorter, min(last, max(longest, multiple)))
 
 
-def bucket_of(length: int, buckets: Sequence[int]) -> int:
+def find_bucket(length: int, buckets: Sequence[int]) -> int:
     """The smallest of the ascending `buckets` that holds `length`. Raises InputError if none."""
     for bucket in buckets:
         if length <= bucket:
@@ -66,7 +66,7 @@ def bucket_of(length: int, buckets: Sequence[int]) -> int:
     raise InputError(f"an example of {length} tokens is longer than the longest of {buckets}")
 
 
-def evaluation_batches(
+def bucketed_eval_batches(
     features: Features, buckets: Sequence[int], tokens: int, multiple: int = 1
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """Every example once, shortest bucket first: (indices int [B], -1 where filled up; the batch).
@@ -81,7 +81,7 @@ def evaluation_batches(
     """
     lengths = np.asarray(features.lengths)
     if len(lengths):
-        bucket_of(int(lengths.max()), buckets)
+        find_bucket(int(lengths.max()), buckets)
     order = np.argsort(lengths, kind="stable")
     start = 0
     for bucket in buckets:
@@ -91,7 +91,7 @@ def evaluation_batches(
         while start < end and (last or end - start >= rows):
             chosen = order[start : start + rows]
             start += len(chosen)
-            indices = np.concatenate([chosen, np.full(rows - len(chosen), NOTHING)])
+            indices = np.concatenate([chosen, np.full(rows - len(chosen), PADDING_INDEX)])
             yield indices, features.batch(indices, bucket)
         if last:
             return

@@ -17,7 +17,7 @@ import numpy as np
 
 from prelnroberta.config import IGNORE_INDEX
 from prelnroberta.data.bin_packing import BinPacking, best_fit_decreasing
-from prelnroberta.data.features.base import NOTHING, Features
+from prelnroberta.data.features.base import PADDING_INDEX, Features
 from prelnroberta.data.shuffle import Batch, Prefetch, check_seed, permute
 from prelnroberta.data.tokenizer import PAD_ID
 from prelnroberta.errors import InputError
@@ -28,7 +28,7 @@ _POSITIONS = ("start_positions", "end_positions")  # of tokens, counted from the
 _TOKENS_A_PLACE = 8
 
 
-class TrainingBatches:
+class PackedBatches:
     """Shuffled batches of B examples, packed; batch `step` is a function of (seed, step).
 
     Every example comes once an epoch; the last batches of one may hold fewer than B, so that
@@ -91,7 +91,7 @@ class TrainingBatches:
         epoch, within = divmod(step, self.steps_per_epoch)
         pool, turn = divmod(within, self.pool)
         dealt = self._drawn(epoch, pool)[turn]
-        return dealt[dealt != NOTHING]
+        return dealt[dealt != PADDING_INDEX]
 
     def _shape(self, steps: int, multiple: int) -> tuple[int, int]:
         """R and L of the fewest positions that every step's examples fit in.
@@ -123,7 +123,7 @@ class TrainingBatches:
         start = pool * self.pool * B
         examples = permute(np.arange(start, min(start + self.pool * B, n)), n, self.seed, epoch)
         examples = examples[np.argsort(-self._sizes[examples], kind="stable")]
-        missing = np.full(-len(examples) % B, NOTHING)
+        missing = np.full(-len(examples) % B, PADDING_INDEX)
         # As cards, longest first, in turns that go forth and back: all get about the same.
         turns = np.concatenate([examples, missing]).reshape(B, -1)
         turns[1::2] = turns[1::2, ::-1]

@@ -11,9 +11,7 @@ import numpy as np
 from prelnroberta.data.shuffle import Batch
 from prelnroberta.data.tokenizer import PAD_ID
 
-NOTHING = -1  # the index of a row that only fills a batch up
-
-
+PADDING_INDEX = -1  # the index of a row that only fills a batch up
 
 
 class Features(abc.ABC):
@@ -46,22 +44,22 @@ def padded(
     """`rows` at `indices` as one array [B, length], `fill` behind each and in rows of index -1."""
     out = np.full((len(indices), length), fill, dtype)
     for i, index in enumerate(indices):
-        if index != NOTHING:
+        if index != PADDING_INDEX:
             row = rows[index]
             out[i, : len(row)] = row
     return out
 
 
-def row_batch(rows: Sequence[np.ndarray], indices: np.ndarray, length: int) -> Batch:
+def collate_tokens(rows: Sequence[np.ndarray], indices: np.ndarray, length: int) -> Batch:
     """Token ids `rows` at `indices` [B] as what every task's batch begins with.
 
     Returns:
         input_ids, attention_mask int32 [B, length]; weights float32 [B], 0 where index is -1.
     """
-    sizes = np.array([0 if index == NOTHING else len(rows[index]) for index in indices])
+    sizes = np.array([0 if index == PADDING_INDEX else len(rows[index]) for index in indices])
     return {
         "input_ids": padded(rows, indices, length, PAD_ID),
         # By length: a text may spell <pad> out.
         "attention_mask": (np.arange(length) < sizes[:, None]).astype(np.int32),
-        "weights": (np.asarray(indices) != NOTHING).astype(np.float32),
+        "weights": (np.asarray(indices) != PADDING_INDEX).astype(np.float32),
     }

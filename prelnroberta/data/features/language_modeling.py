@@ -9,7 +9,7 @@ A batch of causal rows, B rows of L tokens:
     labels                       int32 [B, L], not shifted: `heads.causal_lm_scores` shifts; -100
                                  where nothing is asked
     weights                      float32 [B], 1 for a row, 0 for a filling row
-Masked rows go through `masking.Masking` and `loader.Loader`, whose source `Blocks` can be.
+Masked rows go through `masking.Masking` and `loader.Loader`, whose source `TokenBlocks` can be.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from prelnroberta.config import IGNORE_INDEX
-from prelnroberta.data.features.base import NOTHING, Features, padded, row_batch
+from prelnroberta.data.features.base import PADDING_INDEX, Features, collate_tokens, padded
 from prelnroberta.data.features.encoding import token_ids
 from prelnroberta.data.pretraining.packing import Row
 from prelnroberta.data.shuffle import Batch
@@ -44,7 +44,7 @@ def token_stream(documents: Iterable[str], tokenizer: tokenizers.Tokenizer) -> n
     return np.concatenate(parts, dtype=np.int32)
 
 
-class Blocks(Features):
+class TokenBlocks(Features):
     """Rows of `length` tokens of a stream, each beginning `length - overlap` after the one before.
 
     `overlap=0` are the blocks of transformers' run_clm and run_mlm (group_texts), with a shorter
@@ -98,8 +98,8 @@ class Blocks(Features):
 
     def batch(self, indices: np.ndarray, length: int) -> Batch:
         """The module's batch of the rows at `indices` [B] for a causal model; -1 fills up."""
-        rows = {int(index): self._tokens(index) for index in indices if index != NOTHING}
-        batch = row_batch(rows, indices, length)
+        rows = {int(index): self._tokens(index) for index in indices if index != PADDING_INDEX}
+        batch = collate_tokens(rows, indices, length)
         batch["labels"] = labels = padded(rows, indices, length, IGNORE_INDEX)
         # A row's first token has no predecessor there; those of an overlap were predicted before.
         labels[:, 0] = IGNORE_INDEX

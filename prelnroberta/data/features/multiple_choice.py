@@ -5,7 +5,7 @@ A batch, B rows of C choices of L tokens:
     choice_mask                  bool [B, C], which choices there are: rows may have fewer than C
     labels                       int32 [B], -100 in filling rows
     weights                      float32 [B], 1 for an example, 0 for a filling row
-Without labels in the examples there is no `labels`. Logits [B, C] go through `masked_logits` before
+Without labels in the examples there is no `labels`. Logits [B, C] go through `mask_missing_choices` before
 the loss and before the argmax.
 """
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prelnroberta.config import IGNORE_INDEX, MASKED_LOGIT
-from prelnroberta.data.features.base import NOTHING, Features
+from prelnroberta.data.features.base import PADDING_INDEX, Features
 from prelnroberta.data.features.encoding import check_max_length, pair_row, token_ids
 from prelnroberta.data.readers.swag import ChoiceExample
 from prelnroberta.data.shuffle import Batch
@@ -57,7 +57,7 @@ class ChoiceFeatures(Features):
 
     def batch(self, indices: np.ndarray, length: int) -> Batch:
         """The module's batch of the examples at `indices` [B]; -1 fills up."""
-        real = np.asarray(indices) != NOTHING
+        real = np.asarray(indices) != PADDING_INDEX
         input_ids = np.full((len(indices), self.choices, length), PAD_ID, np.int32)
         attention_mask = np.zeros_like(input_ids)
         choice_mask = np.zeros(input_ids.shape[:2], bool)
@@ -112,7 +112,7 @@ def choice_features(
     )
 
 
-def masked_logits(logits: Any, choice_mask: Any) -> Any:
+def mask_missing_choices(logits: Any, choice_mask: Any) -> Any:
     """Logits [B, A] plus `MASKED_LOGIT` where there is no choice, for numpy and jax arrays alike.
 
     Not -inf: over a filling row, which has no choice at all, a softmax of it would be NaN.

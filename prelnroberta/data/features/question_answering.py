@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from prelnroberta.config import IGNORE_INDEX
-from prelnroberta.data.features.base import NOTHING, Features, row_batch
+from prelnroberta.data.features.base import PADDING_INDEX, Features, collate_tokens
 from prelnroberta.data.features.encoding import PAIR_SPECIALS, encodings, plain, token_ids, windows
-from prelnroberta.data.readers.row_errors import BadRows, settled
+from prelnroberta.data.readers.row_errors import RowErrors, ensure_collector
 from prelnroberta.data.readers.squad import Question
 from prelnroberta.data.shuffle import Batch
 from prelnroberta.data.tokenizer import BOS_ID, EOS_ID
@@ -60,9 +60,9 @@ class QuestionFeatures(Features):
 
     def batch(self, indices: np.ndarray, length: int) -> Batch:
         """The module's batch of the rows at `indices` [B]; -1 fills up."""
-        batch = row_batch(self.input_ids, indices, length)
+        batch = collate_tokens(self.input_ids, indices, length)
         if self.positions is not None:
-            real = np.asarray(indices)[:, None] != NOTHING
+            real = np.asarray(indices)[:, None] != PADDING_INDEX
             starts, ends = np.where(real, self.positions[indices], IGNORE_INDEX).T
             batch["start_positions"], batch["end_positions"] = starts, ends
         return batch
@@ -73,12 +73,12 @@ def question_features(
     tokenizer: tokenizers.Tokenizer,
     max_length: int = 384,
     doc_stride: int = 128,
-    bad: BadRows | None = None,
+    bad: RowErrors | None = None,
 ) -> QuestionFeatures:
     """Features of questions, with the positions of their first answers if they have any.
 
     Ids and offsets are those of transformers' `tokenizer(question.lstrip(), context,
-    truncation="only_second", max_length=, stride=, return_overflowing_tokens=True)`.
+    truncation="only_second", max_length=, doc_stride=, return_overflowing_tokens=True)`.
 
     Args:
         max_length: longest row, with its four specials.
@@ -88,8 +88,8 @@ def question_features(
     Raises:
         InputError: no questions (left), or bad ones where `bad` is None.
     """
-    bad, own = settled(bad)
-    bad.at_least(len(questions))
+    bad, own = ensure_collector(bad)
+    bad.ensure_row_count(len(questions))
     asked = token_ids(tokenizer, (q.question.lstrip() for q in questions))
     # A context has several questions as a rule.
     distinct = list(dict.fromkeys(q.context for q in questions))
@@ -124,7 +124,7 @@ def question_features(
                 positions.append(_positions(question, row_offsets, context_start))
         kept.append(question)
     if own:
-        bad.settle()
+        bad.raise_if_any()
     if not kept:
         raise InputError(f"no questions left: {bad.summary}")
     return QuestionFeatures(

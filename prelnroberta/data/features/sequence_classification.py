@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prelnroberta.config import IGNORE_INDEX, REGRESSION, SINGLE_LABEL
-from prelnroberta.data.features.base import NOTHING, Features, row_batch
+from prelnroberta.data.features.base import PADDING_INDEX, Features, collate_tokens
 from prelnroberta.data.features.encoding import check_max_length, pair_row, single_row, token_ids
-from prelnroberta.data.readers.classification import TextExample, label_names
+from prelnroberta.data.readers.classification import TextExample, split_labels
 from prelnroberta.data.readers.labels import LabelIds
-from prelnroberta.data.readers.row_errors import BadRows, settled
+from prelnroberta.data.readers.row_errors import RowErrors, ensure_collector
 from prelnroberta.data.shuffle import Batch
 from prelnroberta.errors import InputError
 
@@ -52,10 +52,12 @@ class TextFeatures(Features):
 
     def batch(self, indices: np.ndarray, length: int) -> Batch:
         """The module's batch of the examples at `indices` [B]; -1 fills up."""
-        batch = row_batch(self.input_ids, indices, length)
+        batch = collate_tokens(self.input_ids, indices, length)
         if self.labels is not None:
             batch["labels"] = labels = self.labels[indices]
-            labels[np.asarray(indices) == NOTHING] = IGNORE_INDEX if labels.dtype == np.int32 else 0
+            labels[np.asarray(indices) == PADDING_INDEX] = (
+                IGNORE_INDEX if labels.dtype == np.int32 else 0
+            )
         return batch
 
 
@@ -65,7 +67,7 @@ def text_features(
     max_length: int,
     problem_type: str = SINGLE_LABEL,
     labels: Sequence[str] = (),
-    bad: BadRows | None = None,
+    bad: RowErrors | None = None,
 ) -> TextFeatures:
     """Features of examples, with labels as ids of the names `labels` or, in regression, numbers.
 
@@ -81,8 +83,8 @@ def text_features(
         InputError: no examples (left), or bad ones where `bad` is None.
     """
     check_max_length(max_length)
-    bad, own = settled(bad)
-    bad.at_least(len(examples))
+    bad, own = ensure_collector(bad)
+    bad.ensure_row_count(len(examples))
     labelled = bool(examples) and examples[0].label is not None
     kept, values = [], []
     to_value = _label_reader(problem_type, labels) if labelled else lambda label: 0
@@ -94,7 +96,7 @@ def text_features(
         kept.append(example)
         values.append(value)
     if own:
-        bad.settle()
+        bad.raise_if_any()
     if not kept:
         raise InputError(f"no examples left: {bad.summary}")
     firsts = token_ids(tokenizer, (e.text for e in kept))
@@ -121,7 +123,7 @@ def _label_reader(problem_type: str, labels: Sequence[str]) -> Any:
 
     def sides(label: Any) -> np.ndarray | str:
         row = np.zeros(len(ids.names), np.float32)
-        for name in label_names(label):
+        for name in split_labels(label):
             found = ids.find(name)
             if isinstance(found, str):
                 return found

@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from prelnroberta.config import IGNORE_INDEX
-from prelnroberta.data.features.base import Features, padded, row_batch
+from prelnroberta.data.features.base import Features, collate_tokens, padded
 from prelnroberta.data.features.encoding import (
     check_max_length,
     encodings,
     windows,
     with_prefix_space,
 )
-from prelnroberta.data.readers.bio_tags import is_tag, spans
+from prelnroberta.data.readers.bio_tags import conlleval_spans, is_entity_tag
 from prelnroberta.data.readers.conll import Sentence
 from prelnroberta.data.readers.labels import LabelIds
-from prelnroberta.data.readers.row_errors import BadRows, settled
+from prelnroberta.data.readers.row_errors import RowErrors, ensure_collector
 from prelnroberta.data.shuffle import Batch
 from prelnroberta.data.tokenizer import BOS_ID, EOS_ID
 from prelnroberta.errors import InputError
@@ -65,12 +65,12 @@ class TokenFeatures(Features):
 
     def batch(self, indices: np.ndarray, length: int) -> Batch:
         """The module's batch of the rows at `indices` [B]; -1 fills up."""
-        batch = row_batch(self.input_ids, indices, length)
+        batch = collate_tokens(self.input_ids, indices, length)
         if self.labels is not None:
             batch["labels"] = padded(self.labels, indices, length, IGNORE_INDEX)
         return batch
 
-    def by_word(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def gather_words(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
         """From values [L, ...] of each row (logits, say) to [words, ...] of each sentence."""
         found: list[np.ndarray | None] = [None] * len(self.examples)
         for owner, asked, row in zip(self.owners, self.asked, values, strict=True):
@@ -88,7 +88,7 @@ def token_features(
     labels: Sequence[str] = (),
     label_all_tokens: bool = False,
     doc_stride: int | None = None,
-    bad: BadRows | None = None,
+    bad: RowErrors | None = None,
 ) -> TokenFeatures:
     """Features of sentences, tags as ids of the names `labels`.
 
@@ -108,8 +108,8 @@ def token_features(
     check_max_length(max_length)
     room = max_length - 2
     doc_stride = room // 4 if doc_stride is None else doc_stride
-    bad, own = settled(bad)
-    bad.at_least(len(sentences))
+    bad, own = ensure_collector(bad)
+    bad.ensure_row_count(len(sentences))
     tagged = bool(sentences) and sentences[0].tags is not None
     ids = LabelIds(labels) if tagged else None
     kept, word_labels = [], []
@@ -123,7 +123,7 @@ def token_features(
         kept.append(sentence._replace(tags=[ids.names[i] for i in found]) if ids else sentence)
         word_labels.append(np.array(found, np.int32))
     if own:
-        bad.settle()
+        bad.raise_if_any()
     if not kept:
         raise InputError(f"no sentences left: {bad.summary}")
 
@@ -190,12 +190,14 @@ class Entity(NamedTuple):
     score: float
 
 
-def entities(sentence: Sentence, tags: Sequence[str], scores: Sequence[float]) -> list[Entity]:
+def decode_entities(
+    sentence: Sentence, tags: Sequence[str], scores: Sequence[float]
+) -> list[Entity]:
     """Entities of a sentence from a predicted tag and its probability for each word.
 
     Tags are read as conlleval reads them, so that an I- without its B- is not lost.
     """
-    if not all(is_tag(tag) for tag in tags):
+    if not all(is_entity_tag(tag) for tag in tags):
         return []
     return [
         Entity(
@@ -205,5 +207,5 @@ def entities(sentence: Sentence, tags: Sequence[str], scores: Sequence[float]) -
             " ".join(sentence.words[span.start : span.end]),
             float(np.mean(scores[span.start : span.end])),
         )
-        for span in spans(tags)
+        for span in conlleval_spans(tags)
     ]

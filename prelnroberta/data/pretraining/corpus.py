@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from prelnroberta.data.text import lines, text_chunks
+from prelnroberta.data.text import iter_lines, iter_text_chunks
 from prelnroberta.errors import InputError
 
 
@@ -27,14 +27,14 @@ class Document(NamedTuple):
     key: str
 
 
-def is_validation(key: str, fraction: float) -> bool:
+def in_validation_split(key: str, fraction: float) -> bool:
     """Whether the document of this key is held out: the same on every machine, in any order."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2**64
 
 
-SUFFIXES = (".txt", ".text", ".md", ".jsonl")
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".jsonl")
 # A longer document is passed on in pieces, so that memory does not depend on how text is divided.
-PIECE = 1 << 20
+MAX_DOCUMENT_CHARS = 1 << 20
 
 
 class FileCorpus:
@@ -42,7 +42,7 @@ class FileCorpus:
 
     A line of a `.jsonl` file is an object whose `text_field` is one document. In any other file a
     blank line ends a document, as BERT's and fairseq's corpora have it. A document longer than
-    `PIECE` characters is given in pieces cut at line ends, each a document of its own. The key is
+    `MAX_DOCUMENT_CHARS` characters is given in pieces cut at line ends, each a document of its own. The key is
     the text's checksum, so that equal texts are never on both sides of the split.
 
     Raises (on construction, and while reading with the place):
@@ -63,7 +63,7 @@ class FileCorpus:
             if path.name.removesuffix(".gz").endswith(".jsonl"):
                 texts = _json_documents(path, self.text_field)
             else:
-                texts = _plain_documents(text_chunks(path))
+                texts = _plain_documents(iter_text_chunks(path))
             for text in texts:
                 empty = False
                 yield Document(text, hashlib.sha256(text.encode()).hexdigest())
@@ -92,8 +92,8 @@ class FileCorpus:
 def _find(pattern: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
-        found = [p for p in path.rglob("*") if p.name.removesuffix(".gz").endswith(SUFFIXES)]
-        problem = f"corpus folder {path} holds no {', '.join(SUFFIXES)} files, plain or .gz"
+        found = [p for p in path.rglob("*") if p.name.removesuffix(".gz").endswith(TEXT_SUFFIXES)]
+        problem = f"corpus folder {path} holds no {', '.join(TEXT_SUFFIXES)} files, plain or .gz"
     elif path.exists():
         found, problem = [path], f"corpus file {path} is not a regular file"
     else:
@@ -124,10 +124,10 @@ def _cut(text: str) -> Iterator[str]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """`text` in pieces of `PIECE` characters at most, cut after a line's end, or else a space."""
+    """`text` in pieces of `MAX_DOCUMENT_CHARS` characters at most, cut after a line's end, or else a space."""
     start = 0
-    while len(text) - start > PIECE:
-        end = start + PIECE
+    while len(text) - start > MAX_DOCUMENT_CHARS:
+        end = start + MAX_DOCUMENT_CHARS
         for separator in "\n ":
             if (found := text.rfind(separator, start, end)) > start:
                 end = found + 1
@@ -143,7 +143,7 @@ def _trim(text: str) -> str:
 
 
 def _json_documents(path: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(lines(text_chunks(path)), 1):
+    for number, line in enumerate(iter_lines(iter_text_chunks(path)), 1):
         if not line.strip():
             continue
         try:

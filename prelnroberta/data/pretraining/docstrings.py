@@ -49,7 +49,7 @@ _MARKUP = [
 ]
 
 
-def prose(docstring: str) -> list[str]:
+def extract_prose(docstring: str) -> list[str]:
     """The paragraphs of a docstring that read as English, each on one line, without markup.
 
     A paragraph ends at a blank line, a change of indentation (which may hang after a bullet or a
@@ -113,7 +113,7 @@ def _reads_as_english(text: str) -> bool:
 
 
 # The largest bodies of prose among what installing prelnroberta brings along.
-PACKAGES = (
+DEFAULT_PACKAGES = (
     "absl", "etils", "flax", "huggingface_hub", "humanize", "jax", "numpy", "optax",
     "orbax", "rich", "scipy", "tensorboardX",
 )  # fmt: skip
@@ -135,7 +135,7 @@ class DocstringCorpus:
     module. Packages that are not installed are left out, and named in the manifest.
     """
 
-    def __init__(self, packages: Sequence[str] = PACKAGES):
+    def __init__(self, packages: Sequence[str] = DEFAULT_PACKAGES):
         self.roots = {STDLIB: [Path(sysconfig.get_path("stdlib"))]}
         self.missing = []
         for package in sorted(set(packages)):
@@ -158,7 +158,7 @@ class DocstringCorpus:
     def _read(self) -> Iterator[Document]:
         seen = set()
         for string, key in self.strings():
-            new = [p for p in dict.fromkeys(prose(string)) if p not in seen]
+            new = [p for p in dict.fromkeys(extract_prose(string)) if p not in seen]
             seen.update(new)
             if new:
                 yield Document("\n".join(new), key)

@@ -67,7 +67,7 @@ class Loader:
         return Prefetch(lambda step: self.batch(step, rows), start_step, depth)
 
 
-def evaluation_batches(
+def masked_eval_batches(
     source: Rows,
     masking: Masking,
     batch_size: int,

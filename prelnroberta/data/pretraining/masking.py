@@ -59,7 +59,7 @@ class Masking:
         itself; they sum to 1. The draw is made once a unit, as fairseq and SpanBERT do. Random
         tokens are uniform over the vocabulary without the four first specials and `<mask>`;
         fairseq leaves `<mask>` in, transformers every special.
-    word_starts: bool [V], ids that begin a word, needed for 'word' and 'span'. A word also begins
+    word_start_mask: bool [V], ids that begin a word, needed for 'word' and 'span'. A word also begins
         after each special. Whitespace opens the word it precedes, a newline as a space does.
     """
 
@@ -70,7 +70,7 @@ class Masking:
     mask: float = 0.8
     random: float = 0.1
     same: float = 0.1
-    word_starts: np.ndarray | None = field(default=None, repr=False, compare=False)
+    word_start_mask: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self):
         if self.vocab_size < _FIRST_ORDINARY + 2:
@@ -92,13 +92,13 @@ class Masking:
                 f"mask={self.mask}, random={self.random}, same={self.same}: expected three shares "
                 "of at least 0 that sum to 1, as 0.8, 0.1, 0.1"
             )
-        if self.unit != "token" and np.shape(self.word_starts) != (self.vocab_size,):
+        if self.unit != "token" and np.shape(self.word_start_mask) != (self.vocab_size,):
             raise InputError(
-                f"mask unit={self.unit!r} needs word_starts for each of vocab_size="
-                f"{self.vocab_size} ids, but got shape {np.shape(self.word_starts)}"
+                f"mask unit={self.unit!r} needs word_start_mask for each of vocab_size="
+                f"{self.vocab_size} ids, but got shape {np.shape(self.word_start_mask)}"
             )
 
-    def slots(self, length: int) -> int:
+    def max_masked_positions(self, length: int) -> int:
         """M: how many masked positions a row of `length` tokens has room for.
 
         All there can be with sampling 'exact' and unit 'token'. Otherwise the count is open, and M
@@ -131,8 +131,8 @@ class Masking:
                 counter=np.array([0, 0, example, epoch], np.uint64),
             )
         )
-        slots = self.slots(len(row.input_ids))
-        positions, actions = self.decide(row, slots, generator)
+        slots = self.max_masked_positions(len(row.input_ids))
+        positions, actions = self.choose_positions(row, slots, generator)
 
         input_ids = row.input_ids.copy()
         labels = input_ids[positions]
@@ -159,7 +159,7 @@ class Masking:
             "masked_weights": masked_weights,
         }
 
-    def decide(
+    def choose_positions(
         self, row: Row, slots: int, generator: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """Chosen positions, ascending, at most `slots`, and MASK, RANDOM or SAME at each."""
@@ -203,7 +203,7 @@ class Masking:
         breaks = special.copy()
         breaks[0] = True
         breaks[1:] |= special[:-1] | (row.segment_ids[1:] != row.segment_ids[:-1])
-        starts = breaks | self.word_starts[row.input_ids]
+        starts = breaks | self.word_start_mask[row.input_ids]
         begins = starts.nonzero()[0]
         inside = np.arange(len(starts)) - begins[np.cumsum(starts) - 1]
         starts = inside % _LONG == 0

@@ -32,7 +32,7 @@ import numpy as np
 
 from prelnroberta.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
 from prelnroberta.errors import InputError
-from prelnroberta.files import written_whole
+from prelnroberta.files import atomic_write
 
 PACKINGS = ("contiguous", "documents", "sentences")
 
@@ -76,7 +76,7 @@ def open_rows(
     corpus: Tokens,
     length: int,
     packing: str,
-    line_ends: np.ndarray | None = None,
+    newline_mask: np.ndarray | None = None,
     directory: Path | None = None,
 ) -> Rows:
     """Rows of `length` tokens, with `len(rows)` and `rows[i]`.
@@ -85,7 +85,7 @@ def open_rows(
         corpus: token stream and document ends.
         length: L, row length in tokens, specials included.
         packing: 'contiguous', 'documents' or 'sentences' (module docstring).
-        line_ends: bool [V], ids whose text holds a newline; read for 'sentences' only.
+        newline_mask: bool [V], ids whose text holds a newline; read for 'sentences' only.
         directory: where the packing plan is kept and found again, by default beside the token
             files. Unread for 'contiguous', which needs no plan.
 
@@ -102,9 +102,11 @@ def open_rows(
         )
     if packing == "contiguous":
         return ContiguousRows(corpus, length)
-    if packing == "sentences" and line_ends is None:
-        raise InputError("packing='sentences' needs line_ends, the ids whose text holds a newline")
-    closing = line_ends if packing == "sentences" else None
+    if packing == "sentences" and newline_mask is None:
+        raise InputError(
+            "packing='sentences' needs newline_mask, the ids whose text holds a newline"
+        )
+    closing = newline_mask if packing == "sentences" else None
     plan = _plan(corpus, length, closing, directory or corpus.directory)
     return PackedRows(corpus, length, closing, plan)
 
@@ -150,10 +152,10 @@ class Plan(NamedTuple):
 class PackedRows:
     """Rows of several segments `<s> piece`, padded at the end."""
 
-    def __init__(self, corpus: Tokens, length: int, line_ends: np.ndarray | None, plan: Plan):
+    def __init__(self, corpus: Tokens, length: int, newline_mask: np.ndarray | None, plan: Plan):
         self._tokens = np.asarray(corpus.tokens)
         self._length = length
-        self._line_ends = line_ends
+        self._line_ends = newline_mask
         self._plan = plan
 
     @property
@@ -189,7 +191,7 @@ class PackedRows:
         return Row(input_ids, segment_ids, position_ids)
 
 
-def _plan(corpus: Tokens, length: int, line_ends: np.ndarray | None, directory: Path) -> Plan:
+def _plan(corpus: Tokens, length: int, newline_mask: np.ndarray | None, directory: Path) -> Plan:
     """The packing plan: found in `directory`, or made and kept there.
 
     Its name is a digest of all that it depends on, so that another corpus never meets it. Of two
@@ -197,15 +199,15 @@ def _plan(corpus: Tokens, length: int, line_ends: np.ndarray | None, directory: 
     """
     digest = hashlib.sha256(json.dumps(corpus.manifest, sort_keys=True).encode())
     digest.update(f"{len(corpus.tokens)} {len(corpus.document_ends)} {_WAITING_ROWS}".encode())
-    if line_ends is not None:
-        digest.update(np.packbits(line_ends).tobytes())
-    unit = "documents" if line_ends is None else "sentences"
+    if newline_mask is not None:
+        digest.update(np.packbits(newline_mask).tobytes())
+    unit = "documents" if newline_mask is None else "sentences"
     home = directory / f"packing-{unit}-{length}-{digest.hexdigest()[:16]}"
     if not home.is_dir():
         try:
-            with written_whole(home) as partial:
+            with atomic_write(home) as partial:
                 partial.mkdir()
-                _write_plan(_pieces(_unit_ends(corpus, line_ends), length), length, partial)
+                _write_plan(_pieces(_unit_ends(corpus, newline_mask), length), length, partial)
         except OSError as error:
             if not home.is_dir():
                 raise InputError(
@@ -218,13 +220,13 @@ def _plan(corpus: Tokens, length: int, line_ends: np.ndarray | None, directory: 
     )
 
 
-def _unit_ends(corpus: Tokens, line_ends: np.ndarray | None) -> Iterator[np.ndarray]:
+def _unit_ends(corpus: Tokens, newline_mask: np.ndarray | None) -> Iterator[np.ndarray]:
     """Exclusive ends of documents or lines in stream order, a chunk at a time."""
-    if line_ends is None:
+    if newline_mask is None:
         for at in range(0, len(corpus.document_ends), _CHUNK):
             yield np.asarray(corpus.document_ends[at : at + _CHUNK])
         return
-    closes = line_ends.copy()
+    closes = newline_mask.copy()
     closes[EOS_ID] = True
     for at in range(0, len(corpus.tokens), _CHUNK):
         yield at + 1 + np.flatnonzero(closes[corpus.tokens[at : at + _CHUNK]])
@@ -313,7 +315,7 @@ def _best_fit(pieces: Iterator[tuple[list, list]], length: int) -> Iterator[list
         yield from stack
 
 
-class _Spread:
+class _EvenSubset:
     """`count` rows of another source, evenly spaced over it."""
 
     def __init__(self, rows: Rows, count: int):
@@ -333,6 +335,6 @@ class _Spread:
         return self._rows[index * len(self._rows) // self._count]
 
 
-def spread(rows: Rows, count: int) -> Rows:
+def subsample_evenly(rows: Rows, count: int) -> Rows:
     """At most `count` rows, taken evenly from all over, so that a few stand for the whole."""
-    return rows if len(rows) <= count else _Spread(rows, count)
+    return rows if len(rows) <= count else _EvenSubset(rows, count)

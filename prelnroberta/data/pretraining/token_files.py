@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from prelnroberta.data.pretraining.corpus import Document, is_validation
+from prelnroberta.data.pretraining.corpus import Document, in_validation_split
 from prelnroberta.data.tokenizer import EOS_ID
 from prelnroberta.errors import InputError
-from prelnroberta.files import written_whole
+from prelnroberta.files import atomic_write
 
 if TYPE_CHECKING:
     import tokenizers
@@ -40,7 +40,7 @@ _BATCH_BYTES = 1 << 21
 
 
 class Corpus(Protocol):
-    """What `prepare` reads; see corpus.py."""
+    """What `tokenize_corpus` reads; see corpus.py."""
 
     def documents(self) -> Iterator[Document]: ...
     def manifest(self) -> dict: ...
@@ -88,7 +88,7 @@ class TokenFiles:
             ) from error
 
 
-def prepare(
+def tokenize_corpus(
     corpus: Corpus,
     tokenizer: tokenizers.Tokenizer,
     cache_dir: str | Path,
@@ -126,7 +126,7 @@ def prepare(
             # The lock is ours: unfinished files were left by a process that died.
             for partial in cache_dir.glob(f".{name}.*.partial"):
                 shutil.rmtree(partial, ignore_errors=True)
-            with written_whole(final) as partial:
+            with atomic_write(final) as partial:
                 _tokenize(corpus, tokenizer, partial, identity, progress)
     train, validation = (TokenFiles.open(final / split) for split in SPLITS)
     return train, validation
@@ -158,7 +158,7 @@ def _tokenize(
             encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
             ids = {split: [] for split in SPLITS}
             for document, encoding in zip(batch, encodings, strict=True):
-                ids[SPLITS[is_validation(document.key, fraction)]].append(encoding.ids)
+                ids[SPLITS[in_validation_split(document.key, fraction)]].append(encoding.ids)
             for split, writer in writers.items():
                 writer.add(ids[split])
             raw = "\0".join([*texts, ""]).encode()

@@ -1,4 +1,4 @@
-"""Entities as tags: from tags to spans and back, in the schemes that files are written in.
+"""Entities as tags: from tags to conlleval_spans and back, in the schemes that files are written in.
 
 A tag is `O`, or a letter, a hyphen and the entity's type. Inside this package tags are IOB2; files
 may hold
@@ -8,8 +8,8 @@ IOB2   (BIO) B- opens every entity, I- continues it;
 IOBES  IOB2, with E- closing entities of several words and S- for those of one. BILOU is the same
        with L- and U-.
 
-Tags can contradict their scheme, and predicted ones do. `spans` then reads them as CoNLL's
-evaluation does, `strict_spans` as seqeval's strict mode.
+Tags can contradict their scheme, and predicted ones do. `conlleval_spans` then reads them as CoNLL's
+evaluation does, `seqeval_strict_spans` as seqeval's strict mode.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Span(NamedTuple):
     type: str
 
 
-def is_tag(tag: str) -> bool:
+def is_entity_tag(tag: str) -> bool:
     """Whether this is `O`, or a letter of a scheme, a hyphen and a type."""
     return tag == "O" or (len(tag) > 2 and tag[0] in _LETTERS[1:] and tag[1] == "-")
 
 
-def scheme_of(sentences: Iterable[Sequence[str]]) -> str | None:
+def detect_scheme(sentences: Iterable[Sequence[str]]) -> str | None:
     """The scheme of tags; None if they are no entity tags (parts of speech, say).
 
     IOB1 and IOB2 share their letters. It is IOB1 if some I- opens an entity and no B- stands where
@@ -47,7 +47,7 @@ def scheme_of(sentences: Iterable[Sequence[str]]) -> str | None:
     for tags in sentences:
         previous = "O"
         for tag in tags:
-            if not is_tag(tag):
+            if not is_entity_tag(tag):
                 return None
             letters.add(tag[0])
             continues = previous != "O" and previous[2:] == tag[2:]
@@ -59,7 +59,7 @@ def scheme_of(sentences: Iterable[Sequence[str]]) -> str | None:
     return "IOB1" if orphans and not plain_openings else "IOB2"
 
 
-def spans(tags: Sequence[str]) -> list[Span]:
+def conlleval_spans(tags: Sequence[str]) -> list[Span]:
     """The entities of tags of any scheme, however broken, as conlleval counts them.
 
     An I- or E- that continues nothing opens an entity; a change of type closes one. It is the rule
@@ -118,7 +118,7 @@ _CLOSES: dict[str, _Pairs] = {
 }
 
 
-def strict_spans(tags: Sequence[str], scheme: str = "IOB2") -> list[Span]:
+def seqeval_strict_spans(tags: Sequence[str], scheme: str = "IOB2") -> list[Span]:
     """The entities that the scheme allows; what breaks it is no entity. As seqeval's strict mode.
 
     (Its IOB1 does not know an entity opened by B- after O, which the scheme never writes.)
@@ -145,7 +145,7 @@ def strict_spans(tags: Sequence[str], scheme: str = "IOB2") -> list[Span]:
     return found
 
 
-def tags_of(entities: Iterable[Span], length: int, scheme: str = "IOB2") -> list[str]:
+def spans_to_tags(entities: Iterable[Span], length: int, scheme: str = "IOB2") -> list[str]:
     """The tags of `length` words with these entities, which must not overlap."""
     tags = ["O"] * length
     previous = Span(0, 0, "")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from prelnroberta.data.readers.row_errors import BadRows, settled
+from prelnroberta.data.readers.row_errors import RowErrors, ensure_collector
 from prelnroberta.data.readers.tables import Column, stream_table, text_problem
 
 
@@ -22,30 +22,30 @@ class TextExample(NamedTuple):
     label: Any = None
 
 
-def read_examples(
+def read_text_examples(
     path: str | Path,
     text: Column,
     pair: Column | None = None,
     label: Column | Sequence[Column] | None = None,
     header: bool | None = None,
-    bad: BadRows | None = None,
+    bad: RowErrors | None = None,
 ) -> list[TextExample]:
-    """Every example of a file; arguments as of `stream_examples`.
+    """Every example of a file; arguments as of `stream_text_examples`.
 
     Raises:
         InputError: the file's, and bad rows where `bad` is None.
     """
-    bad, own = settled(bad)
-    found = list(stream_examples(path, text, bad, pair, label, header))
+    bad, own = ensure_collector(bad)
+    found = list(stream_text_examples(path, text, bad, pair, label, header))
     if own:
-        bad.settle()
+        bad.raise_if_any()
     return found
 
 
-def stream_examples(
+def stream_text_examples(
     path: str | Path,
     text: Column,
-    bad: BadRows,
+    bad: RowErrors,
     pair: Column | None = None,
     label: Column | Sequence[Column] | None = None,
     header: bool | None = None,
@@ -86,7 +86,7 @@ def stream_examples(
 _SIDES = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 
 
-def label_names(label: Any) -> list[Any]:
+def split_labels(label: Any) -> list[Any]:
     """The labels of a multi-label example: a JSON list, or text parted by commas."""
     if isinstance(label, str):
         return [name.strip() for name in label.split(",") if name.strip()]

@@ -12,11 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from prelnroberta.data.readers.bio_tags import is_tag, scheme_of, spans, tags_of
-from prelnroberta.data.readers.labels import label_name
-from prelnroberta.data.readers.row_errors import BadRows, settled
+from prelnroberta.data.readers.bio_tags import (
+    conlleval_spans,
+    detect_scheme,
+    is_entity_tag,
+    spans_to_tags,
+)
+from prelnroberta.data.readers.labels import label_to_name
+from prelnroberta.data.readers.row_errors import RowErrors, ensure_collector
 from prelnroberta.data.readers.tables import stream_table, text_problem
-from prelnroberta.data.text import lines, text_chunks
+from prelnroberta.data.text import iter_lines, iter_text_chunks
 from prelnroberta.errors import InputError
 
 _CONLLU_COLUMNS = 10
@@ -49,7 +54,7 @@ def read_sentences(
     word: int | str | None = None,
     tag: int | str | None = None,
     tagged: bool = True,
-    bad: BadRows | None = None,
+    bad: RowErrors | None = None,
 ) -> Sentences:
     """The sentences of a file, entity tags turned to IOB2 whatever their scheme.
 
@@ -59,11 +64,11 @@ def read_sentences(
     Raises:
         InputError: the file cannot be read or has no sentences; or, where `bad` is None, bad ones.
     """
-    bad, own = settled(bad)
+    bad, own = ensure_collector(bad)
     sentences = list(stream_sentences(path, bad, word, tag, tagged))
     if own:
-        bad.settle()
-    scheme = scheme_of(sentence.tags for sentence in sentences) if tagged else None
+        bad.raise_if_any()
+    scheme = detect_scheme(sentence.tags for sentence in sentences) if tagged else None
     if scheme is None:
         return Sentences(sentences, None, 0)
     return _in_iob2(sentences, scheme)
@@ -71,7 +76,7 @@ def read_sentences(
 
 def stream_sentences(
     path: str | Path,
-    bad: BadRows,
+    bad: RowErrors,
     word: int | str | None = None,
     tag: int | str | None = None,
     tagged: bool = True,
@@ -110,18 +115,18 @@ def _in_iob2(sentences: list[Sentence], scheme: str) -> Sentences:
     examples = []
     letters = str.maketrans("LU", "ES")
     for sentence in sentences:
-        found = spans(sentence.tags)
+        found = conlleval_spans(sentence.tags)
         length = len(sentence.words)
         written = [tag[0].translate(letters) + tag[1:] for tag in sentence.tags]
-        repaired += tags_of(found, length, scheme) != written
-        examples.append(sentence._replace(tags=tags_of(found, length)))
+        repaired += spans_to_tags(found, length, scheme) != written
+        examples.append(sentence._replace(tags=spans_to_tags(found, length)))
     return Sentences(examples, scheme, repaired)
 
 
 def _blocks(path: Path, file: BinaryIO | None) -> Iterator[list[tuple[int, str]]]:
     """Lines between blank lines, with their numbers."""
     block: list[tuple[int, str]] = []
-    for number, line in enumerate(lines(text_chunks(path, file)), 1):
+    for number, line in enumerate(iter_lines(iter_text_chunks(path, file)), 1):
         if line.strip():
             block.append((number, line))
         elif block:
@@ -136,7 +141,7 @@ def _from_columns(
     word: int | str,
     tag: int | str,
     tagged: bool,
-    bad: BadRows,
+    bad: RowErrors,
     universal: bool,
     file: BinaryIO | None,
 ) -> Iterator[Sentence]:
@@ -199,7 +204,7 @@ def _from_json(
     word: int | str,
     tag: int | str,
     tagged: bool,
-    bad: BadRows,
+    bad: RowErrors,
     file: BinaryIO | None,
 ) -> Iterator[Sentence]:
     keys = [word, tag] if tagged else [word]
@@ -214,7 +219,7 @@ def _from_json(
             found = f"{len(tags)} tags" if isinstance(tags, list) else "no list of tags"
             bad.add(place, f"expected {len(words)} tags under {tag!r}, found {found}")
         else:
-            yield Sentence(place, words, [label_name(t) for t in tags] if tagged else None)
+            yield Sentence(place, words, [label_to_name(t) for t in tags] if tagged else None)
 
 
 def _word_problem(word: Any) -> str | None:
@@ -230,7 +235,7 @@ def tag_names(sentences: list[Sentence]) -> tuple[str, ...]:
     found = {tag for sentence in sentences for tag in sentence.tags or ()}
     if not found:
         raise InputError("no tags to discover: the sentences have none; give the labels' names")
-    if not all(is_tag(tag) for tag in found):
+    if not all(is_entity_tag(tag) for tag in found):
         return tuple(sorted(found))
     types = sorted({tag[2:] for tag in found if tag != "O"})
     return ("O", *(f"{letter}-{kind}" for kind in types for letter in "BI"))

@@ -9,7 +9,7 @@ from typing import Any
 from prelnroberta.errors import InputError
 
 
-def label_name(value: Any) -> str:
+def label_to_name(value: Any) -> str:
     """A cell or JSON value as the name of a class: text as it stands, 1 as '1', True as 'true'."""
     return value.strip() if isinstance(value, str) else json.dumps(value)
 
@@ -20,7 +20,7 @@ def discover_labels(values: Iterable[Any]) -> tuple[str, ...]:
     Raises:
         InputError: none at all.
     """
-    names = {label_name(value) for value in values}
+    names = {label_to_name(value) for value in values}
     if not names:
         raise InputError("no labels to discover: the examples have none; give the labels' names")
     if all(name.lstrip("-").isdecimal() for name in names):
@@ -47,7 +47,7 @@ class LabelIds:
 
     def find(self, value: Any) -> int | str:
         """The id, or what is wrong, in words."""
-        name = label_name(value)
+        name = label_to_name(value)
         if name in self._ids:
             return self._ids[name]
         shown = ", ".join(self.names[:12]) + (", .." if len(self.names) > 12 else "")

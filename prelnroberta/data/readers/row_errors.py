@@ -12,15 +12,15 @@ from prelnroberta.errors import InputError
 _SHOWN = 5
 
 
-class BadRows:
+class RowErrors:
     """Collects bad rows over one or several files and stages.
 
     A function that takes `bad=None` refuses at its own end. Given one, it only adds to it, and the
     caller settles when all stages have spoken:
 
-        bad = BadRows(skip=True)
+        bad = RowErrors(skip=True)
         examples = read_sentences("train.conll", bad=bad)
-        bad.settle()  # raises unless skip
+        bad.raise_if_any()  # raises unless skip
         print(bad.summary)
 
     Args:
@@ -36,7 +36,7 @@ class BadRows:
         """Counts rows, good or bad, that a reader meets."""
         self.total += rows
 
-    def at_least(self, rows: int) -> None:
+    def ensure_row_count(self, rows: int) -> None:
         """Of a later stage: the same rows again, unless what read them did not count here."""
         self.total = max(self.total, rows)
 
@@ -54,12 +54,12 @@ class BadRows:
         verb = "row is" if self.total == 1 else "rows are"
         return f"{len(self.bad):,} of {self.total:,} {verb} bad: " + "; ".join(shown)
 
-    def settle(self) -> None:
+    def raise_if_any(self) -> None:
         """Raises InputError with the summary, unless there are none or they are to be skipped."""
         if self.bad and not self.skip:
             raise InputError(self.summary + " (mend them, or ask to skip bad rows)")
 
 
-def settled(bad: BadRows | None) -> tuple[BadRows, bool]:
+def ensure_collector(bad: RowErrors | None) -> tuple[RowErrors, bool]:
     """The caller's collector, or a new one that the callee must settle itself (True)."""
-    return (BadRows(), True) if bad is None else (bad, False)
+    return (RowErrors(), True) if bad is None else (bad, False)

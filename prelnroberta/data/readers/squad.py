@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from prelnroberta.data.readers.row_errors import BadRows, settled
+from prelnroberta.data.readers.row_errors import RowErrors, ensure_collector
 from prelnroberta.data.readers.tables import stream_table, text_problem
-from prelnroberta.data.text import text_chunks
+from prelnroberta.data.text import iter_text_chunks
 from prelnroberta.errors import InputError
 
 
@@ -35,22 +35,22 @@ class Question(NamedTuple):
 
 
 def read_questions(
-    path: str | Path, answered: bool = True, bad: BadRows | None = None
+    path: str | Path, answered: bool = True, bad: RowErrors | None = None
 ) -> list[Question]:
     """Every question of a file; arguments as of `stream_questions`.
 
     Raises:
         InputError: the file's, and bad questions where `bad` is None.
     """
-    bad, own = settled(bad)
+    bad, own = ensure_collector(bad)
     found = list(stream_questions(path, bad, answered))
     if own:
-        bad.settle()
+        bad.raise_if_any()
     return found
 
 
 def stream_questions(
-    path: str | Path, bad: BadRows, answered: bool = True, file: BinaryIO | None = None
+    path: str | Path, bad: RowErrors, answered: bool = True, file: BinaryIO | None = None
 ) -> Iterator[Question]:
     """Questions in the file's order, as they are read where the file is JSON lines.
 
@@ -87,9 +87,9 @@ def stream_questions(
         raise InputError(f"{path}: no questions")
 
 
-def _from_squad(path: Path, bad: BadRows, file: BinaryIO | None) -> Iterator[tuple[str, dict]]:
+def _from_squad(path: Path, bad: RowErrors, file: BinaryIO | None) -> Iterator[tuple[str, dict]]:
     try:
-        content = json.loads("".join(text_chunks(path, file)))
+        content = json.loads("".join(iter_text_chunks(path, file)))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
@@ -104,7 +104,7 @@ def _from_squad(path: Path, bad: BadRows, file: BinaryIO | None) -> Iterator[tup
                 yield f"{inside}.qas[{q}]", {**record, "context": paragraph.get("context")}
 
 
-def _items(holder: Any, name: str, place: str, bad: BadRows) -> list:
+def _items(holder: Any, name: str, place: str, bad: RowErrors) -> list:
     if isinstance(holder, dict) and isinstance(holder.get(name), list):
         return holder[name]
     bad.seen()
@@ -113,7 +113,7 @@ def _items(holder: Any, name: str, place: str, bad: BadRows) -> list:
 
 
 def _from_lines(
-    path: Path, answered: bool, bad: BadRows, file: BinaryIO | None
+    path: Path, answered: bool, bad: RowErrors, file: BinaryIO | None
 ) -> Iterator[tuple[str, dict]]:
     needed = ["question", "context", *(["answers"] if answered else [])]
     for place, values in stream_table(path, needed, bad, ["id", "is_impossible"], file=file):

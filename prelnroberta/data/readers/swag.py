@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from prelnroberta.data.readers.row_errors import BadRows, settled
+from prelnroberta.data.readers.row_errors import RowErrors, ensure_collector
 from prelnroberta.data.readers.tables import stream_table, text_problem
 
-MOST_CHOICES = 32  # more are rather a mistake in the file than a question
+MAX_CHOICES = 32  # more are rather a mistake in the file than a question
 
 
 # One more than there may be, so that too many are noticed.
-_ENDINGS = [f"ending{i}" for i in range(MOST_CHOICES + 1)]
+_ENDINGS = [f"ending{i}" for i in range(MAX_CHOICES + 1)]
 
 
 class ChoiceExample(NamedTuple):
@@ -32,23 +32,23 @@ def read_choices(
     prefix: str | None = "sent2",
     choices: str = "endings",
     label: str | None = "label",
-    bad: BadRows | None = None,
+    bad: RowErrors | None = None,
 ) -> list[ChoiceExample]:
     """Every example of a file; arguments as of `stream_choices`.
 
     Raises:
         InputError: the file's, and bad rows where `bad` is None.
     """
-    bad, own = settled(bad)
+    bad, own = ensure_collector(bad)
     found = list(stream_choices(path, bad, context, prefix, choices, label))
     if own:
-        bad.settle()
+        bad.raise_if_any()
     return found
 
 
 def stream_choices(
     path: str | Path,
-    bad: BadRows,
+    bad: RowErrors,
     context: str = "sent1",
     prefix: str | None = "sent2",
     choices: str = "endings",
@@ -59,7 +59,7 @@ def stream_choices(
 
     Args:
         path: CSV or TSV with a header, or JSON lines (`tables.stream_table`).
-        bad: takes the table's bad rows, and those without 2 to `MOST_CHOICES` choices or whose
+        bad: takes the table's bad rows, and those without 2 to `MAX_CHOICES` choices or whose
             label is none of them.
         context, prefix: columns of the first text and of what stands before every choice; without
             such a prefix (None, or none in the file) the choices stand alone.
@@ -100,8 +100,8 @@ def _choices(values: dict[Any, Any], key: str) -> tuple[list[str], str | None]:
     problems = (text_problem(f"choice {i}", choice) for i, choice in enumerate(found))
     if problem := next(filter(None, problems), None):
         return [], problem
-    if not 2 <= len(found) <= MOST_CHOICES:
-        return [], f"expected 2 to {MOST_CHOICES} choices, found {len(found)}"
+    if not 2 <= len(found) <= MAX_CHOICES:
+        return [], f"expected 2 to {MAX_CHOICES} choices, found {len(found)}"
     return found, None
 
 

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from prelnroberta.data.readers.row_errors import BadRows, settled
-from prelnroberta.data.text import lines, text_chunks
+from prelnroberta.data.readers.row_errors import RowErrors, ensure_collector
+from prelnroberta.data.text import iter_lines, iter_text_chunks
 from prelnroberta.errors import InputError
 
 FORMATS = {
@@ -45,7 +45,7 @@ def read_table(
     columns: Sequence[Column],
     optional: Sequence[Column] = (),
     header: bool | None = None,
-    bad: BadRows | None = None,
+    bad: RowErrors | None = None,
 ) -> list[Record]:
     """The given columns of every row, in the file's order; arguments as of `stream_table`.
 
@@ -53,17 +53,17 @@ def read_table(
         InputError: the file cannot be read, has no rows or no such columns; or, where `bad` is
             None, bad rows.
     """
-    bad, own = settled(bad)
+    bad, own = ensure_collector(bad)
     found = list(stream_table(path, columns, bad, optional, header))
     if own:
-        bad.settle()
+        bad.raise_if_any()
     return found
 
 
 def stream_table(
     path: str | Path,
     columns: Sequence[Column],
-    bad: BadRows,
+    bad: RowErrors,
     optional: Sequence[Column] = (),
     header: bool | None = None,
     file: BinaryIO | None = None,
@@ -90,7 +90,7 @@ def stream_table(
     if suffix not in FORMATS:
         raise InputError(f"{path}: expected a file named {', '.join(FORMATS)}, plain or .gz")
     kind = FORMATS[suffix]
-    chunks = text_chunks(path, file)
+    chunks = iter_text_chunks(path, file)
     before = bad.total
     if kind == "jsonl":
         yield from _json_records(path, chunks, columns, optional, bad)
@@ -112,7 +112,7 @@ def _table_records(
     columns: Sequence[Column],
     optional: Sequence[Column],
     header: bool,
-    bad: BadRows,
+    bad: RowErrors,
 ) -> Iterator[Record]:
     names: list[str] | None = None
     where: dict[Column, int] = {}
@@ -157,19 +157,23 @@ def _places(
 
 def _split_text(path: Path, chunks: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
     yield str(path), ["text"]
-    for number, line in enumerate(lines(chunks), 1):
+    for number, line in enumerate(iter_lines(chunks), 1):
         if line.strip():
             yield f"{path}:{number}", [line]
 
 
-def _split_tsv(path: Path, chunks: Iterable[str], bad: BadRows) -> Iterator[tuple[str, list[str]]]:
-    for number, line in enumerate(lines(chunks), 1):
+def _split_tsv(
+    path: Path, chunks: Iterable[str], bad: RowErrors
+) -> Iterator[tuple[str, list[str]]]:
+    for number, line in enumerate(iter_lines(chunks), 1):
         if line.strip(" "):  # a row of empty cells is no blank line
             yield f"{path}:{number}", line.split("\t")
 
 
-def _split_csv(path: Path, chunks: Iterable[str], bad: BadRows) -> Iterator[tuple[str, list[str]]]:
-    reader = csv.reader((line + "\n" for line in lines(chunks)), strict=True)
+def _split_csv(
+    path: Path, chunks: Iterable[str], bad: RowErrors
+) -> Iterator[tuple[str, list[str]]]:
+    reader = csv.reader((line + "\n" for line in iter_lines(chunks)), strict=True)
     while True:
         start = reader.line_num + 1
         # The limit (131,072 characters) is the process's, so it is ours only while a row is read.
@@ -200,12 +204,12 @@ def _json_records(
     chunks: Iterable[str],
     columns: Sequence[Column],
     optional: Sequence[Column],
-    bad: BadRows,
+    bad: RowErrors,
 ) -> Iterator[Record]:
     numbers = [column for column in [*columns, *optional] if isinstance(column, int)]
     if numbers:
         raise InputError(f"{path}: column {_names(numbers)}: JSON lines have keys, not numbers")
-    for number, line in enumerate(lines(chunks), 1):
+    for number, line in enumerate(iter_lines(chunks), 1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
