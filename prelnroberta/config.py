@@ -2,8 +2,8 @@
 
 Field names, defaults and the json form are those of transformers
 (`models/roberta_prelayernorm/configuration_roberta_prelayernorm.py`), so that one `config.json`
-serves this package and transformers alike. Keys that are not ours are kept in `extra` and written
-back unchanged.
+works for this package and for transformers. Unknown keys are kept in `extra` and written back
+unchanged.
 """
 
 from __future__ import annotations
@@ -158,10 +158,10 @@ class RobertaPreLayerNormConfig:
             "add_cross_attention",
             "false unless is_decoder is true",
         )
-        self._settle_labels()
+        self._resolve_labels()
 
-    def _require(self, holds: bool, field: str, expected: str) -> None:
-        if not holds:
+    def _require(self, condition: bool, field: str, expected: str) -> None:
+        if not condition:
             raise InputError(f"config: {field}={getattr(self, field)!r}, expected {expected}")
 
     def _require_token_ids(self) -> None:
@@ -181,8 +181,8 @@ class RobertaPreLayerNormConfig:
         else:
             self._require(eos is None or valid(eos), "eos_token_id", in_vocab)
 
-    def _settle_labels(self) -> None:
-        """Makes num_labels, id2label and label2id agree, whichever of them were given."""
+    def _resolve_labels(self) -> None:
+        """Derives num_labels, id2label and label2id from those that were given; checks the rest."""
         if self.num_labels is not None:
             valid = _is_int(self.num_labels) and self.num_labels > 0
             self._require(valid, "num_labels", "an int > 0")
@@ -211,21 +211,21 @@ class RobertaPreLayerNormConfig:
         self._require(
             not (self.problem_type == "single_label_classification" and len(names) == 1),
             "problem_type",
-            "another type when num_labels is 1: one class leaves nothing to tell apart",
+            "another type when num_labels is 1: a single class has no alternatives",
         )
 
     @property
     def head_dim(self) -> int:
-        """K: the width of one attention head."""
+        """K: the size of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def max_length(self) -> int:
-        """The longest row in tokens. Positions start at pad_token_id + 1, so 514 rows hold 512."""
+        """The longest row in tokens: positions start at pad_token_id + 1, so 514 give 512."""
         return self.max_position_embeddings - self.pad_token_id - 1
 
     def check_length(self, length: int, what: str = "a row") -> None:
-        """Raises InputError when `length` tokens do not fit the position table."""
+        """Raises InputError if `length` tokens do not fit the position table."""
         if length > self.max_length:
             raise InputError(
                 f"{what} of {length} tokens is longer than the {self.max_length} that "
@@ -235,7 +235,7 @@ class RobertaPreLayerNormConfig:
             )
 
     def replace(self, **changes: Any) -> RobertaPreLayerNormConfig:
-        """A changed copy. A new num_labels without id2label names the labels afresh."""
+        """A changed copy. A new num_labels without id2label gets default label names."""
         if "num_labels" in changes:
             changes = {"id2label": None, **changes}
         if "id2label" in changes:
@@ -244,18 +244,18 @@ class RobertaPreLayerNormConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RobertaPreLayerNormConfig:
-        """From the content of a `config.json`.
+        """Creates a config from the content of a `config.json`.
 
         Raises:
-            InputError: for another model_type, heads that transformers 4 has pruned, or a value
-                that is out of its range.
+            InputError: for another model_type, heads pruned by transformers 4, or a value out of
+                its range.
         """
         values = dict(values)
         model_type = values.pop("model_type", MODEL_TYPE)
         if model_type != MODEL_TYPE:
             raise InputError(
                 f"config: model_type={model_type!r}, expected {MODEL_TYPE!r} (plain RoBERTa "
-                "normalises after each sublayer: another function, not another name)"
+                "normalises after each sublayer, so its weights do not fit)"
             )
         if values.get("pruned_heads"):
             raise InputError(
@@ -270,7 +270,7 @@ class RobertaPreLayerNormConfig:
         return cls(**own, extra=values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a `config.json` that transformers 4 and 5 load as it stands."""
+        """The content of a `config.json` that transformers 4 and 5 load unchanged."""
         values = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -284,7 +284,7 @@ class RobertaPreLayerNormConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> RobertaPreLayerNormConfig:
-        """Reads a `config.json`, or the one in a directory. Raises InputError naming the file."""
+        """Reads a `config.json`, or the one in a directory. InputErrors name the file."""
         path = Path(path)
         if path.is_dir():
             path = path / "config.json"
@@ -306,21 +306,21 @@ class RobertaPreLayerNormConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> RobertaPreLayerNormConfig:
-        """A named architecture of `PRESETS`, with any field changed."""
+        """An architecture of `PRESETS` by name, with the given fields changed."""
         if name not in PRESETS:
             raise InputError(f"preset {name!r}: expected one of {sorted(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
 
-    def forward_flops(self, length: int, read: int | None = None, vocab: bool = True) -> int:
-        """FLOPs (2 per multiply-add) of matrix products in one forward pass over one row.
+    def forward_flops(self, length: int, num_read: int | None = None, lm_head: bool = True) -> int:
+        """FLOPs (2 per multiply-add) of the matrix products of one forward pass over one row.
 
-        Training costs three times as much: each product has two in its backward pass.
+        Training costs three times as much: the backward pass has two products for each.
 
         Args:
             length: L, tokens in the row.
-            read: M, how many positions the head reads. The last block's queries, output
-                projection and MLP, and the head, are computed at those alone. None: everywhere.
-            vocab: whether the masked-LM head is computed on what is read.
+            num_read: M, the number of positions that the head reads. The last block's queries,
+                output projection and MLP, and the head, are computed at those alone. None: L.
+            lm_head: whether to include the masked-LM head.
         """
         D, F, N, V = (
             self.hidden_size,
@@ -328,17 +328,17 @@ class RobertaPreLayerNormConfig:
             self.num_hidden_layers,
             self.vocab_size,
         )
-        read = length if read is None else read
+        num_read = length if num_read is None else num_read
 
         def block(queries: int) -> int:
             keys_and_values = 2 * length * D * D
             query_and_output = 2 * queries * D * D
-            scores_and_mix = 2 * queries * length * D
+            scores_and_values = 2 * queries * length * D
             mlp = 2 * queries * D * F
-            return 2 * (keys_and_values + query_and_output + scores_and_mix + mlp)
+            return 2 * (keys_and_values + query_and_output + scores_and_values + mlp)
 
-        head = 2 * read * (D * D + D * V) if vocab else 0
-        return (N - 1) * block(length) + block(read) + head
+        head = 2 * num_read * (D * D + D * V) if lm_head else 0
+        return (N - 1) * block(length) + block(num_read) + head
 
 
 def _is_int(value: Any) -> bool:
@@ -382,9 +382,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def require_config(config: object) -> None:
-    """Raises InputError for what is no RobertaPreLayerNormConfig, transformers' own for one."""
+    """Raises InputError unless `config` is this package's; transformers' own class is refused."""
     if not isinstance(config, RobertaPreLayerNormConfig):
         raise InputError(
             f"config is a {type(config).__name__}, expected prelnroberta's "
-            "RobertaPreLayerNormConfig (its from_dict reads the to_dict of another)"
+            "RobertaPreLayerNormConfig (convert another with from_dict(config.to_dict()))"
         )

@@ -1,4 +1,4 @@
-"""Writing to disk so that a name always stands for something complete."""
+"""Atomic writes: a path never refers to an incomplete file or directory."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from pathlib import Path
 
 
 @contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write a file or make a directory at; renames it when done.
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path next to `path` for a file or directory; renames it to `path` at exit.
 
-    If the body raises (a full disk, a signal), what it wrote is removed and whatever stood at
-    `path` stays. An existing file is replaced in one step; an existing directory must be empty.
+    If the body raises (a full disk, a signal), the temporary path is removed and `path` is left as
+    it was. An existing file is replaced in one step; an existing directory must be empty.
     """
     path = Path(path)
-    # Hosts that share a disk may share process ids as well.
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    # Hosts that share a disk may also have equal process ids.
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
-        yield partial
-        if partial.is_file():
-            with partial.open("rb") as file:
+        yield temporary
+        if temporary.is_file():
+            with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(temporary, path)
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
         else:
-            partial.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)

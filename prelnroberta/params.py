@@ -51,9 +51,10 @@ class Parameter:
     """One row of the table.
 
     Attributes:
-        shape: letters, one a dimension.
-        init: normal is N(0, initializer_range); embedding the same with a zero pad row.
-        kind: what it is to the optimizer.
+        shape: shape letters, one per dimension.
+        init: initial value. normal: N(0, initializer_range); embedding: the same with a zero pad
+            row.
+        kind: how the optimizer treats it.
     """
 
     shape: str
@@ -61,18 +62,18 @@ class Parameter:
     kind: Literal["kernel", "embedding", "bias", "norm"]
 
     @property
-    def stacked(self) -> bool:
-        """Whether it has one entry a layer, along a leading N axis."""
+    def is_stacked(self) -> bool:
+        """Whether it has one entry per layer, along a leading N axis."""
         return self.shape.startswith("N")
 
-    def matrix(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """The (in, out) sizes of a kernel of this shape, without the N axis.
+    def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """The (in, out) sizes of this kernel as a matrix; `shape` is without the N axis.
 
-        The letters of its input are D alone or, where it leads back to D, all but the last.
+        The input axes are the leading D, or all but the last where the output is D.
         """
         letters = self.shape.removeprefix("N")
-        inputs = 1 if letters.startswith("D") else len(letters) - 1
-        return math.prod(shape[:inputs]), math.prod(shape[inputs:])
+        input_axes = 1 if letters.startswith("D") else len(letters) - 1
+        return math.prod(shape[:input_axes]), math.prod(shape[input_axes:])
 
 
 def _norm(path: str, shape: str) -> dict[str, Parameter]:
@@ -121,7 +122,7 @@ _LM_HEAD = {
 }
 _UNTIED_DECODER = {"lm_head/decoder": Parameter("VD", "normal", "embedding")}
 
-# What stands on the encoder. `base` is transformers' model without a head but with its pooler.
+# Parameters on top of the encoder's. `base` is transformers' headless model, with its pooler.
 _HEADS: dict[str, dict[str, Parameter]] = {
     "encoder": {},
     "base": _POOLER,
@@ -142,7 +143,7 @@ def table(config: RobertaPreLayerNormConfig, model: str = "masked_lm") -> dict[s
     """The rows of one model, path -> Parameter, in reading order.
 
     Args:
-        model: one of `MODELS`: the encoder alone, or with what stands on it.
+        model: one of `MODELS`: the encoder alone, or with a pooler or head.
 
     Raises:
         InputError: question answering with num_labels other than 2 (start and end).
@@ -162,8 +163,8 @@ def table(config: RobertaPreLayerNormConfig, model: str = "masked_lm") -> dict[s
     return rows
 
 
-def sizes(config: RobertaPreLayerNormConfig) -> dict[str, int]:
-    """What each shape letter stands for under this config."""
+def letter_sizes(config: RobertaPreLayerNormConfig) -> dict[str, int]:
+    """Shape letter -> size under this config."""
     return {
         "1": 1,
         "C": config.num_labels,
@@ -183,7 +184,7 @@ def shapes(
     config: RobertaPreLayerNormConfig, model: str = "masked_lm"
 ) -> dict[str, tuple[int, ...]]:
     """path -> shape in numbers. Every parameter is float32."""
-    size = sizes(config)
+    size = letter_sizes(config)
     return {
         path: tuple(size[letter] for letter in row.shape)
         for path, row in table(config, model).items()
@@ -191,34 +192,34 @@ def shapes(
 
 
 def parameter_count(config: RobertaPreLayerNormConfig, model: str = "masked_lm") -> int:
-    """How many numbers the tree holds; a tied word table counts once."""
+    """The number of scalars in the tree; a tied word table counts once."""
     return sum(math.prod(shape) for shape in shapes(config, model).values())
 
 
-def init(config: RobertaPreLayerNormConfig, key: jax.Array, model: str = "masked_lm") -> Tree:
-    """A new parameter tree, float32, pure in (config, key, model).
+def init(config: RobertaPreLayerNormConfig, rng: jax.Array, model: str = "masked_lm") -> Tree:
+    """A new parameter tree, float32, a pure function of (config, rng, model).
 
-    Each leaf draws from a key folded with its path, so that a leaf's value does not depend on
-    which other leaves the model has. Distribution as transformers' torch classes: N(0,
+    Each leaf draws from `rng` folded with its path, so a leaf's value does not depend on which
+    other leaves the model has. The distribution is that of transformers' torch classes: N(0,
     initializer_range), zero biases, unit norms, zero rows for the pad token and pad position.
     """
     shape = shapes(config, model)
 
-    def initial(path: str, row: Parameter) -> jax.Array:
-        path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        return _initial(row, shape[path], config, path_key)
+    def init_leaf(path: str, row: Parameter) -> jax.Array:
+        leaf_rng = jax.random.fold_in(rng, zlib.crc32(path.encode()))
+        return _init_leaf(row, shape[path], config, leaf_rng)
 
-    return unflatten({path: initial(path, row) for path, row in table(config, model).items()})
+    return unflatten({path: init_leaf(path, row) for path, row in table(config, model).items()})
 
 
-def _initial(
-    row: Parameter, shape: tuple[int, ...], config: RobertaPreLayerNormConfig, key: jax.Array
+def _init_leaf(
+    row: Parameter, shape: tuple[int, ...], config: RobertaPreLayerNormConfig, rng: jax.Array
 ) -> jax.Array:
     if row.init == "zeros":
         return jnp.zeros(shape, jnp.float32)
     if row.init == "ones":
         return jnp.ones(shape, jnp.float32)
-    value = config.initializer_range * jax.random.normal(key, shape, jnp.float32)
+    value = config.initializer_range * jax.random.normal(rng, shape, jnp.float32)
     return value.at[config.pad_token_id].set(0.0) if row.init == "embedding" else value
 
 
@@ -232,59 +233,59 @@ def unflatten(flat: Mapping[str, Any]) -> Tree:
     return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
-def unstack(tree: Tree) -> Tree:
-    """The tree with `encoder/layers` a tuple of N trees, each layer's own, in place of stacked
-    leaves. Every model takes it so; what trains, checks, shards or saves wants the stacked tree.
+def unstack_layers(tree: Tree) -> Tree:
+    """The tree with `encoder/layers` as a tuple of N per-layer trees in place of stacked leaves.
 
-    The layers are jax arrays, and on a CPU no copies: they lie in the memory of the given ones.
+    Every model accepts this form. Training, checks, sharding and saving need the stacked tree. On
+    a CPU the layers are views of the given arrays, not copies.
     """
     layers = jax.tree.map(np.asarray, tree["encoder"]["layers"])
     N = len(jax.tree.leaves(layers)[0])
-    apart = tuple(jax.tree.map(operator.itemgetter(n), layers) for n in range(N))
-    return jax.device_put({**tree, "encoder": {**tree["encoder"], "layers": apart}})
+    unstacked = tuple(jax.tree.map(operator.itemgetter(n), layers) for n in range(N))
+    return jax.device_put({**tree, "encoder": {**tree["encoder"], "layers": unstacked}})
 
 
 def check(
     tree: Tree, config: RobertaPreLayerNormConfig, model: str = "masked_lm", source: str = "params"
 ) -> None:
-    """Holds a tree to the table, strictly: paths, shapes, dtype float32.
+    """Checks a tree against the table, strictly: paths, shapes, dtype float32.
 
     Raises:
-        InputError: one message that lists every missing, unexpected and mis-shaped leaf, the
-            unexpected ones with the nearest name of the table.
+        InputError: one message that lists every missing, unexpected and misshapen leaf; unexpected
+            ones with the nearest name in the table.
     """
     check_leaves(float32_leaves(shapes(config, model)), flatten(tree), source)
 
 
 def float32_leaves(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `check_leaves` expects of named float32 arrays."""
+    """Name -> shape, as what `check_leaves` expects: float32 arrays."""
     return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
 
 
 def check_leaves(
     expected: Mapping[str, jax.ShapeDtypeStruct], found: Mapping[str, Any], source: str
 ) -> None:
-    """Compares named arrays by shape and dtype; raises InputError listing every difference."""
-    problems = differences(expected, found)
+    """Compares named arrays by shape and dtype. Raises InputError that lists every difference."""
+    problems = describe_differences(expected, found)
     if problems:
         raise InputError(f"{source}: " + "; ".join(problems))
 
 
-def differences(
+def describe_differences(
     expected: Mapping[str, jax.ShapeDtypeStruct], found: Mapping[str, Any]
 ) -> list[str]:
-    """In words, each array that is missing, unexpected or of another shape or dtype."""
+    """One line for each array that is missing, unexpected or has another shape or dtype."""
     problems = [
-        f"missing {name} {_kind(leaf)}" for name, leaf in expected.items() if name not in found
+        f"missing {name} {_describe(leaf)}" for name, leaf in expected.items() if name not in found
     ]
     for name, leaf in found.items():
         if name not in expected:
-            near = difflib.get_close_matches(name, expected, n=1)
-            problems.append(f"unexpected {name}" + (f" (nearest: {near[0]})" if near else ""))
-        elif _kind(leaf) != _kind(expected[name]):
-            problems.append(f"{name} is {_kind(leaf)}, expected {_kind(expected[name])}")
+            nearest = difflib.get_close_matches(name, expected, n=1)
+            problems.append(f"unexpected {name}" + (f" (nearest: {nearest[0]})" if nearest else ""))
+        elif _describe(leaf) != _describe(expected[name]):
+            problems.append(f"{name} is {_describe(leaf)}, expected {_describe(expected[name])}")
     return problems
 
 
-def _kind(leaf: Any) -> str:
+def _describe(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}"

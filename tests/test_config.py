@@ -99,7 +99,7 @@ def test_config_is_hashable_for_jit():
 def test_flops_are_the_known_numbers():
     """Encoder and encoder + head of base at L = 128, per token (shared/perf.md, section 1)."""
     config = RobertaPreLayerNormConfig.preset("roberta-base")
-    assert config.forward_flops(128, vocab=False) / 128 == pytest.approx(174.6e6, rel=1e-3)
+    assert config.forward_flops(128, lm_head=False) / 128 == pytest.approx(174.6e6, rel=1e-3)
     assert config.forward_flops(128) / 128 == pytest.approx(253.0e6, rel=1e-3)
-    narrow = 3 * config.forward_flops(128, read=round(0.15 * 128)) / 128
+    narrow = 3 * config.forward_flops(128, num_read=round(0.15 * 128)) / 128
     assert narrow == pytest.approx(528.0e6, rel=5e-3)

@@ -26,7 +26,7 @@ _TILE = 128
 _BLOCKS = (512, 384, 256, 128)
 
 
-def refusals(
+def unsupported_reasons(
     kernel: Kernel,
     config: RobertaPreLayerNormConfig,
     dtype: Any,
@@ -50,7 +50,7 @@ def refusals(
     return [reason for reason, holds in found.items() if holds]
 
 
-def choose(
+def choose_kernel(
     choice: Choice,
     config: RobertaPreLayerNormConfig,
     dtype: Any,
@@ -72,7 +72,7 @@ def choose(
     here = target_platform()
     kernels = [k for k in _PLATFORMS if k == choice or (choice == "auto" and _PLATFORMS[k] == here)]
     for kernel in kernels:
-        reasons = refusals(kernel, config, dtype, length, training, here)
+        reasons = unsupported_reasons(kernel, config, dtype, length, training, here)
         if kernel == "splash" and attention_mask is not None and attention_mask.ndim == 3:
             reasons.append("a mask [B, L, L]")
         reasons += [name for name, is_asked in asked.items() if is_asked]
@@ -85,7 +85,7 @@ def choose(
     return None
 
 
-def segments_of(
+def to_segment_ids(
     attention_mask: Array | None, segment_ids: Array | None, shape: tuple[int, int]
 ) -> Array:
     """Masks as segments, [B, L] int32: tokens see their own; padding is segment 0.
@@ -128,7 +128,7 @@ def splash(
     Lengths are filled up to whole tiles: the filling is a segment of its own, -1.
 
     Args:
-        segments: [B, L], from `segments_of`.
+        segments: [B, L], from `to_segment_ids`.
         interpret: run the kernel as plain jax, on any backend: slow, for tests.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import (

@@ -29,18 +29,18 @@ from prelnroberta.distributed.sharding import constrain, target_platform
 from prelnroberta.errors import InputError
 from prelnroberta.model import attention_kernels
 from prelnroberta.model import kv_cache as caches
-from prelnroberta.model.kv_cache import Cache
+from prelnroberta.model.kv_cache import KVCache
 from prelnroberta.model.layers import (
     ACTIVATIONS,
     default_position_ids,
     dropout,
     layer_norm,
     project,
-    row_keys,
-    split_keys,
-    take_positions,
-    typed_keys,
-    visibility,
+    per_row_rngs,
+    split_rngs,
+    gather_positions,
+    as_typed_rngs,
+    visibility_mask,
 )
 
 Array = jax.Array
@@ -86,16 +86,16 @@ class Execution:
             raise InputError(f"logits_chunk_size={self.logits_chunk_size}, expected 0 (all) or more")
 
     @property
-    def scans(self) -> bool:
+    def uses_scan(self) -> bool:
         if self.scan_layers is not None:
             return self.scan_layers
         return self.remat != "none" or target_platform() != "cpu"
 
-    def prepared(self, params: parameters.Tree) -> parameters.Tree:
+    def params_for_inference(self, params: parameters.Tree) -> parameters.Tree:
         """Parameters on the device, in the form that this execution reads fastest, for use without
         gradients. An unrolled program would cut stacked layers apart anew in each call: copies of
         all of them, a sixth of the time of base at 8 x 128 on a CPU."""
-        return jax.device_put(params) if self.scans else parameters.unstack(params)
+        return jax.device_put(params) if self.uses_scan else parameters.unstack_layers(params)
 
 
 @flax.struct.dataclass
@@ -116,7 +116,7 @@ class EncoderOutput:
     residuals: tuple[Array, ...] | None = None
     attentions: tuple[Array, ...] | None = None
     cross_attentions: tuple[Array, ...] | None = None
-    cache: Cache | None = None
+    cache: KVCache | None = None
 
 
 @flax.struct.dataclass
@@ -134,7 +134,7 @@ class Layer:
     params: dict
     key: Array | None = None
     head_mask: Array | None = None
-    cache: Cache = dataclasses.field(default_factory=dict)
+    cache: KVCache = dataclasses.field(default_factory=dict)
 
 
 @flax.struct.dataclass
@@ -163,7 +163,7 @@ class Context:
         def rows(visible: Array | None) -> Array | None:
             if visible is None or visible.shape[1] == 1:
                 return visible
-            return take_positions(visible, positions)
+            return gather_positions(visible, positions)
 
         # Few queries: not worth a kernel that wants whole tiles of them.
         return self.replace(
@@ -177,7 +177,7 @@ class Kept:
 
     attention: Array | None = None
     cross_attention: Array | None = None
-    cache: Cache | None = None
+    cache: KVCache | None = None
 
 
 def embeddings(
@@ -264,7 +264,7 @@ def block(
             because after its keys and values a block works on each position by itself.
     """
     p, key, cache = layer.params, layer.key, layer.cache
-    k_scores, k_attention, k_mlp = (None,) * 3 if key is None else split_keys(key, 3)
+    k_scores, k_attention, k_mlp = (None,) * 3 if key is None else split_rngs(key, 3)
     eps, rate = config.layer_norm_eps, config.hidden_dropout_prob
     new = None
 
@@ -275,7 +275,7 @@ def block(
         keys = jax.lax.dynamic_update_slice_in_dim(cache["keys"], keys, context.index, 1)
         values = jax.lax.dynamic_update_slice_in_dim(cache["values"], values, context.index, 1)
     if read_positions is not None:
-        queries, x = take_positions(queries, read_positions), take_positions(x, read_positions)
+        queries, x = gather_positions(queries, read_positions), gather_positions(x, read_positions)
         context = context.narrowed(read_positions)
     mixed, probabilities = attention(
         p["attention"], config, queries, keys, values, context, k_scores, layer.head_mask
@@ -304,7 +304,7 @@ def cross_attention(
     k_scores, k_output = None, None
     if layer.key is not None:
         # The block has split these keys in three: a fourth.
-        k_scores, k_output = split_keys(jax.vmap(lambda k: jax.random.fold_in(k, 3))(layer.key), 2)
+        k_scores, k_output = split_rngs(jax.vmap(lambda k: jax.random.fold_in(k, 3))(layer.key), 2)
     queries = layer_norm(layer.params["cross_attention_norm"], x, config.layer_norm_eps)
     keys, values = cache["cross_keys"], cache["cross_values"]
     seen = Context(visible=context.encoder_visible)
@@ -314,7 +314,7 @@ def cross_attention(
     return x + dropout(mixed, config.hidden_dropout_prob, k_output), probabilities
 
 
-def read_encoder(layers: dict | tuple, states: Array, mask: Array | None = None) -> Cache:
+def project_encoder_states(layers: dict | tuple, states: Array, mask: Array | None = None) -> KVCache:
     """What a cache holds of encoder states [B, S, D], by all layers, and of their mask [B, S]."""
     if isinstance(layers, tuple):
         read = [keys_and_values(layer["cross_attention"], states) for layer in layers]
@@ -345,7 +345,7 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
 
 
 def each_layer(layers: Layer, N: int) -> list[Layer]:
-    """Every layer by itself; parameters that stand apart already (`params.unstack`) are taken as
+    """Every layer by itself; parameters that stand apart already (`params.unstack_layers`) are taken as
     they are.
 
     By `lax.split`, whose gradient is one concatenation: that of N indexings is a sum of N arrays
@@ -379,13 +379,13 @@ def run_layers(
 
     if execution.remat != "none":
         # Under a scan nothing can undo the recomputation, so the barrier against it is left out.
-        step = jax.checkpoint(step, policy=STORED[execution.remat], prevent_cse=not execution.scans)
+        step = jax.checkpoint(step, policy=STORED[execution.remat], prevent_cse=not execution.uses_scan)
 
     # The last block stands outside the loop: it alone may be narrowed to the read positions.
     residuals, kept = [], []
-    if execution.scans and N > 1:
+    if execution.uses_scan and N > 1:
         if isinstance(layers.params, tuple):
-            raise InputError("layers that stand apart (params.unstack) cannot be scanned")
+            raise InputError("layers that stand apart (params.unstack_layers) cannot be scanned")
 
         # Each turn cuts its layer out of all of them, and the backward pass cuts it again: N - 1 of
         # N as the loop's input would be a copy of nearly all.
@@ -423,7 +423,7 @@ def encode(
     head_mask: Array | None = None,
     encoder_hidden_states: Array | None = None,
     encoder_attention_mask: Array | None = None,
-    cache: Cache | None = None,
+    cache: KVCache | None = None,
     key: Array | None = None,
     keep_residuals: bool = False,
     keep_attentions: bool = False,
@@ -444,7 +444,7 @@ def encode(
         position_ids = default_position_ids(counted, config.pad_token_id, before)
     if cache is None:
         memory = {}
-        visible = visibility(attention_mask, segment_ids, L if config.is_decoder else None)
+        visible = visibility_mask(attention_mask, segment_ids, L if config.is_decoder else None)
     else:
         masks = [m for m in (attention_mask, encoder_attention_mask) if m is not None]
         if segment_ids is not None or any(mask.ndim == 3 for mask in masks):
@@ -453,20 +453,20 @@ def encode(
         memory, visible = caches.announce(cache, attention_mask, real)
     if encoder_hidden_states is not None and "cross_keys" not in memory:
         states = encoder_hidden_states.astype(execution.dtype)
-        memory |= read_encoder(p["encoder"]["layers"], states, encoder_attention_mask)
+        memory |= project_encoder_states(p["encoder"]["layers"], states, encoder_attention_mask)
     asked = {
         "head_mask": head_mask is not None,
         "attention probabilities": keep_attentions,
         "a cache": cache is not None,
     }
-    fused = attention_kernels.choose(
+    fused = attention_kernels.choose_kernel(
         execution.attention, config, execution.dtype, L, attention_mask, key is not None, asked
     )
     segments = None
     if fused == "splash":
-        segments = attention_kernels.segments_of(attention_mask, segment_ids, (B, L))
+        segments = attention_kernels.to_segment_ids(attention_mask, segment_ids, (B, L))
 
-    k_embeddings, k_layers = (None, None) if key is None else split_keys(row_keys(key, B), 2)
+    k_embeddings, k_layers = (None, None) if key is None else split_rngs(per_row_rngs(key, B), 2)
     x = embeddings(
         p["embeddings"], config, execution.dtype, words, token_type_ids, position_ids, k_embeddings
     )
@@ -475,15 +475,15 @@ def encode(
         head_mask = jnp.broadcast_to(head_mask, (N, config.num_attention_heads))
     layers = Layer(
         params=p["encoder"]["layers"],
-        key=None if key is None else split_keys(k_layers, N),
+        key=None if key is None else split_rngs(k_layers, N),
         head_mask=head_mask,
-        cache={name: memory[name] for name in caches.OF_LAYERS if name in memory},
+        cache={name: memory[name] for name in caches.PER_LAYER_KEYS if name in memory},
     )
     context = Context(
         visible=visible,
         fused=fused,
         segments=segments,
-        encoder_visible=visibility(memory.get("cross_valid")),
+        encoder_visible=visibility_mask(memory.get("cross_valid")),
         index=memory.get("index"),
         keep_attentions=keep_attentions,
     )
@@ -518,7 +518,7 @@ class TableModule(nn.Module):
         def fetch(part: str) -> dict:
             found = self.get_variable("params", part)
             if isinstance(found, Mapping) and isinstance(found.get("layers"), tuple):
-                return found  # `params.unstack`, which Linen would measure by the stacked shapes
+                return found  # `params.unstack_layers`, which Linen would measure by the stacked shapes
             return self.param(part, lambda key: parameters.init(self.config, key, model)[part])
 
         return {part: fetch(part) for part in sorted(parts)}
@@ -528,12 +528,12 @@ class TableModule(nn.Module):
         return encode(p, self.config, self.execution, *inputs, **named)
 
     def keys(self, count: int, deterministic: bool, named: dict[str, Any]) -> Array | list[None]:
-        """Dropout keys for `count` places: [count, B] of `dropout_keys`, which leaves `named`, or
+        """Dropout keys for `count` places: [count, B] of `dropout_rngs`, which leaves `named`, or
         [count] of Linen's stream; Nones without dropout."""
-        given = named.pop("dropout_keys", None)
+        given = named.pop("dropout_rngs", None)
         if given is None and deterministic:
             return [None] * count
-        return split_keys(typed_keys(self.make_rng("dropout") if given is None else given), count)
+        return split_rngs(as_typed_rngs(self.make_rng("dropout") if given is None else given), count)
 
 
 class Encoder(TableModule):
@@ -558,7 +558,7 @@ class Encoder(TableModule):
             cache: from `cache.init_cache`; the L columns are appended and see what came before.
                 attention_mask is then [B, L], the validity of the new columns.
             deterministic: no dropout. Otherwise `apply` needs `rngs={"dropout": key}`.
-            dropout_keys: [B], each row's own, in place of the two: dropout is on, and a row's bits
+            dropout_rngs: [B], each row's own, in place of the two: dropout is on, and a row's bits
                 depend on its key alone, not on its place in the batch.
             keep_residuals: return the residual stream around every block, too.
             keep_attentions: return the attention probabilities, too.

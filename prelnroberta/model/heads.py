@@ -17,7 +17,7 @@ from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.distributed.sharding import constrain
 from prelnroberta.errors import InputError
 from prelnroberta.model.encoder import Encoder, EncoderOutput, TableModule
-from prelnroberta.model.layers import ACTIVATIONS, dropout, layer_norm, project, split_keys
+from prelnroberta.model.layers import ACTIVATIONS, dropout, layer_norm, project, split_rngs
 
 Array = jax.Array
 
@@ -163,9 +163,9 @@ class MultipleChoice(TableModule):
         rows = {name: named.pop(name) for name in _BY_CHOICE & named.keys()}
         shapes = [x.shape[:2] for x in (*inputs, *rows.values()) if x is not None]
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (inputs, rows))
-        if named.get("dropout_keys") is not None:
-            by_choice = split_keys(named["dropout_keys"], shapes[0][1])
-            named["dropout_keys"] = by_choice.T.reshape(-1)
+        if named.get("dropout_rngs") is not None:
+            by_choice = split_rngs(named["dropout_rngs"], shapes[0][1])
+            named["dropout_rngs"] = by_choice.T.reshape(-1)
         key, k_output = self.keys(2, deterministic, named)
         output = self.encode(p, *flat[0], key=key, **_narrowed({**named, **flat[1]}))
         scores = self._score(p, output.last_hidden_state[:, 0], k_output)

@@ -22,14 +22,14 @@ import jax.numpy as jnp
 from prelnroberta.config import RobertaPreLayerNormConfig
 
 Array = jax.Array
-Cache = dict[str, Array]
+KVCache = dict[str, Array]
 
-OF_LAYERS = ("keys", "values", "cross_keys", "cross_values")
+PER_LAYER_KEYS = ("keys", "values", "cross_keys", "cross_values")
 
 
 def init_cache(
     config: RobertaPreLayerNormConfig, batch: int, max_length: int, dtype: Any = jnp.float32
-) -> Cache:
+) -> KVCache:
     """An empty cache for B = `batch` rows of T = `max_length` columns.
 
     `dtype` is that of the computation. There may be more columns than the model has positions:
@@ -46,7 +46,7 @@ def init_cache(
     }
 
 
-def announce(cache: Cache, attention_mask: Array | None, real: Array) -> tuple[Cache, Array]:
+def announce(cache: KVCache, attention_mask: Array | None, real: Array) -> tuple[KVCache, Array]:
     """Makes L new columns known, [B, L]: their validity, and the tokens they count.
 
     Returns the cache and which columns each new token sees, [B, L, T]: valid ones up to its own.
@@ -60,7 +60,7 @@ def announce(cache: Cache, attention_mask: Array | None, real: Array) -> tuple[C
     return cache, valid[:, None, :] & causal
 
 
-def fill(cache: Cache, layers: list[Cache], length: int) -> Cache:
+def fill(cache: KVCache, layers: list[KVCache], length: int) -> KVCache:
     """Writes what each layer computed for `length` new columns, all layers at once."""
     new = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
     for name in ("keys", "values"):

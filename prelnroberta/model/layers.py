@@ -94,7 +94,7 @@ def dropout(x: Array, rate: float, keys: Array | None) -> Array:
     dropped = round(rate * 2**16)
     if keys is None or dropped == 0:
         return x
-    drawn = jax.vmap(partial(_uniform16, shape=x.shape[1:]))(row_keys(keys, len(x)))
+    drawn = jax.vmap(partial(_uniform16, shape=x.shape[1:]))(per_row_rngs(keys, len(x)))
     kept = x * jnp.asarray(1.0 / (1.0 - dropped / 2**16), x.dtype)
     return jnp.where(drawn >= dropped, kept, jnp.zeros_like(x))
 
@@ -118,26 +118,26 @@ def _uniform16(key: Array, shape: tuple[int, ...]) -> Array:
     return halves.reshape(*blocks[:-1], -1)[..., : shape[-1]]
 
 
-def typed_keys(keys: Array) -> Array:
+def as_typed_rngs(keys: Array) -> Array:
     """Keys as `jax.random.key` makes them, of those or of `jax.random.PRNGKey`'s [..., 2]."""
     if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
         return keys
     return jax.random.wrap_key_data(keys)
 
 
-def row_keys(keys: Array, rows: int) -> Array:
+def per_row_rngs(keys: Array, rows: int) -> Array:
     """[B] keys: the given ones, or as many from a single one."""
     return keys if keys.ndim else jax.random.split(keys, rows)
 
 
-def split_keys(keys: Array, count: int) -> Array:
+def split_rngs(keys: Array, count: int) -> Array:
     """[B] keys -> [count, B], of each row by itself; one key -> [count]."""
     if keys.ndim:
         return jax.vmap(partial(jax.random.split, num=count), out_axes=1)(keys)
     return jax.random.split(keys, count)
 
 
-def take_positions(x: Array, positions: Array) -> Array:
+def gather_positions(x: Array, positions: Array) -> Array:
     """Gathers [B, L, ...] at [B, M] -> [B, M, ...], row by row; at [1, M], the same in all rows.
 
     A gather over the flattened batch would make sharded programs collect the whole batch.
@@ -159,7 +159,7 @@ def default_position_ids(input_ids: Array, pad_token_id: int, before: Array | in
     return (jnp.cumsum(real, axis=-1) + before) * real + pad_token_id
 
 
-def visibility(
+def visibility_mask(
     attention_mask: Array | None = None,
     segment_ids: Array | None = None,
     causal_length: int | None = None,

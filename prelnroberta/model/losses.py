@@ -12,7 +12,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from prelnroberta.config import IGNORE_INDEX, MASKED_LOGIT, RobertaPreLayerNormConfig
+from prelnroberta.config import (
+    IGNORE_INDEX,
+    MASKED_LOGIT,
+    MULTI_LABEL,
+    REGRESSION,
+    SINGLE_LABEL,
+    RobertaPreLayerNormConfig,
+)
 from prelnroberta.model.heads import MaskedLM, lm_logits
 
 Array = jax.Array
@@ -146,9 +153,9 @@ def infer_problem_type(config: RobertaPreLayerNormConfig, labels: Array) -> str:
     if config.problem_type is not None:
         return config.problem_type
     if config.num_labels == 1:
-        return "regression"
+        return REGRESSION
     is_integer = jnp.issubdtype(labels.dtype, jnp.integer)
-    return "single_label_classification" if is_integer else "multi_label_classification"
+    return SINGLE_LABEL if is_integer else MULTI_LABEL
 
 
 def sequence_scores(
@@ -169,9 +176,9 @@ def sequence_scores(
     For packed rows, [R, Q] in place of [B] everywhere.
     """
     problem_type = infer_problem_type(config, labels)
-    if problem_type == "single_label_classification":
+    if problem_type == SINGLE_LABEL:
         return label_scores(logits, labels, settings)
-    if problem_type == "regression":
+    if problem_type == REGRESSION:
         return regression_scores(logits, labels, weights)
     return multi_label_scores(logits, labels, weights)
 
@@ -208,7 +215,7 @@ def span_scores(
 
 
 def masked_lm_scores(
-    module: MaskedLM, params: dict, batch: dict[str, Array], dropout_keys: Array | None = None
+    module: MaskedLM, params: dict, batch: dict[str, Array], dropout_rngs: Array | None = None
 ) -> Scores:
     """Scores of one batch of masked rows. Logits are computed at masked positions alone.
 
@@ -218,7 +225,7 @@ def masked_lm_scores(
     Args:
         batch: input_ids, segment_ids, position_ids [B, L] int; masked_positions, masked_labels
             [B, M] int; masked_weights [B, M] float32 (`data/pretraining/loader.py` makes it).
-        dropout_keys: [B], one per row; None evaluates without dropout.
+        dropout_rngs: [B], one per row; None evaluates without dropout.
     """
     hidden = module.apply(
         {"params": params},
@@ -226,7 +233,7 @@ def masked_lm_scores(
         position_ids=batch["position_ids"],
         segment_ids=batch["segment_ids"],
         read_positions=batch["masked_positions"],
-        dropout_keys=dropout_keys,
+        dropout_rngs=dropout_rngs,
         method=MaskedLM.hidden,
     )
     targets = hidden, batch["masked_labels"], batch["masked_weights"]

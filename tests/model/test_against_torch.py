@@ -23,6 +23,8 @@ from tests.helpers.small_models import ODD, TINY, ragged_batch, random_params
 from tests.helpers.tolerances import assert_close, rms_relative
 from tests.helpers.torch_reference import TorchReference
 
+pytestmark = [pytest.mark.torch, pytest.mark.oracle]
+
 torch.set_num_threads(1)
 PLAIN = Execution()
 CONFIGS = {

@@ -124,6 +124,7 @@ def test_what_a_kernel_does_not_do_is_named_all_at_once():
         choose_kernel("splash", config, jnp.float32, 31, None, False, {"a cache": True})
 
 
+@pytest.mark.libtpu
 @pytest.mark.parametrize("mesh", [(), ("--mesh_tensor=2",)])
 def test_splash_is_compiled_for_a_tpu_slice(mesh):
     run = ["--run_dir=none", "--rehearse=v5e:2x2", "--attention=splash", *mesh]

@@ -2,9 +2,12 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 
 from prelnroberta.model.layers import ACTIVATIONS
+
+pytestmark = pytest.mark.torch
 
 
 def test_gelu_is_as_close_to_float64_as_torch_is():

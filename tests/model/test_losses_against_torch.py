@@ -10,6 +10,8 @@ from prelnroberta.config import IGNORE_INDEX
 from prelnroberta.model import losses
 from prelnroberta.model.losses import LossSettings
 
+pytestmark = pytest.mark.torch
+
 WEIGHTS = (0.3, 1.7, 2.0, 0.9, 1.1)
 
 
