@@ -36,7 +36,7 @@ def main() -> None:
     from experiments.benchmark import compiled, report
     from experiments.benchmark.cases import all_cases, documents, write, write_weights
     from experiments.benchmark.race import TRANSFORMERS_4, ceiling, race
-    from experiments.common.report import duration
+    from experiments.common.report import format_duration
 
     flags.positive("rounds")
     for module in ("torch", "tensorflow", "transformers"):
@@ -82,7 +82,7 @@ def main() -> None:
             results = race(case, weights, folder, FLAGS.rounds, tell=tell)
             found["cases"].append(record(case, folder, results, limit))
             bar.write(
-                f"\n{number}/{len(cases)} {case.name} ({duration(time.monotonic() - begin)})\n"
+                f"\n{number}/{len(cases)} {case.name} ({format_duration(time.monotonic() - begin)})\n"
                 f"{report.table(found['cases'][-1])}"
             )
             report.save(output, found)
@@ -103,12 +103,13 @@ def main() -> None:
 
 def record(case: Case, folder: Path, results: list[Result], limit: float) -> dict[str, Any]:
     """A case and its results as JSON: seconds of every round, and what they are held against."""
-    from experiments.benchmark.cases import IGNORE, read
+    from experiments.benchmark.cases import read
+    from prelnroberta.config import IGNORE_INDEX
 
     _, batch = read(folder)
     lengths = batch["attention_mask"].reshape(-1, case.L).sum(1)
     pretraining = case.work == "train" and case.model == "masked_lm"
-    masked = (batch["labels"] != IGNORE).sum(1) if pretraining else None
+    masked = (batch["labels"] != IGNORE_INDEX).sum(1) if pretraining else None
     tokens = int(lengths.sum()) + len(lengths) * case.new_tokens
     return {
         "case": case.name,

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from prelnroberta.config import RobertaPreLayerNormConfig
+from prelnroberta.config import IGNORE_INDEX, RobertaPreLayerNormConfig
 
-IGNORE = -100
 # What fine-tuning learns -> the model that stands for it.
 TASKS = {
     "sequence_classification": "ForSequenceClassification",
@@ -203,17 +202,17 @@ def _targets(
 ) -> dict[str, np.ndarray]:
     lengths = mask.sum(1)
     if case.model == "masked_lm":
-        labels = np.full(rows.shape, IGNORE, np.int32)
+        labels = np.full(rows.shape, IGNORE_INDEX, np.int32)
         for row, length, out in zip(rows, lengths, labels, strict=True):
             at = rng.choice(length, max(1, round(case.mask_rate * length)), replace=False)
             out[at] = row[at]
             row[at] = case.config.vocab_size - 1
         return {"labels": labels}
     if case.model == "causal_lm":
-        return {"labels": np.where(mask == 1, rows, IGNORE).astype(np.int32)}
+        return {"labels": np.where(mask == 1, rows, IGNORE_INDEX).astype(np.int32)}
     if case.model == "token_classification":
         labels = rng.integers(0, case.config.num_labels, rows.shape)
-        return {"labels": np.where(mask == 1, labels, IGNORE).astype(np.int32)}
+        return {"labels": np.where(mask == 1, labels, IGNORE_INDEX).astype(np.int32)}
     if case.model == "question_answering":
         starts = rng.integers(0, lengths).astype(np.int32)
         return {"start_positions": starts, "end_positions": np.minimum(starts + 2, lengths - 1)}

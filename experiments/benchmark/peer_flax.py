@@ -13,8 +13,9 @@ import optax
 import transformers
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from experiments.benchmark.cases import IGNORE, Case, checked
+from experiments.benchmark.cases import Case, checked
 from experiments.benchmark.work import Work
+from prelnroberta.config import IGNORE_INDEX
 
 Batch = dict[str, np.ndarray]
 
@@ -76,7 +77,7 @@ def _loss(model: Any, params: dict, batch: Batch, key: jax.Array | None) -> jax.
 
 
 def _mean(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    counted = labels != IGNORE
+    counted = labels != IGNORE_INDEX
     one_hot = jax.nn.one_hot(jnp.where(counted, labels, 0), logits.shape[-1])
     losses = optax.softmax_cross_entropy(logits, one_hot) * counted
     return losses.sum() / counted.sum()

@@ -14,7 +14,7 @@ import numpy as np
 
 from experiments.benchmark.race import FLAX, Result, best_peer, ratios
 from prelnroberta.errors import InputError
-from prelnroberta.files import written_whole
+from prelnroberta.files import atomic_write
 
 Record = dict[str, Any]
 
@@ -55,9 +55,9 @@ def begun(output: Path, run: Record) -> Record:
 
 
 def save(output: Path, found: Record) -> None:
-    with written_whole(output / "results.json") as partial:
+    with atomic_write(output / "results.json") as partial:
         partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    with written_whole(output / "table.md") as partial:
+    with atomic_write(output / "table.md") as partial:
         partial.write_text(summary(found["cases"]) + "\n", encoding="utf-8")
 
 
@@ -194,7 +194,7 @@ def draw(path: Path, records: list[Record]) -> Path:
     axes.set_xticks([0.5, 0.75, 1, 1.5, 2, 3], ["0.5", "0.75", "1", "1.5", "2", "3"])
     axes.grid(alpha=0.3, axis="x")
     axes.legend(loc="lower right")
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
     pyplot.close(figure)
     return path
