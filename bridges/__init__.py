@@ -1,1 +1,1 @@
-"""The parameter tree <-> other frameworks: their models, their files, and the proof of both."""
+"""Models of other frameworks, their checkpoint formats, and verification against Flax."""

@@ -1,10 +1,10 @@
-"""The seven models as PyTorch modules, made from the parameter tree.
+"""The seven models as PyTorch modules, built from the parameter tree.
 
-Importing this loads torch, and jax for the parameter table, but runs nothing on jax.
+Importing this package loads torch, and jax for the parameter table, but starts no jax backend.
 """
 
-from bridges.pytorch.encoder import RobertaPreLayerNormModel
-from bridges.pytorch.kv_cache import Cache
+from bridges.pytorch.base_model import RobertaPreLayerNormModel
+from bridges.pytorch.kv_cache import KVCache
 from bridges.pytorch.task_models import (
     RobertaPreLayerNormForCausalLM,
     RobertaPreLayerNormForMaskedLM,
@@ -16,7 +16,7 @@ from bridges.pytorch.task_models import (
 from prelnroberta.config import RobertaPreLayerNormConfig
 
 __all__ = [
-    "Cache",
+    "KVCache",
     "RobertaPreLayerNormConfig",
     "RobertaPreLayerNormForCausalLM",
     "RobertaPreLayerNormForMaskedLM",

@@ -1,173 +1,181 @@
 """Decoding with a causal language model: greedy, sampling and beam search.
 
-What is computed, and which of equals is taken, is as in `prelnroberta/inference/generation.py`, which says
-where it comes from; here the loop is Python's.
+Computes the same as `prelnroberta/inference/generation.py`, ties included, which names the sources.
+Here the loop over tokens is Python's.
 
-    B rows  L prompt columns  W beams  R rows decoded at once (B x W, or B x returned sequences)
-    G new columns  V vocab
+Shape letters are those of `prelnroberta/params.py`. R is B x W with beams, otherwise
+B x num_return_sequences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bridges.pytorch.kv_cache import Cache
+from bridges.pytorch.input_checks import check_inputs
+from bridges.pytorch.kv_cache import KVCache
+from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 from prelnroberta.inference.generation import GenerationOutput
-from prelnroberta.inference.generation_config import Generation
+from prelnroberta.inference.generation_config import GenerationConfig
+from prelnroberta.pretrained.outputs import BaseModelOutput
 
-if TYPE_CHECKING:
-    from bridges.pytorch.task_models import RobertaPreLayerNormForCausalLM
+NEG_INF = float("-inf")
 
-LOWEST = float("-inf")
+# decode(input_ids [R, L], attention_mask [R, L], cache) -> (logits [R, V] float32, cache): the
+# logits are those of each row's last visible token.
+Decode = Callable[[Tensor, Tensor, KVCache], tuple[Tensor, KVCache]]
 
-# Reads tokens [R, 1], real where [R, 1] says so, after a cache: logits [R, V] float32, new cache.
-Step = Callable[[Tensor, Tensor, Cache], tuple[Tensor, Cache]]
+
+class CausalLM(Protocol):
+    """The model that `generate` needs: a decoder and a head."""
+
+    config: RobertaPreLayerNormConfig
+    roberta_prelayernorm: Callable[..., BaseModelOutput]
+    lm_head: Callable[[Tensor], Tensor]
 
 
 def generate(
-    model: RobertaPreLayerNormForCausalLM,
+    model: CausalLM,
     input_ids: Tensor,
     attention_mask: Tensor,
-    settings: Generation,
+    settings: GenerationConfig,
     generator: torch.Generator | None = None,
     encoder_hidden_states: Tensor | None = None,
     encoder_attention_mask: Tensor | None = None,
 ) -> GenerationOutput:
-    """Continues every row of prompts [B, L]; a prompt is read once, however many go on from it.
+    """Continues prompts [B, L]. Each prompt is read once, whatever the number of continuations.
 
     Raises:
-        InputError: for a row without a token, ids outside the vocabulary, or rows that would
-            outgrow the model's positions.
+        InputError: a row without a token, ids outside the vocabulary, or rows that would exceed
+            the model's positions.
     """
     B, L = input_ids.shape
-    least, most = settings.new_tokens(L)
+    min_new, max_new = settings.new_token_bounds(L)
     mask = attention_mask != 0
-    _check(model, input_ids, mask, settings, most)
+    _check_prompts(model.config, input_ids, mask, settings, max_new)
 
-    def read(tokens: Tensor, real: Tensor, cache: Cache | None, **states: Tensor | None):
+    def decode(
+        input_ids: Tensor, mask: Tensor, cache: KVCache | None, **encoder_inputs: Tensor | None
+    ) -> tuple[Tensor, KVCache]:
         output = model.roberta_prelayernorm(
-            tokens, real, past_key_values=cache, use_cache=True, return_dict=True, **states
+            input_ids,
+            mask,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+            **encoder_inputs,
         )
-        # The newest real column of each row is all that is needed of the logits.
-        last = real.shape[1] - 1 - real.flip(1).int().argmax(1)
-        hidden = output.last_hidden_state[torch.arange(len(tokens), device=last.device), last]
+        last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
+        hidden = output.last_hidden_state[torch.arange(len(mask), device=last.device), last]
         return model.lm_head(hidden).float(), output.past_key_values
 
-    logits, cache = read(
+    logits, cache = decode(
         input_ids,
         mask,
         None,
         encoder_hidden_states=encoder_hidden_states,
         encoder_attention_mask=encoder_attention_mask,
     )
-    copies = settings.num_beams if settings.num_beams > 1 else settings.num_return_sequences
-    rows = torch.arange(B, device=mask.device).repeat_interleave(copies)
+    per_prompt = settings.num_beams if settings.num_beams > 1 else settings.num_return_sequences
+    prompt_index = torch.arange(B, device=mask.device).repeat_interleave(per_prompt)
     seen = None
     if settings.repetition_penalty != 1.0:
         seen = torch.zeros(logits.shape, dtype=torch.bool, device=mask.device)
-        seen = seen.scatter_reduce(1, input_ids.long(), mask, "amax")[rows]
-    logits, cache = logits[rows], cache.reorder(rows)
+        seen = seen.scatter_reduce(1, input_ids.long(), mask, "amax")[prompt_index]
+    logits, cache = logits[prompt_index], cache.reorder(prompt_index)
 
-    search = _beams if settings.num_beams > 1 else _samples
-    new, scores = search(settings, (least, most), read, logits, cache, seen, generator)
+    search = _beam_search if settings.num_beams > 1 else _greedy_or_sample
+    new_tokens, scores = search(
+        settings, (min_new, max_new), decode, logits, cache, seen, generator
+    )
     prompts = input_ids.long().repeat_interleave(settings.num_return_sequences, 0)
-    return GenerationOutput(torch.cat([prompts, new], 1), scores)
+    return GenerationOutput(torch.cat([prompts, new_tokens], 1), scores)
 
 
-def _check(
-    model: RobertaPreLayerNormForCausalLM,
+def _check_prompts(
+    config: RobertaPreLayerNormConfig,
     input_ids: Tensor,
     mask: Tensor,
-    settings: Generation,
-    most: int,
+    settings: GenerationConfig,
+    max_new: int,
 ) -> None:
-    config = model.config
-    model.check({"input_ids": input_ids, "attention_mask": mask}, caches=True)
+    check_inputs(config, {"input_ids": input_ids, "attention_mask": mask}, uses_cache=True)
     empty = (~mask.any(1)).nonzero().flatten().tolist()
     if empty:
         raise InputError(
             f"generate: attention_mask of row {empty[0]} is all 0: a prompt needs a token"
         )
-    for token in (*settings.eos_ids, settings.pad_token_id):
+    for token in (*settings.eos_token_ids, settings.pad_token_id):
         if token >= config.vocab_size:
             raise InputError(
                 f"generation: eos or pad id {token}, expected one in [0, V={config.vocab_size})"
             )
     longest = int((input_ids != config.pad_token_id).sum(-1).max())
-    config.check_length(longest + most - 1, "a prompt and its continuation")
+    config.check_length(longest + max_new - 1, "a prompt and its continuation")
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Makes `seen` [R, V] bool tokens of logits [R, V] less likely, whatever their sign."""
+    """Lowers the logits [R, V] of `seen` [R, V] bool tokens, whatever their sign."""
     penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
     return torch.where(seen, penalized, logits)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Sets all but the k greatest logits [R, V], and those equal to the k-th, to -inf."""
+    """Sets logits [R, V] below the k-th greatest to -inf."""
     kth = logits.topk(min(k, logits.shape[-1]), -1).values[:, -1:]
-    return logits.masked_fill(logits < kth, LOWEST)
+    return logits.masked_fill(logits < kth, NEG_INF)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Sets all logits [R, V] to -inf but the smallest set's with probability >= p; one at least."""
+    """Keeps the smallest set of logits [R, V] with probability >= p; sets the others to -inf."""
     sorted_logits, order = logits.sort(dim=-1, descending=True, stable=True)
-    probability = sorted_logits.softmax(-1)
-    before = probability.cumsum(-1) - probability
-    kept = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before < p)
-    return logits.masked_fill(~kept, LOWEST)
+    probs = sorted_logits.softmax(-1)
+    probs_before = probs.cumsum(-1) - probs
+    kept = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, probs_before < p)
+    return logits.masked_fill(~kept, NEG_INF)
 
 
-def _constrain(
-    settings: Generation, least: int, step: int, seen: Tensor | None, logits: Tensor
+def _process_logits(
+    settings: GenerationConfig, min_new: int, step: int, seen: Tensor | None, logits: Tensor
 ) -> Tensor:
-    """Logits, or log-probabilities, [R, V] under what every way of choosing obeys."""
+    """Applies the repetition penalty and the minimum length to logits or log-probs [R, V]."""
     if seen is not None:
         logits = penalize_repetition(logits, seen, settings.repetition_penalty)
-    if settings.eos_ids and step < least:
-        logits = logits.index_fill(1, _eos(settings, logits), LOWEST)
+    if settings.eos_token_ids and step < min_new:
+        logits = logits.index_fill(1, _eos_tensor(settings, logits.device), NEG_INF)
     return logits
 
 
-def _eos(settings: Generation, like: Tensor) -> Tensor:
-    return torch.tensor(settings.eos_ids, dtype=torch.long, device=like.device)
+def _eos_tensor(settings: GenerationConfig, device: torch.device) -> Tensor:
+    return torch.tensor(settings.eos_token_ids, dtype=torch.long, device=device)
 
 
-def _samples(
-    settings: Generation,
+def _greedy_or_sample(
+    settings: GenerationConfig,
     bounds: tuple[int, int],
-    read: Step,
+    decode: Decode,
     logits: Tensor,
-    cache: Cache,
+    cache: KVCache,
     seen: Tensor | None,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, None]:
-    """New tokens [R, G], the most likely or drawn, from the logits [R, V] after the prompts."""
-    least, most = bounds
+    """New tokens [R, G], from the logits [R, V] after the prompts."""
+    min_new, max_new = bounds
     running = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-    tokens = torch.full((len(logits), most), settings.pad_token_id, device=logits.device)
-    for step in range(most):
+    tokens = torch.full((len(logits), max_new), settings.pad_token_id, device=logits.device)
+    for step in range(max_new):
         if step:
-            logits, cache = read(tokens[:, step - 1 : step], running[:, None], cache)
-        logits = _constrain(settings, least, step, seen, logits)
-        if settings.do_sample:
-            logits = logits / settings.temperature
-            if settings.top_k is not None:
-                logits = keep_top_k(logits, settings.top_k)
-            if settings.top_p < 1.0:
-                logits = keep_top_p(logits, settings.top_p)
-            token = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-        else:
-            token = logits.argmax(-1)
+            logits, cache = decode(tokens[:, step - 1 : step], running[:, None], cache)
+        logits = _process_logits(settings, min_new, step, seen, logits)
+        token = _sample(settings, logits, generator) if settings.do_sample else logits.argmax(-1)
         token = token.where(running, settings.pad_token_id)
         tokens[:, step] = token
-        running = running & ~torch.isin(token, _eos(settings, token))
+        running = running & ~torch.isin(token, _eos_tensor(settings, token.device))
         if seen is not None:
             seen = seen.scatter(1, token[:, None], True)
         if not running.any():
@@ -175,70 +183,97 @@ def _samples(
     return tokens, None
 
 
-def _beams(
-    settings: Generation,
+def _sample(
+    settings: GenerationConfig, logits: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """Tokens [R] sampled from logits [R, V]."""
+    logits = logits / settings.temperature
+    if settings.top_k is not None:
+        logits = keep_top_k(logits, settings.top_k)
+    if settings.top_p < 1.0:
+        logits = keep_top_p(logits, settings.top_p)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def _beam_search(
+    settings: GenerationConfig,
     bounds: tuple[int, int],
-    read: Step,
+    decode: Decode,
     logits: Tensor,
-    cache: Cache,
+    cache: KVCache,
     seen: Tensor | None,
     generator: None,
 ) -> tuple[Tensor, Tensor]:
-    """The best ended sequences [B * returned, G] and their scores, from logits [B * W, V].
+    """The best finished sequences and their scores, from the logits [B * W, V] after the prompts.
 
-    Each step considers so many of the best extensions that W are left to run should every beam
-    end. An ended one is kept only if it is among the best W of all.
+    Each step considers enough candidates that W can continue even if every beam ends. A finished
+    candidate is kept only if it is among the best W.
+
+    Returns [B * num_return_sequences, G] and [B * num_return_sequences].
     """
-    least, most = bounds
+    min_new, max_new = bounds
     W, (R, V), device = settings.num_beams, logits.shape, logits.device
     B = R // W
     rows = torch.arange(B, device=device)[:, None]
-    considered = min(max(2, 1 + len(settings.eos_ids)) * W, W * V)
+    num_candidates = min(max(2, 1 + len(settings.eos_token_ids)) * W, W * V)
+    among_best = torch.arange(num_candidates, device=device) < W
     running = torch.ones(B, dtype=torch.bool, device=device)
-    tokens = torch.full((B, W, most), settings.pad_token_id, device=device)
-    scores = torch.full((B, W), LOWEST, device=device)
-    ended_tokens, ended_scores = tokens, scores
+    tokens = torch.full((B, W, max_new), settings.pad_token_id, device=device)
+    scores = torch.full((B, W), NEG_INF, device=device)
+    finished_tokens, finished_scores = tokens, scores
+    # One beam at first: W equal beams would stay equal.
     scores = scores.index_fill(1, torch.zeros(1, dtype=torch.long, device=device), 0.0)
-    for step in range(most):
+    for step in range(max_new):
         if step:
             newest = tokens[:, :, step - 1].reshape(R, 1)
-            logits, cache = read(newest, running.repeat_interleave(W)[:, None], cache)
-        log_p = _constrain(settings, least, step, seen, F.log_softmax(logits, -1))
-        totals = (log_p.view(B, W, V) + scores[:, :, None]).view(B, W * V)
-        scores, choice = totals.topk(considered, -1)
-        parent, token = choice // V, choice % V
-        tokens = tokens[rows, parent].clone()
+            logits, cache = decode(newest, running.repeat_interleave(W)[:, None], cache)
+        log_probs = _process_logits(settings, min_new, step, seen, F.log_softmax(logits, -1))
+        totals = (log_probs.view(B, W, V) + scores[:, :, None]).view(B, W * V)
+        scores, choice = totals.topk(num_candidates, -1)
+        beam, token = choice // V, choice % V
+        tokens = tokens[rows, beam].clone()
         tokens[:, :, step] = token
-        ends = torch.isin(token, _eos(settings, token)) | (step == most - 1)
+        ends = torch.isin(token, _eos_tensor(settings, device)) | (step == max_new - 1)
 
-        final = scores / float(step + 1) ** settings.length_penalty
-        first = torch.arange(considered, device=device) < W
-        final = final.masked_fill(~(ends & first & running[:, None]), LOWEST)
-        ended_scores, kept = _best(torch.cat([ended_scores, final], 1), W)
-        ended_tokens = torch.cat([ended_tokens, tokens], 1)[rows, kept]
+        final_scores = scores / float(step + 1) ** settings.length_penalty
+        final_scores = final_scores.masked_fill(~(ends & among_best & running[:, None]), NEG_INF)
+        finished_scores, kept = _stable_topk(torch.cat([finished_scores, final_scores], 1), W)
+        finished_tokens = torch.cat([finished_tokens, tokens], 1)[rows, kept]
 
-        scores, kept = _best(scores.masked_fill(ends, LOWEST), W)
-        origin = (rows * W + parent[rows, kept]).flatten()
+        scores, kept = _stable_topk(scores.masked_fill(ends, NEG_INF), W)
+        parent = (rows * W + beam[rows, kept]).flatten()
         tokens, token = tokens[rows, kept], token[rows, kept].flatten()
-        cache = cache.reorder(origin)
+        cache = cache.reorder(parent)
         if seen is not None:
-            seen = seen[origin].scatter(1, token[:, None], True)
-
-        # Log-probabilities only fall, so with a positive penalty the greatest length is the best.
-        length = float(step + 1)
-        if settings.early_stopping == "never" and settings.length_penalty > 0:
-            length = float(most)
-        goes_on = scores[:, 0] / length**settings.length_penalty > ended_scores[:, -1]
-        if settings.early_stopping is True:
-            goes_on &= ended_scores[:, -1].isneginf()
-        running = running & goes_on
+            seen = seen[parent].scatter(1, token[:, None], True)
+        running = running & _can_improve(settings, scores, finished_scores, step + 1, max_new)
         if not running.any():
             break
     returned = settings.num_return_sequences
-    return ended_tokens[:, :returned].flatten(0, 1), ended_scores[:, :returned].flatten()
+    return finished_tokens[:, :returned].flatten(0, 1), finished_scores[:, :returned].flatten()
 
 
-def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k greatest of [B, n], the first of equals first: what is -inf stays in its place."""
+def _can_improve(
+    settings: GenerationConfig,
+    scores: Tensor,
+    finished_scores: Tensor,
+    length: int,
+    max_new: int,
+) -> Tensor:
+    """[B] bool: whether a running beam may still beat the worst finished sequence.
+
+    Log-probabilities only fall, so with a positive penalty the greatest length scores best.
+    """
+    if settings.early_stopping == "never" and settings.length_penalty > 0:
+        length = max_new
+    best_score = scores[:, 0] / float(length) ** settings.length_penalty
+    can_improve = best_score > finished_scores[:, -1]
+    if settings.early_stopping is True:
+        can_improve &= finished_scores[:, -1].isneginf()
+    return can_improve
+
+
+def _stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k greatest of [B, n]; equal ones, such as -inf, keep their order."""
     values, order = scores.sort(dim=-1, descending=True, stable=True)
     return values[:, :k], order[:, :k]

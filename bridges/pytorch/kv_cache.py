@@ -1,8 +1,8 @@
-"""What a decoder remembers: keys and values of each layer, and which columns are real.
+"""The decoder's key/value cache: keys and values of each layer, and which columns are valid.
 
-Immutable: a step makes a new cache of one column more, so that beams and samples can share one.
-Columns are shared by all rows and hold pads as well; validity and positions are counted by row,
-which keeps rows padded on either side exact (transformers counts columns).
+The cache is immutable: each step makes a new one with more columns, so beams and samples can share
+their prompt. All rows share the columns, pads included. Validity and positions are tracked by row,
+which keeps rows that are padded on either side exact (transformers counts columns).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Past:
+class LayerKV:
     """One layer's keys and values: its own [B, H, T, K], and of encoder states [B, H, S, K]."""
 
     keys: Tensor | None = None
@@ -24,68 +24,83 @@ class Past:
 
 
 @dataclass(frozen=True)
-class Cache:
-    """What all layers remember; an argument and result of compiled and exported programs, too.
+class KVCache:
+    """The cache of all layers; also an argument and a result of compiled and exported programs.
 
     Attributes:
-        layers: N of `Past`.
-        valid: [B, T] bool: which columns hold a token that may be seen.
-        count: [B] int: real tokens so far; positions go on from there.
-        cross_valid: [B, S] bool; None: all, or no states.
+        layers: one `LayerKV` for each of the N layers.
+        valid: [B, T] bool, columns that hold a visible token.
+        count: [B] int, non-pad tokens so far; positions continue from it.
+        cross_valid: [B, S] bool, visible encoder states; None: all, or no states.
     """
 
-    layers: tuple[Past, ...]
+    layers: tuple[LayerKV, ...]
     valid: Tensor
     count: Tensor
     cross_valid: Tensor | None = None
 
     @classmethod
-    def empty(cls, layers: int, real: Tensor) -> Cache:
-        """Of no columns, for rows as in `real` [B, L]."""
-        nothing = torch.zeros_like(real[:, :0], dtype=torch.bool)
-        return cls((Past(),) * layers, nothing, nothing.sum(-1))
+    def empty(cls, num_layers: int, non_pad: Tensor) -> KVCache:
+        """A cache without columns, for the rows of `non_pad` [B, L]."""
+        valid = torch.zeros_like(non_pad[:, :0], dtype=torch.bool)
+        return cls((LayerKV(),) * num_layers, valid, valid.sum(-1))
 
     @property
-    def columns(self) -> int:
+    def num_columns(self) -> int:
         return self.valid.shape[1]
 
-    def announce(self, mask: Tensor | None, real: Tensor, cross_mask: Tensor | None) -> Cache:
-        """Makes L new columns known, and the first time the encoder states' validity [B, S].
+    def append_mask(
+        self,
+        attention_mask: Tensor | None,
+        non_pad: Tensor,
+        encoder_attention_mask: Tensor | None,
+    ) -> KVCache:
+        """Appends the validity of L new columns, whose keys and values `write_kv` adds later.
 
         Args:
-            mask: [B, L], or [B, T + L]; None: all are valid.
-            real: [B, L], which ones count as tokens.
+            attention_mask: [B, L], or [B, T + L]; None: all new columns are valid.
+            non_pad: [B, L] bool, new tokens that count for positions.
+            encoder_attention_mask: [B, S]; kept the first time it is given.
         """
-        new = torch.ones_like(real, dtype=torch.bool) if mask is None else mask != 0
-        whole = new.shape[1] == self.columns + real.shape[1]
+        if attention_mask is None:
+            new_valid = torch.ones_like(non_pad, dtype=torch.bool)
+        else:
+            new_valid = attention_mask != 0
+        covers_all = new_valid.shape[1] == self.num_columns + non_pad.shape[1]
+        valid = new_valid if covers_all else torch.cat([self.valid, new_valid], 1)
         cross_valid = self.cross_valid
-        if cross_valid is None and cross_mask is not None:
-            cross_valid = cross_mask != 0
-        valid = new if whole else torch.cat([self.valid, new], 1)
-        return Cache(self.layers, valid, self.count + real.sum(-1), cross_valid)
+        if cross_valid is None and encoder_attention_mask is not None:
+            cross_valid = encoder_attention_mask != 0
+        return KVCache(self.layers, valid, self.count + non_pad.sum(-1), cross_valid)
 
-    def fill(self, layers: tuple[Past, ...]) -> Cache:
-        """What was announced, with what layers made of it."""
-        return Cache(layers, self.valid, self.count, self.cross_valid)
+    def write_kv(self, layers: tuple[LayerKV, ...]) -> KVCache:
+        """The cache with the layers' keys and values, which include the appended columns."""
+        return KVCache(layers, self.valid, self.count, self.cross_valid)
 
     def visible(self, length: int) -> Tensor:
-        """Which columns each of the `length` newest sees, [B, length, T]: valid, up to its own."""
-        column = torch.arange(self.columns, device=self.valid.device)
+        """[B, length, T] bool: valid columns up to its own for each of the `length` newest."""
+        column = torch.arange(self.num_columns, device=self.valid.device)
         return self.valid[:, None] & (column <= column[-length:, None])
 
-    def reorder(self, index: Tensor) -> Cache:
+    def reorder(self, index: Tensor) -> KVCache:
         """The cache of rows `index` [R], each in [0, B): repeated, dropped or reordered."""
 
-        def rows(x: Tensor | None) -> Tensor | None:
+        def select(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.index_select(0, index)
 
         layers = tuple(
-            Past(rows(p.keys), rows(p.values), rows(p.cross_keys), rows(p.cross_values))
-            for p in self.layers
+            LayerKV(
+                select(kv.keys), select(kv.values), select(kv.cross_keys), select(kv.cross_values)
+            )
+            for kv in self.layers
         )
-        return Cache(layers, rows(self.valid), rows(self.count), rows(self.cross_valid))
+        return KVCache(layers, select(self.valid), select(self.count), select(self.cross_valid))
 
 
-# Names in programs that torch.export saved: identifiers of the format, no longer module paths.
-for _kind, _name in ((Past, "bridges.pytorch.cache.Past"), (Cache, "bridges.pytorch.cache.Cache")):
-    torch.export.register_dataclass(_kind, serialized_type_name=_name)
+# Saved programs name the classes by these identifiers and the fields by their names. The
+# identifiers were module paths once; they stay as they are, so that saved programs still load.
+for _cls, _name in (
+    (LayerKV, "bridges.pytorch.cache.Past"),
+    (KVCache, "bridges.pytorch.cache.Cache"),
+):
+    torch.export.register_dataclass(_cls, serialized_type_name=_name)

@@ -1,27 +1,24 @@
-"""What stands on the encoder: the seven models, their heads and their losses.
-
-Losses are the means of `prelnroberta/model/heads.py`: over the labels that count, which -100 does not, in
-float32, and a finite 0 where none counts.
-"""
+"""The six models with a task head; each returns its loss if labels are given."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bridges.pytorch.encoder import RobertaPreLayerNormModel, at_least_float32
+from bridges.pytorch.base_model import RobertaPreLayerNormModel
 from bridges.pytorch.generation import generate
-from bridges.pytorch.pretrained import PreTrained, on_host, values_can_be_read
-from bridges.pytorch.unpadding import Packing
-from prelnroberta.config import RobertaPreLayerNormConfig
+from bridges.pytorch.heads import ClassificationHead, LMHead, classifier_dropout
+from bridges.pytorch.input_checks import check_inputs, check_labels, check_span
+from bridges.pytorch.losses import label_loss, sequence_loss, span_loss
+from bridges.pytorch.pretrained import PreTrainedModel
+from bridges.pytorch.unpadding import Unpadding
+from prelnroberta.config import IGNORE_INDEX, RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 from prelnroberta.inference.generation import GenerationOutput
-from prelnroberta.inference.generation_config import Generation
-from prelnroberta.pretrained.input_checks import check_labels
+from prelnroberta.inference.generation_config import GenerationConfig
 from prelnroberta.pretrained.outputs import (
     BaseModelOutput,
     CausalLMOutput,
@@ -30,112 +27,43 @@ from prelnroberta.pretrained.outputs import (
     QuestionAnsweringOutput,
 )
 
-IGNORE = -100
-
+# `prelnroberta.outputs` is an identifier of the format in which torch.export saves programs, no
+# longer a module path. It stays as it is, so that saved programs still load.
 for _output in (BaseModelOutput, CausalLMOutput, HeadOutput, QuestionAnsweringOutput):
     torch.export.register_dataclass(
         _output, serialized_type_name=f"prelnroberta.outputs.{_output.__name__}"
     )
 
 
-def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of logits [..., C] against labels [...] int."""
-    total = F.cross_entropy(
-        at_least_float32(logits).flatten(0, -2),
-        labels.long().flatten(),
-        ignore_index=IGNORE,
-        reduction="sum",
-    )
-    return total / (labels != IGNORE).sum().clamp(min=1)
-
-
-def sequence_loss(config: RobertaPreLayerNormConfig, logits: Tensor, labels: Tensor) -> Tensor:
-    """Of logits [B, C]: against labels [B] int, [B, C] float, or in regression [B(, C)].
-
-    The config's problem type, or what labels look like: decided by every call, written nowhere.
-    """
-    kind = config.problem_type
-    if kind is None and config.num_labels == 1:
-        kind = "regression"
-    whole = not labels.is_floating_point() and labels.dtype != torch.bool
-    if kind == "single_label_classification" or (kind is None and whole):
-        return label_loss(logits, labels)
-    logits = at_least_float32(logits).flatten()
-    labels = labels.to(logits.dtype).flatten()
-    if kind == "regression":
-        return F.mse_loss(logits, labels)
-    return F.binary_cross_entropy_with_logits(logits, labels)
-
-
-def span_loss(logits: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
-    """Mean of the losses of both ends; positions [B] outside of logits [B, L, 2] don't count."""
-    L = logits.shape[1]
-    inside = [p.masked_fill((p < 0) | (p >= L), IGNORE) for p in (starts, ends)]
-    return sum(label_loss(logits[..., side], p) for side, p in enumerate(inside)) / 2
-
-
-class LMHead(nn.Module):
-    """[..., D] -> [..., V]. The activation is the exact gelu, whatever `hidden_act` says."""
-
-    def __init__(self, config: RobertaPreLayerNormConfig):
-        super().__init__()
-        D, V = config.hidden_size, config.vocab_size
-        self.dense = nn.Linear(D, D)
-        self.layer_norm = nn.LayerNorm(D, config.layer_norm_eps)
-        self.decoder = nn.Linear(D, V)
-        self.bias = self.decoder.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.layer_norm(F.gelu(self.dense(x))))
-
-
-class ClassificationHead(nn.Module):
-    """[B, D] -> [B, C]."""
-
-    def __init__(self, config: RobertaPreLayerNormConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
-        self.dropout = classifier_dropout(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out_proj(self.dropout(self.dense(self.dropout(x)).tanh()))
-
-
-def classifier_dropout(config: RobertaPreLayerNormConfig) -> nn.Dropout:
-    rate = config.classifier_dropout
-    return nn.Dropout(config.hidden_dropout_prob if rate is None else rate)
-
-
-class Headed(PreTrained):
-    """A model with a head; subclasses say what it computes of the last hidden states.
+class ModelWithHead(PreTrainedModel):
+    """The encoder and a head; subclasses define the head in `compute_logits`.
 
     Attributes:
-        output: what `forward` returns.
-        of_encoder: which of its fields are the encoder's.
-        pooled: whether the encoder has its pooler.
-        first_only: whether the head reads the first position and no other.
+        output_class: what `forward` returns.
+        encoder_fields: fields of the encoder's output that are returned as well.
+        add_pooling_layer: whether the encoder has its pooler.
+        first_only: whether the head reads only the first position.
     """
 
-    output: ClassVar[type[Output]] = HeadOutput
-    of_encoder: ClassVar[tuple[str, ...]] = ("hidden_states", "attentions")
-    pooled: ClassVar[bool] = False
+    output_class: ClassVar[type[Output]] = HeadOutput
+    encoder_fields: ClassVar[tuple[str, ...]] = ("hidden_states", "attentions")
+    add_pooling_layer: ClassVar[bool] = False
     first_only: ClassVar[bool] = False
 
     def __init__(self, config: RobertaPreLayerNormConfig):
         super().__init__(config)
-        self.roberta_prelayernorm = RobertaPreLayerNormModel(config, self.pooled)
+        self.roberta_prelayernorm = RobertaPreLayerNormModel(config, self.add_pooling_layer)
 
-    def logits_of(self, x: Tensor) -> Tensor:
+    def compute_logits(self, hidden: Tensor) -> Tensor:
         """Last hidden states -> logits."""
         raise NotImplementedError
 
-    def targets(self, labels: Tensor) -> Tensor:
-        """Labels, each where the logits it is compared with are."""
+    def align_labels(self, labels: Tensor) -> Tensor:
+        """Labels at the positions of the logits that predict them."""
         return labels
 
-    def loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return label_loss(logits, targets)
+    def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return label_loss(logits, labels)
 
     def forward(
         self,
@@ -150,17 +78,18 @@ class Headed(PreTrained):
         skip_padding: bool = False,
         **options: Any,
     ) -> Output | tuple[Any, ...]:
-        """Arguments and errors as `RobertaPreLayerNormModel.forward`'s, and labels.
+        """Takes labels, and the arguments of `RobertaPreLayerNormModel.forward`; raises its errors.
 
         Args:
             labels: of tokens [B, L], or of rows: [B], or [B, C] numbers. -100 does not count.
-            skip_padding: as there; padded positions have logits of 0 and their labels no loss.
+            skip_padding: as there; padded positions get logits of 0 and their labels no loss.
 
         Returns:
-            loss, given labels; logits; and what was asked for.
+            The loss if labels are given, the logits, and requested fields of the encoder's output.
         """
-        self.check_labels(labels, input_ids, inputs_embeds)
-        if labels is not None or self.output is not CausalLMOutput:
+        inputs = inputs_embeds if input_ids is None else input_ids
+        check_labels(self.config, self.model, labels, inputs)
+        if labels is not None or self.output_class is not CausalLMOutput:
             options.setdefault("use_cache", False)
         encoded = self.roberta_prelayernorm(
             input_ids,
@@ -173,71 +102,59 @@ class Headed(PreTrained):
             return_dict=True,
             **options,
         )
-        x, packing = encoded.last_hidden_state, None
-        targets = None if labels is None else self.targets(labels)
+        hidden, unpadding = encoded.last_hidden_state, None
+        labels = None if labels is None else self.align_labels(labels)
         if skip_padding and attention_mask is not None and not self.first_only:
-            packing = Packing.of(attention_mask)
-            x, targets = packing.take(x), packing.take(targets)
-        logits = self.logits_of(x)
-        loss = None if targets is None else self.loss_of(logits, targets)
-        logits = logits if packing is None else packing.put(logits)
-        return self.returned(encoded, return_dict, loss=loss, logits=logits)
+            unpadding = Unpadding.from_mask(attention_mask)
+            hidden, labels = unpadding.unpad(hidden), unpadding.unpad(labels)
+        logits = self.compute_logits(hidden)
+        loss = None if labels is None else self.compute_loss(logits, labels)
+        logits = logits if unpadding is None else unpadding.pad(logits)
+        return self.make_output(encoded, return_dict, loss=loss, logits=logits)
 
-    def check_labels(
-        self, labels: Tensor | None, ids: Tensor | None, embeds: Tensor | None
-    ) -> None:
-        """Holds labels to the logits there will be."""
-        given = embeds if ids is None else ids
-        if labels is None or given is None or not values_can_be_read():
-            return
-        B, L, *_ = given.shape
-        V, C = self.config.vocab_size, self.config.num_labels
-        shape = {
-            "sequence_classification": (B, C),
-            "multiple_choice": (B, L),
-            "token_classification": (B, L, C),
-        }.get(self.model, (B, L, V))
-        check_labels(self.config, self.model, on_host("labels", labels), shape)
-
-    def returned(
-        self, encoded: BaseModelOutput, return_dict: bool | None, **own: Any
+    def make_output(
+        self, encoded: BaseModelOutput, return_dict: bool | None, **fields: Any
     ) -> Output | tuple[Any, ...]:
-        """This class's own fields, and those that it has of the encoder's output."""
-        shared = {name: getattr(encoded, name) for name in self.of_encoder}
-        output = self.output(**own, **shared)
-        return output if self.setting(return_dict, "return_dict") else output.to_tuple()
+        """The output of the head's `fields` and the encoder's `encoder_fields`."""
+        shared = {name: getattr(encoded, name) for name in self.encoder_fields}
+        output = self.output_class(**fields, **shared)
+        return output if self.value_or_config(return_dict, "return_dict") else output.to_tuple()
 
 
-class WithLMHead(Headed):
-    """One bias, by both of transformers' names; one matrix with the word table, if tied."""
+class ModelWithLMHead(ModelWithHead):
+    """A language model. Its output bias has two names, as in transformers."""
 
     def __init__(self, config: RobertaPreLayerNormConfig):
         super().__init__(config)
-        self.lm_head = LMHead(config).apply(self.initial_values)
-        self.tie()
+        self.lm_head = LMHead(config).apply(self.init_weights)
+        self.tie_weights()
 
-    def tie(self) -> None:
+    def tie_weights(self) -> None:
+        """Shares the bias between its names, and the word table if tie_word_embeddings is set."""
         self.lm_head.bias = self.lm_head.decoder.bias
         if self.config.tie_word_embeddings:
-            words = self.roberta_prelayernorm.embeddings.word_embeddings
-            self.lm_head.decoder.weight = words.weight
+            word_embeddings = self.roberta_prelayernorm.embeddings.word_embeddings
+            self.lm_head.decoder.weight = word_embeddings.weight
 
-    def logits_of(self, x: Tensor) -> Tensor:
-        return self.lm_head(x)
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden)
 
 
-class RobertaPreLayerNormForMaskedLM(WithLMHead):
+class RobertaPreLayerNormForMaskedLM(ModelWithLMHead):
     """Logits [B, L, V]; labels [B, L]."""
 
     model = "masked_lm"
 
 
-class RobertaPreLayerNormForCausalLM(WithLMHead):
-    """The decoder; its config must have is_decoder, or every token sees what it predicts."""
+class RobertaPreLayerNormForCausalLM(ModelWithLMHead):
+    """Logits [B, L, V] at t predict the token at t + 1; labels [B, L] are shifted inside.
+
+    The config must have is_decoder=True: otherwise each token would see the one it predicts.
+    """
 
     model = "causal_lm"
-    output = CausalLMOutput
-    of_encoder = ("past_key_values", "hidden_states", "attentions", "cross_attentions")
+    output_class = CausalLMOutput
+    encoder_fields = ("past_key_values", "hidden_states", "attentions", "cross_attentions")
 
     def __init__(self, config: RobertaPreLayerNormConfig):
         super().__init__(config)
@@ -247,9 +164,9 @@ class RobertaPreLayerNormForCausalLM(WithLMHead):
                 "(from_pretrained(..., is_decoder=True) changes it)"
             )
 
-    def targets(self, labels: Tensor) -> Tensor:
-        """Labels [B, L] one to the left: logits at t predict the token at t + 1."""
-        return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    def align_labels(self, labels: Tensor) -> Tensor:
+        """Labels [B, L] shifted to the left."""
+        return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
     @torch.no_grad()
     def generate(
@@ -263,38 +180,41 @@ class RobertaPreLayerNormForCausalLM(WithLMHead):
         return_dict_in_generate: bool = False,
         **settings: Any,
     ) -> Tensor | GenerationOutput:
-        """Continues prompts [B, L], padded on either side or amid.
+        """Continues prompts [B, L], padded anywhere.
 
         Args:
-            attention_mask: [B, L]; None: whatever is not the pad id.
-            generator: to sample with; None: torch's own.
+            attention_mask: [B, L]; None: everything but the pad id is visible.
+            generator: for sampling; None: torch's default.
             encoder_hidden_states, encoder_attention_mask: [B, S, D] and [B, S].
             return_dict_in_generate: return `GenerationOutput`, which has the scores of beams.
-            settings: fields of `prelnroberta.inference.generation_config.Generation`.
+            settings: fields of `prelnroberta.inference.generation_config.GenerationConfig`.
 
         Returns:
-            [B * num_return_sequences, L + G] int64: prompts as given, then new tokens, then pads.
+            [B * num_return_sequences, L + G] int64: the prompts, then new tokens, then pads.
 
         Raises:
-            InputError: prompts or settings that don't fit, or rows that would outgrow the
-                model's positions.
+            InputError: invalid prompts or settings, or rows that would exceed the model's
+                positions.
         """
         if attention_mask is None:
             attention_mask = input_ids != self.config.pad_token_id
-        ends = {"eos_token_id": self.config.eos_token_id, "pad_token_id": self.config.pad_token_id}
-        found = generate(
+        defaults = {
+            "eos_token_id": self.config.eos_token_id,
+            "pad_token_id": self.config.pad_token_id,
+        }
+        output = generate(
             self,
             input_ids,
             attention_mask,
-            Generation(**{**ends, **settings}),
+            GenerationConfig(**{**defaults, **settings}),
             generator,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
         )
-        return found if return_dict_in_generate else found.sequences
+        return output if return_dict_in_generate else output.sequences
 
 
-class RobertaPreLayerNormForSequenceClassification(Headed):
+class RobertaPreLayerNormForSequenceClassification(ModelWithHead):
     """Logits [B, C] of `<s>`; labels [B] int, [B, C] float, or in regression [B(, C)]."""
 
     model = "sequence_classification"
@@ -302,25 +222,25 @@ class RobertaPreLayerNormForSequenceClassification(Headed):
 
     def __init__(self, config: RobertaPreLayerNormConfig):
         super().__init__(config)
-        self.classifier = ClassificationHead(config).apply(self.initial_values)
+        self.classifier = ClassificationHead(config).apply(self.init_weights)
 
-    def logits_of(self, x: Tensor) -> Tensor:
-        return self.classifier(x[:, 0])
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        return self.classifier(hidden[:, 0])
 
-    def loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return sequence_loss(self.config, logits, targets)
+    def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return sequence_loss(self.config, logits, labels)
 
 
-class RobertaPreLayerNormForMultipleChoice(Headed):
-    """Inputs have an axis of choices: [B, C, L], inputs_embeds [B, C, L, D]; labels [B]."""
+class RobertaPreLayerNormForMultipleChoice(ModelWithHead):
+    """Logits [B, A]; inputs have an axis of choices, [B, A, L] or [B, A, L, D]; labels [B]."""
 
     model = "multiple_choice"
-    pooled = True
+    add_pooling_layer = True
 
     def __init__(self, config: RobertaPreLayerNormConfig):
         super().__init__(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.classifier = nn.Linear(config.hidden_size, 1).apply(self.initial_values)
+        self.classifier = nn.Linear(config.hidden_size, 1).apply(self.init_weights)
 
     def forward(
         self,
@@ -334,7 +254,7 @@ class RobertaPreLayerNormForMultipleChoice(Headed):
         return_dict: bool | None = None,
         **options: Any,
     ) -> HeadOutput | tuple[Any, ...]:
-        """As `Headed.forward`: loss and logits [B, C]; hidden states are of B * C rows."""
+        """As `ModelWithHead.forward`: loss and logits [B, A]; hidden states have B * A rows."""
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -342,18 +262,18 @@ class RobertaPreLayerNormForMultipleChoice(Headed):
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
-        self.check(inputs, rows=2)
-        self.check_labels(labels, input_ids, inputs_embeds)
-        flat = {name: x if x is None else x.flatten(0, 1) for name, x in inputs.items()}
+        check_inputs(self.config, inputs, batch_axes=2)
+        choices = inputs_embeds if input_ids is None else input_ids
+        check_labels(self.config, self.model, labels, choices)
+        rows = {name: x if x is None else x.flatten(0, 1) for name, x in inputs.items()}
         options = {"use_cache": False, "first_only": True, **options}
-        encoded = self.roberta_prelayernorm(**flat, return_dict=True, **options)
-        logits = self.classifier(self.dropout(encoded.pooler_output))
-        logits = logits.view((inputs_embeds if input_ids is None else input_ids).shape[:2])
+        encoded = self.roberta_prelayernorm(**rows, return_dict=True, **options)
+        logits = self.classifier(self.dropout(encoded.pooler_output)).view(choices.shape[:2])
         loss = None if labels is None else label_loss(logits, labels)
-        return self.returned(encoded, return_dict, loss=loss, logits=logits)
+        return self.make_output(encoded, return_dict, loss=loss, logits=logits)
 
 
-class RobertaPreLayerNormForTokenClassification(Headed):
+class RobertaPreLayerNormForTokenClassification(ModelWithHead):
     """Logits [B, L, C]; labels [B, L]."""
 
     model = "token_classification"
@@ -362,17 +282,17 @@ class RobertaPreLayerNormForTokenClassification(Headed):
         super().__init__(config)
         self.dropout = classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.classifier.apply(self.initial_values)
+        self.classifier.apply(self.init_weights)
 
-    def logits_of(self, x: Tensor) -> Tensor:
-        return self.classifier(self.dropout(x))
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        return self.classifier(self.dropout(hidden))
 
 
-class RobertaPreLayerNormForQuestionAnswering(Headed):
-    """Two numbers a token: how likely the answer starts, and ends, there."""
+class RobertaPreLayerNormForQuestionAnswering(ModelWithHead):
+    """Start and end logits [B, L] of the answer's span; positions [B] as labels."""
 
     model = "question_answering"
-    output = QuestionAnsweringOutput
+    output_class = QuestionAnsweringOutput
 
     def __init__(self, config: RobertaPreLayerNormConfig):
         if config.num_labels != 2:
@@ -381,7 +301,7 @@ class RobertaPreLayerNormForQuestionAnswering(Headed):
                 "answering"
             )
         super().__init__(config)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2).apply(self.initial_values)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2).apply(self.init_weights)
 
     def forward(
         self,
@@ -397,17 +317,18 @@ class RobertaPreLayerNormForQuestionAnswering(Headed):
         skip_padding: bool = False,
         **options: Any,
     ) -> QuestionAnsweringOutput | tuple[Any, ...]:
-        """As `Headed.forward`, with positions [B] as labels; outside of the row don't count.
+        """As `ModelWithHead.forward`, with positions [B] as labels; those outside L do not count.
 
-        Logits and loss include padded positions, as in transformers; skip_padding computes them
-        from hidden states of 0 there, so it is for inference alone.
+        Logits and loss include padded positions, as in transformers. With skip_padding they are
+        computed from hidden states of 0 there, so it is for inference alone.
 
         Returns:
-            loss, given both positions; start_logits and end_logits [B, L].
+            The loss if both positions are given; start_logits and end_logits [B, L].
         """
         positions = {"start_positions": start_positions, "end_positions": end_positions}
         positions = {name: value for name, value in positions.items() if value is not None}
-        self.check_positions(positions, skip_padding, input_ids, inputs_embeds)
+        inputs = inputs_embeds if input_ids is None else input_ids
+        check_span(positions, inputs, skip_padding)
         encoded = self.roberta_prelayernorm(
             input_ids,
             attention_mask,
@@ -421,25 +342,6 @@ class RobertaPreLayerNormForQuestionAnswering(Headed):
         logits = self.qa_outputs(encoded.last_hidden_state)
         loss = span_loss(logits, *positions.values()) if positions else None
         starts, ends = logits.unbind(-1)
-        return self.returned(encoded, return_dict, loss=loss, start_logits=starts, end_logits=ends)
-
-    def check_positions(
-        self,
-        positions: Mapping[str, Tensor],
-        skip_padding: bool,
-        ids: Tensor | None,
-        embeds: Tensor | None,
-    ) -> None:
-        """Both or none, integers, one a row."""
-        if len(positions) == 1:
-            raise InputError("give both of start_positions, end_positions, or none")
-        if positions and skip_padding:
-            raise InputError("skip_padding: the loss of a span runs over padded positions, too")
-        given = embeds if ids is None else ids
-        for name, value in positions.items():
-            if given is not None and value.shape != given.shape[:1]:
-                raise InputError(
-                    f"{name} has shape {list(value.shape)}, expected {list(given.shape[:1])}"
-                )
-            if value.is_floating_point():
-                raise InputError(f"{name} is {value.dtype}, expected integers")
+        return self.make_output(
+            encoded, return_dict, loss=loss, start_logits=starts, end_logits=ends
+        )

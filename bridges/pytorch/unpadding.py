@@ -1,4 +1,4 @@
-"""Batches without their padding: the real tokens of all rows as one row, [B, L] -> [1, T]."""
+"""Batches without their padding: the tokens of all rows in one row, [B, L] -> [1, U]."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ import torch
 from torch import Tensor
 
 
-class Packing(NamedTuple):
-    """Where the real tokens of a batch are.
+class Unpadding(NamedTuple):
+    """Where the tokens of a padded batch are.
 
     Attributes:
-        index: [T], their places in the B * L of the batch, in order.
-        lengths: of the rows that have any.
+        indices: [U] int, positions of the tokens in the flattened batch [B * L], ascending.
+        lengths: number of tokens of each row that has any.
         shape: (B, L).
     """
 
-    index: Tensor
+    indices: Tensor
     lengths: tuple[int, ...]
     shape: tuple[int, int]
 
     @classmethod
-    def of(cls, mask: Tensor) -> Packing:
-        """By a mask [B, L], nonzero where a token is."""
-        real = mask != 0
-        lengths = tuple(n for n in real.sum(-1).tolist() if n)
-        return cls(real.flatten().nonzero()[:, 0], lengths, tuple(mask.shape))
+    def from_mask(cls, mask: Tensor) -> Unpadding:
+        """Of a mask [B, L], nonzero where a token is."""
+        is_token = mask != 0
+        lengths = tuple(n for n in is_token.sum(-1).tolist() if n)
+        return cls(is_token.flatten().nonzero()[:, 0], lengths, tuple(mask.shape))
 
     @property
-    def starts(self) -> Tensor:
-        """The first column of each row in the packed batch."""
-        lengths = torch.tensor(self.lengths, device=self.index.device)
+    def row_starts(self) -> Tensor:
+        """The column of [1, U] in which each row starts."""
+        lengths = torch.tensor(self.lengths, device=self.indices.device)
         return lengths.cumsum(0) - lengths
 
-    def take(self, x: Tensor | None) -> Tensor | None:
-        """[B, L, ...] -> [1, T, ...]."""
-        return None if x is None else x.flatten(0, 1).index_select(0, self.index)[None]
+    def unpad(self, x: Tensor | None) -> Tensor | None:
+        """[B, L, ...] -> [1, U, ...]."""
+        return None if x is None else x.flatten(0, 1).index_select(0, self.indices)[None]
 
-    def put(self, x: Tensor) -> Tensor:
-        """[1, T, ...] -> [B, L, ...], zero where nothing was taken."""
+    def pad(self, x: Tensor) -> Tensor:
+        """[1, U, ...] -> [B, L, ...], zero at padded positions."""
         B, L = self.shape
-        empty = x.new_zeros(B * L, *x.shape[2:])
-        return empty.index_copy_(0, self.index, x[0]).unflatten(0, (B, L))
+        zeros = x.new_zeros(B * L, *x.shape[2:])
+        return zeros.index_copy_(0, self.indices, x[0]).unflatten(0, (B, L))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bridges.pytorch import Cache
+from bridges.pytorch import KVCache
 from prelnroberta import InputError
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
@@ -27,6 +27,8 @@ from tests.helpers.small_models import (
 )
 from tests.helpers.tolerances import assert_close
 from tests.helpers.torch_reference import TorchReference, transformers_model
+
+pytestmark = [pytest.mark.torch, pytest.mark.oracle]
 
 torch.set_num_threads(1)
 DECODER = SMALL.replace(is_decoder=True, add_cross_attention=True)
@@ -239,7 +241,7 @@ def test_steps_with_a_cache_are_one_pass(whole_mask):
             **(states if cache is None else {}),
         )
         cache = output.past_key_values
-        assert isinstance(cache, Cache) and cache.columns == stop
+        assert isinstance(cache, KVCache) and cache.num_columns == stop
         found.append(output.logits)
     real = batch["attention_mask"] == 1
     found = torch.cat(found, 1)[real].detach()
@@ -294,7 +296,7 @@ BAD = {
     ),
     "a cache for an encoder": (
         "base",
-        {"input_ids": IDS, "past_key_values": Cache.empty(2, IDS)},
+        {"input_ids": IDS, "past_key_values": KVCache.empty(2, IDS)},
         "is_decoder=False",
     ),
     "three axes with a cache": (
