@@ -4,7 +4,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# The core packages and pytest alone, for `make test-core`.
+CORE := .venv-core
+INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python $(INSTALL)
 # What must not be in .venv itself: other versions; and libtpu, where jax would look for a TPU.
 OVERLAY := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target
 PROJECT := setup.cfg pyproject.toml constraints.txt
@@ -22,17 +25,18 @@ endif
 # on page faults. It is read when a process starts, so no program can set it for itself.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help install bridges rehearsal demo benchmark test test-fast lint clean
+.PHONY: help install bridges libtpu demo benchmark test test-fast test-core lint clean
 
 help:
 	@echo "make demo       pretrain a small model on real English (about 6 minutes on 2 cores)"
 	@echo "make benchmark  speed against transformers 4 and 5, side by side (two to three hours)"
 	@echo "make test       the whole test suite"
 	@echo "make test-fast  the same without slow tests"
+	@echo "make test-core  the tests that need neither PyTorch, TensorFlow nor transformers (minutes)"
 	@echo "make lint       ruff"
 	@echo "make install    only the environment, .venv"
 	@echo "make bridges    the same with PyTorch, TensorFlow and ONNX (CPU builds)"
-	@echo "make rehearsal  only what --rehearse needs: the compiler of TPU programs"
+	@echo "make libtpu     only what --compile_topology needs: the compiler of TPU programs"
 	@echo "make clean      remove .venv and caches; runs/ stays"
 
 install: $(VENV)/installed
@@ -57,14 +61,20 @@ $(VENV)/libtpu: $(VENV)/installed
 
 $(VENV)/tested: $(VENV)/bridged $(VENV)/libtpu tests/oracle/requirements.txt
 	@echo "adding the test tools to $(VENV) (once)"
-	@$(PIP) --editable '.[viz,torch,tf,onnx,dev]'
+	@$(PIP) --editable '.[viz,torch,tf,onnx,test,dev]'
 	@rm -rf $(VENV)/transformers4
 	@$(OVERLAY) $(VENV)/transformers4 --requirement tests/oracle/requirements.txt
 	@touch $@
 
+$(CORE)/tested: $(PROJECT)
+	@echo "setting up $(CORE) with the core packages (once; takes a minute)"
+	@test -x $(CORE)/bin/python || $(PYTHON) -m venv $(CORE)
+	@$(CORE)/bin/python $(INSTALL) --editable '.[test]'
+	@touch $@
+
 bridges: $(VENV)/bridged
 
-rehearsal: $(VENV)/libtpu
+libtpu: $(VENV)/libtpu
 
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.demo
@@ -73,17 +83,21 @@ benchmark: $(VENV)/tested
 	$(BIN)/python -m experiments.benchmark
 
 # Most of the time is compiling, on one core each: files are shared out among processes.
-PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+PYTEST := -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 test: $(VENV)/tested
-	$(PYTEST)
+	$(BIN)/python $(PYTEST)
 
 test-fast: $(VENV)/tested
-	$(PYTEST) -m "not slow"
+	$(BIN)/python $(PYTEST) -m "not slow"
+
+# tests/conftest.py leaves out the modules of these markers before they are imported.
+test-core: $(CORE)/tested
+	$(CORE)/bin/python $(PYTEST) -m "not (torch or tensorflow or oracle or libtpu or slow)"
 
 lint: $(VENV)/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CORE) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -13,41 +13,41 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments import flags
-from experiments.flags import FLAGS
+from experiments.flags.checks import check_new_folder
+from experiments.flags.launch import launch
+from experiments.flags.programs import ConvertSettings
 from prelnroberta.errors import InputError
-from prelnroberta.files import written_whole
+from prelnroberta.files import atomic_write
 
 if TYPE_CHECKING:
     import tokenizers
 
     from bridges.formats.checkpoint import Checkpoint
 
-flags.declare("convert")
 
-
-def main() -> int:
-    if not FLAGS.describe:
-        check_output()
+def main(settings: ConvertSettings) -> int:
+    """Reads, writes and compares. Returns the exit code."""
+    if not settings.describe:
+        check_output(settings)
 
     from bridges.formats.detect import find_tokenizer, open_checkpoint
     from bridges.verify.conversion import compare
 
-    checkpoint = open_checkpoint(input_path(), FLAGS.head)
+    checkpoint = open_checkpoint(input_path(settings), settings.head)
     describe(checkpoint)
-    if FLAGS.describe:
+    if settings.describe:
         for problem in checkpoint.problems:
             print(f"refused: {problem}")
         return 0
     tree = checkpoint.tree()
     tokenizer, remark = find_tokenizer(checkpoint)
     print(remark)
-    dtype = checkpoint.stored_dtype if FLAGS.dtype == "stored" else FLAGS.dtype
-    output = Path(FLAGS.output)
+    dtype = checkpoint.stored_dtype if settings.dtype == "stored" else settings.dtype
+    output = Path(settings.output or "")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(output) as partial:
+    with atomic_write(output) as partial:
         partial.mkdir()
-        head = write(partial, tree, checkpoint, tokenizer, dtype)
+        head = write(partial, settings.to, tree, checkpoint, tokenizer, dtype)
         exact = dtype in ("float32", checkpoint.stored_dtype)
         agreement = compare(checkpoint, tree, partial, tokenizer, exact, head)
     same = "every weight is the same" if agreement.weights == 0 else (
@@ -62,22 +62,23 @@ def main() -> int:
     return 0
 
 
-def check_output() -> None:
-    if not FLAGS.output:
+def check_output(settings: ConvertSettings) -> None:
+    """Raises InputError for an --output that is missing or would be overwritten."""
+    if not settings.output:
         raise InputError("--output is missing: the folder to make (or give --describe)")
-    flags.check_new_folder(FLAGS.output)
+    check_new_folder(settings.output)
 
 
-def input_path() -> Path:
+def input_path(settings: ConvertSettings) -> Path:
     """--input, or the model inside a run."""
-    path = Path(FLAGS.input)
+    path = Path(settings.input)
     if (path / "model" / "config.json").exists() and not (path / "config.json").exists():
         return path / "model"
     return path
 
 
 def describe(checkpoint: Checkpoint) -> None:
-    """What the input holds, a line each."""
+    """Prints what the input holds."""
     from prelnroberta.params import parameter_count
 
     config = checkpoint.config
@@ -103,14 +104,15 @@ def describe(checkpoint: Checkpoint) -> None:
 
 def write(
     directory: Path,
+    to: str,
     tree: dict,
     checkpoint: Checkpoint,
     tokenizer: tokenizers.Tokenizer | None,
     dtype: str,
 ) -> str | None:
-    """Writes the output's files into an empty directory; returns its head, where it has several."""
+    """Writes the files into an empty directory; returns the name of the head, for fairseq's."""
     config, model = checkpoint.config, checkpoint.model
-    if FLAGS.to == "fairseq":
+    if to == "fairseq":
         from bridges.formats.fairseq import writing
 
         writing.save(directory, tree, config, model, tokenizer, dtype)
@@ -128,4 +130,4 @@ def write(
 
 
 if __name__ == "__main__":
-    flags.launch(main)
+    launch(main, ConvertSettings)

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments import flags
-from experiments.flags import FLAGS
+from experiments.flags.launch import launch
+from experiments.flags.programs import DemoSettings
 
 if TYPE_CHECKING:
     import tokenizers
@@ -28,11 +28,10 @@ if TYPE_CHECKING:
 RECIPE = Path(__file__).parent / "recipes" / "demo.flags"
 SENTENCES = 10
 
-flags.declare("demo")
 
-
-def main() -> int:
-    run_dir = Path(FLAGS.run_dir)
+def main(settings: DemoSettings) -> int:
+    """Pretrains, fills masks, and prints what to do next. Returns the exit code."""
+    run_dir = Path(settings.run_dir)
     print(f"pretraining on the English of the installed packages' documentation, in {run_dir}")
     pretrain = [sys.executable, "-m", "experiments.pretrain", f"--flagfile={RECIPE}"]
     process = subprocess.Popen([*pretrain, f"--run_dir={run_dir}"])
@@ -128,4 +127,4 @@ what to type next:
 
 
 if __name__ == "__main__":
-    flags.launch(main)
+    launch(main, DemoSettings)

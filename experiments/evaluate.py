@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from experiments.tasks import Task
     from prelnroberta.data.features.base import Features
 
+
 def main(settings: EvaluateSettings) -> int:
     """File -> features -> model outputs -> metrics. Returns the exit code."""
     check_positive(settings, "length_buckets", "eval_positions")
@@ -67,7 +68,7 @@ def read_features(settings: EvaluateSettings, task: Task, folder: Path) -> Featu
     examples = task.read_examples(settings.file, True, errors)
     features = task.features(examples, load_tokenizer(folder), errors, training=False)
     errors.raise_if_any()
-    if errors.errors:
+    if errors.problems:
         print(f"left out: {errors.summary}")
     if message := truncation_message(features, task.settings.max_length):
         print(message)

@@ -28,30 +28,30 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from experiments import flags
-from experiments.flags import FLAGS
+from experiments.flags.checks import check_new_folder, check_positive
+from experiments.flags.launch import launch
+from experiments.flags.programs import ExampleDataSettings
 
 if TYPE_CHECKING:
     from prelnroberta.data.pretraining.corpus import Document
-
-flags.declare("example_data", "new_folder")
 
 DEV = 0.2  # of the modules; to be held out of pretraining, too
 PRETRAINING = "language_modeling/pretraining.txt"
 PACKAGES = ("python", "numpy", "scipy", "jax", "huggingface_hub", "rich")
 
 
-def main() -> int:
-    flags.positive("train_examples", "dev_examples")
-    flags.check_new_folder(FLAGS.output)
+def main(settings: ExampleDataSettings) -> int:
+    """Writes a training and an evaluation file for each task. Returns the exit code."""
+    check_positive(settings, "train_examples", "dev_examples")
+    check_new_folder(settings.output)
 
     from prelnroberta.data.pretraining.docstrings import DocstringCorpus
     from prelnroberta.files import atomic_write
 
     corpus = DocstringCorpus()
     documents, strings = list(corpus.documents()), list(corpus.strings())
-    most = {"train": FLAGS.train_examples, "dev": FLAGS.dev_examples}
-    with atomic_write(FLAGS.output) as partial:
+    most = {"train": settings.train_examples, "dev": settings.dev_examples}
+    with atomic_write(settings.output) as partial:
         for name, (find, write, from_strings) in FILES.items():
             task, _, suffix = name.partition(".")
             (partial / task).mkdir(parents=True)
@@ -65,7 +65,7 @@ def main() -> int:
         texts = list(paragraphs(divided(documents)["train"]))
         (partial / PRETRAINING).write_text(write_paragraphs(texts), encoding="utf-8")
         print(f"{PRETRAINING}: {len(texts):,} documents")
-    print(f"written: {FLAGS.output}")
+    print(f"written: {settings.output}")
     return 0
 
 
@@ -235,4 +235,4 @@ FILES = {
 
 
 if __name__ == "__main__":
-    flags.launch(main)
+    launch(main, ExampleDataSettings)

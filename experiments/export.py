@@ -13,10 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments import flags
-from experiments.flags import FLAGS
+from experiments.common.model_folder import find_model_folder
+from experiments.flags.checks import check_installed, check_new_folder
+from experiments.flags.launch import launch
+from experiments.flags.programs import ExportSettings
 from prelnroberta.errors import InputError
-from prelnroberta.files import written_whole
+from prelnroberta.files import atomic_write
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     Arrays = dict[str, np.ndarray]
     Run = Callable[[Arrays], Arrays]
 
-flags.declare("export", "new_folder")
-
 TOLERANCE = 1e-4  # of the largest error, over the rms of the outputs; what is wrong is off by 1
 _NEEDS = {
     "torch": [("torch", "torch")],
@@ -38,12 +38,13 @@ _NEEDS = {
 }
 
 
-def main() -> int:
-    directory, output = flags.model_folder(FLAGS.model), Path(FLAGS.output)
-    flags.check_new_folder(FLAGS.output)
-    for form in FLAGS.format:
+def main(settings: ExportSettings) -> int:
+    """Writes and verifies each format. Returns the exit code."""
+    directory, output = find_model_folder(settings.model), Path(settings.output)
+    check_new_folder(settings.output)
+    for form in settings.format:
         for module, extra in _NEEDS[form]:
-            flags.needs(module, extra, f"--format={form}")
+            check_installed(module, extra, f"--format={form}")
 
     from experiments.common.model_card import model_card
     from prelnroberta.params import parameter_count
@@ -51,8 +52,8 @@ def main() -> int:
     params, config, model = load(directory)
     agreement = {}
     output.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(output) as partial:
-        for form in ("huggingface", *dict.fromkeys(FLAGS.format)):
+    with atomic_write(output) as partial:
+        for form in ("huggingface", *dict.fromkeys(settings.format)):
             run = WRITERS[form](params, config, model, directory, partial)
             agreement[form] = largest_error(run, params, config, model)
             print(f"{form:<12} loaded back; largest error {agreement[form]:.1e}", flush=True)
@@ -76,6 +77,7 @@ def main() -> int:
 
 def load(directory: Path) -> tuple[Tree, RobertaPreLayerNormConfig, str]:
     """The tree, config and model that config.json's `architectures` names."""
+    from prelnroberta.config import ARCHITECTURES
     from prelnroberta.pretrained import hf_checkpoint
 
     tensors, source = hf_checkpoint.read_weights(directory)
@@ -85,7 +87,7 @@ def load(directory: Path) -> tuple[Tree, RobertaPreLayerNormConfig, str]:
     pooled = any(name.endswith("pooler.dense.weight") for name in tensors)
     names = {
         cls.removeprefix("Flax").removeprefix("TF"): model
-        for model, cls in hf_checkpoint.ARCHITECTURES.items()
+        for model, cls in ARCHITECTURES.items()
         if model != ("encoder" if pooled else "base")
     }
     model = names.get(str(named[0]).removeprefix("Flax").removeprefix("TF"))
@@ -93,7 +95,7 @@ def load(directory: Path) -> tuple[Tree, RobertaPreLayerNormConfig, str]:
         raise InputError(
             f"{directory}/config.json: architectures={named}, expected one of {', '.join(names)}"
         )
-    return hf_checkpoint.from_tensors(tensors, config, model, source), config, model
+    return hf_checkpoint.from_state_dict(tensors, config, model, source), config, model
 
 
 def parity(params: Tree, config: RobertaPreLayerNormConfig, model: str) -> list[Any]:
@@ -173,7 +175,7 @@ def write_tensorflow(
     # First, because it keeps TensorFlow from chatting on standard error.
     from bridges import tensorflow as twins
     from bridges.tensorflow.export import save_saved_model
-    from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES
+    from prelnroberta.config import ARCHITECTURES
 
     # isort: split
     import tensorflow as tf
@@ -222,7 +224,7 @@ def options(model: str) -> dict[str, bool]:
 
 def pytorch_twin(params: Tree, config: RobertaPreLayerNormConfig, model: str) -> Any:
     from bridges import pytorch
-    from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES
+    from prelnroberta.config import ARCHITECTURES
 
     return getattr(pytorch, ARCHITECTURES[model]).from_params(params, config, **options(model))
 
@@ -285,4 +287,4 @@ def largest_error(run: Run, params: Tree, config: RobertaPreLayerNormConfig, mod
 
 
 if __name__ == "__main__":
-    flags.launch(main)
+    launch(main, ExportSettings)

@@ -16,17 +16,17 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import TYPE_CHECKING, NamedTuple
 
-from experiments import flags
-from experiments.flags import FLAGS
+from experiments.common.model_folder import find_model_folder
+from experiments.flags.checks import check_installed, check_positive
+from experiments.flags.launch import launch
+from experiments.flags.programs import ParitySettings
 from prelnroberta.errors import InputError
-from prelnroberta.files import written_whole
+from prelnroberta.files import atomic_write
 
 if TYPE_CHECKING:
     from bridges.verify.parity import Error
     from prelnroberta.config import RobertaPreLayerNormConfig
     from prelnroberta.params import Tree
-
-flags.declare("parity")
 
 
 class Served(NamedTuple):
@@ -38,42 +38,45 @@ class Served(NamedTuple):
     new: str
 
 
-def main() -> int:
+def main(settings: ParitySettings) -> int:
+    """Runs every model in every framework and precision. Returns the exit code."""
     from bridges.verify.parity import KINDS, check, make_batch
 
-    flags.positive("sequence_length")
-    directory = flags.model_folder(FLAGS.checkpoint)
-    copied = directory if FLAGS.against is None else flags.model_folder(FLAGS.against)
-    if FLAGS.html is not None:
-        flags.needs("matplotlib", "viz", "--html")
-        if not Path(FLAGS.html).absolute().parent.is_dir():
-            raise InputError(f"--html={FLAGS.html}: no such folder to write it in")
-    rows = text_rows(directory)
+    check_positive(settings, "sequence_length")
+    directory = find_model_folder(settings.checkpoint)
+    copied = directory if settings.against is None else find_model_folder(settings.against)
+    if settings.html is not None:
+        check_installed("matplotlib", "viz", "--html")
+        if not Path(settings.html).absolute().parent.is_dir():
+            raise InputError(f"--html={settings.html}: no such folder to write it in")
+    rows = text_rows(settings, directory)
     print(f"{copied} against {directory}\n{NOTE}")
     print(columns(["class", "framework", "dtype", *KINDS]))
     runs: list[list[Error]] = []
-    copies = all_served(copied) if FLAGS.against else None
-    for served in all_served(directory):
+    copies = all_served(copied, settings.seed) if settings.against else None
+    for served in all_served(directory, settings.seed):
         copy = next(copies) if copies else served
         if served.config != copy.config:
             raise InputError(f"{copied}: config.json differs from that of {directory}")
         if served.new:
             print(f"{served.model}: new values for {served.new}")
-        batch = make_batch(served.config, served.model, FLAGS.sequence_length, FLAGS.seed, rows)
-        found = list(check(*served[:3], batch, FLAGS.framework, FLAGS.dtype, copy.params))
-        for who in product(FLAGS.framework, FLAGS.dtype):
+        batch = make_batch(
+            served.config, served.model, settings.sequence_length, settings.seed, rows
+        )
+        found = list(check(*served[:3], batch, settings.framework, settings.dtype, copy.params))
+        for who in product(settings.framework, settings.dtype):
             run = [error for error in found if (error.framework, error.dtype) == who]
             print(line(run), flush=True)
             runs.append(run)
     passed = sum(all(error.passed for error in run) for run in runs)
-    if FLAGS.html is not None:
-        write_html(Path(FLAGS.html), f"{copied} against {directory}", runs)
-        print(f"report: {FLAGS.html}")
+    if settings.html is not None:
+        write_html(Path(settings.html), f"{copied} against {directory}", runs)
+        print(f"report: {settings.html}")
     print(f"{passed} of {len(runs)} are within their bounds")
     return 0 if passed == len(runs) else 1
 
 
-def all_served(directory: Path) -> Iterator[Served]:
+def all_served(directory: Path, seed: int) -> Iterator[Served]:
     """Every model on this folder's encoder; heads that it does not have get new values."""
     import jax
 
@@ -88,13 +91,15 @@ def all_served(directory: Path) -> Iterator[Served]:
         config = saved.replace(is_decoder=True) if model == "causal_lm" else saved
 
         def initial(config: RobertaPreLayerNormConfig = config, model: str = model) -> Tree:
-            return parameters.init(config, jax.random.key(FLAGS.seed), model)
+            return parameters.init(config, jax.random.key(seed), model)
 
-        params, swapped = hf_checkpoint.read_tensors(tensors, config, model, source, initial)
-        yield Served(params, config, model, ", ".join(swapped.new))
+        params, loading_info = hf_checkpoint.load_state_dict(
+            tensors, config, model, source, initial
+        )
+        yield Served(params, config, model, ", ".join(loading_info.missing_keys))
 
 
-def text_rows(directory: Path) -> list[list[int]]:
+def text_rows(settings: ParitySettings, directory: Path) -> list[list[int]]:
     """Real text in the folder's tokenizer, ids cut to --sequence_length; none without one."""
     from prelnroberta.data.tokenizer import load_tokenizer
 
@@ -102,8 +107,10 @@ def text_rows(directory: Path) -> list[list[int]]:
         print(f"{directory} has no tokenizer: random ids only")
         return []
     tokenizer = load_tokenizer(directory)
-    texts = FLAGS.text or [" ".join(topics[name].split()) for name in ("lambda", "with", "yield")]
-    L = FLAGS.sequence_length
+    texts = list(settings.text) or [
+        " ".join(topics[name].split()) for name in ("lambda", "with", "yield")
+    ]
+    L = settings.sequence_length
     # Of different lengths, so that some are padded.
     return [tokenizer.encode(text).ids[: L - 3 * n] for n, text in enumerate(texts)]
 
@@ -157,7 +164,7 @@ def write_html(path: Path, title: str, runs: list[list[Error]]) -> None:
         f"<h1>{html.escape(title)}</h1>\n<p>{NOTE}</p>\n"
         f"<table><tr>{head}</tr>\n{rows}</table>\n{layer_plots(runs)}\n"
     )
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(page, encoding="utf-8")
 
 
@@ -195,4 +202,4 @@ def layer_plots(runs: list[list[Error]]) -> str:
 
 
 if __name__ == "__main__":
-    flags.launch(main)
+    launch(main, ParitySettings)

@@ -7,8 +7,8 @@
     python -m experiments.predict --task=generate --model=runs/clm --text="The function"
     python -m experiments.predict --task=attention --model=runs/a --text="A b." --output=maps
 
-Without --task, the task is the one that the model was trained for. Predictions are JSON lines in the
-order of the input. They are written as they are made, so memory does not grow with the input.
+Without --task, the task is the one that the model was trained for. Predictions are JSON lines in
+the order of the input. They are written as they are made, so memory does not grow with the input.
 """
 
 from __future__ import annotations
@@ -22,15 +22,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments import flags
-from experiments.common.text_input import opened, reads_keyboard, texts
-from experiments.flags import FLAGS
+from experiments.common.model_folder import find_model_folder
+from experiments.common.text_input import TextInput
+from experiments.flags.checks import check_positive
+from experiments.flags.groups.task import read_task_json
+from experiments.flags.launch import launch
+from experiments.flags.programs import USES, PredictSettings
+from experiments.tasks.names import TASK_NAMES
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 from prelnroberta.files import atomic_write
 
 if TYPE_CHECKING:
-    from experiments.tasks import Prediction
+    from experiments.tasks import Prediction, Task
+    from prelnroberta.data.readers.row_errors import RowErrors
     from prelnroberta.inference.fill_mask import Guess
 
 _CHUNK = 1024  # examples in memory at the same time
@@ -97,11 +102,11 @@ def write_lines(predictions: Iterable[Prediction], output: str | None) -> int:
 
 
 # ---------------------------------------------------------------------------------------------
-# Tasks.
+# Tasks
 
 
-def answer_examples(folder: Path) -> int:
-    """The answers of a fine-tuned model, chunk by chunk."""
+def predict_examples(settings: PredictSettings, folder: Path) -> int:
+    """The predictions of a fine-tuned model, chunk by chunk."""
     from experiments.common.evaluator import Evaluator, batches_by_length
     from experiments.tasks import TASKS
     from prelnroberta.data.readers.row_errors import RowErrors
@@ -110,123 +115,162 @@ def answer_examples(folder: Path) -> int:
     from prelnroberta.model.heads import MODULES
     from prelnroberta.pretrained.hf_checkpoint import load_pretrained
 
-    settings = flags.task_settings(RobertaPreLayerNormConfig.from_json(folder), folder)
-    task, bad = TASKS[settings.task](settings), RowErrors(skip=True)
-    if FLAGS.text:
-        examples = iter(task.examples_from_text(FLAGS.text, FLAGS.pair, FLAGS.choice))
-        bad.seen(len(FLAGS.text))
-    elif FLAGS.file:
-        opened()[0].close()
-        examples = task.stream_examples(FLAGS.file, bad, None)
-    else:
-        kind = FLAGS.stdin_format
-        if kind is None:
-            plain = task.model == "sequence_classification" and settings.pair_column is None
-            kind = "txt" if plain else "jsonl"
-        examples = task.stream_examples(f"stdin.{kind}", bad, opened()[0])
+    task_settings = settings.task_settings(RobertaPreLayerNormConfig.from_json(folder), folder)
+    task, errors = TASKS[task_settings.task](task_settings), RowErrors(skip=True)
+    examples = read_examples(settings, task, errors)
+    chunk_size = 1 if text_input(settings).is_keyboard else _CHUNK
     tokenizer = load_tokenizer(folder)
     params, config = load_pretrained(folder, task.model)
     layout = Layout(Parallelism(), config, task.model)
 
-    def answers() -> Iterator[Prediction]:
-        evaluator = Evaluator(task, MODULES[task.model](config, flags.execution()), layout)
-        weights = evaluator.place_params(params)
-        while chunk := list(itertools.islice(examples, 1 if reads_keyboard() else _CHUNK)):
-            features = task.features(chunk, tokenizer, bad, training=False)
-            batches = batches_by_length(features, settings.max_length)
-            rows, _ = evaluator(weights, features, batches)
+    def predictions() -> Iterator[Prediction]:
+        evaluator = Evaluator(task, MODULES[task.model](config, settings.execution()), layout)
+        placed = evaluator.place_params(params)
+        while chunk := list(itertools.islice(examples, chunk_size)):
+            features = task.features(chunk, tokenizer, errors, training=False)
+            rows, _ = evaluator(
+                placed, features, batches_by_length(features, task_settings.max_length)
+            )
             yield from task.predictions(features, rows)
 
     with layout.use_mesh():
-        write_lines(answers())
-    if bad.bad and not FLAGS.skip_bad_rows:
-        raise InputError(f"without an answer: {bad.summary}")
+        write_lines(predictions(), settings.output)
+    if errors.problems and not settings.skip_bad_rows:
+        raise InputError(f"without a prediction: {errors.summary}")
     return 0
 
 
-def continuations(folder: Path) -> Iterator[Prediction]:
-    """What a causal language model writes after each text."""
+def text_input(settings: PredictSettings) -> TextInput:
+    return TextInput(settings.text, settings.file)
+
+
+def read_examples(settings: PredictSettings, task: Task, errors: RowErrors) -> Iterator:
+    """The examples of --text, --file or standard input, read as they are needed."""
+    if settings.text:
+        errors.count_rows(len(settings.text))
+        return iter(task.examples_from_text(settings.text, settings.pair, settings.choice))
+    source = text_input(settings)
+    if settings.file:
+        source.open()[0].close()  # refuses a file that cannot be read, before the model is loaded
+        return task.stream_examples(settings.file, errors, None)
+    kind = settings.stdin_format
+    if kind is None:
+        one_text = task.model == "sequence_classification" and task.settings.pair_column is None
+        kind = "txt" if one_text else "jsonl"
+    return task.stream_examples(f"stdin.{kind}", errors, source.open()[0])
+
+
+# ---------------------------------------------------------------------------------------------
+# Text generation
+
+
+def continuations(settings: PredictSettings, folder: Path) -> Iterator[Prediction]:
+    """What a causal language model generates after each text."""
     import jax
     import numpy as np
 
     from prelnroberta.data.tokenizer import EOS_ID, load_tokenizer
     from prelnroberta.pretrained.flax_models import FlaxRobertaPreLayerNormForCausalLM
 
-    model = FlaxRobertaPreLayerNormForCausalLM.from_pretrained(folder, dtype=FLAGS.dtype)
+    model = FlaxRobertaPreLayerNormForCausalLM.from_pretrained(folder, dtype=settings.dtype)
     tokenizer = load_tokenizer(folder)
-    settings: dict[str, Any] = {"max_new_tokens": FLAGS.max_new_tokens}
-    settings |= {"num_beams": FLAGS.num_beams, "do_sample": FLAGS.do_sample}
-    if FLAGS.do_sample:
-        settings |= {"temperature": FLAGS.temperature, "top_p": FLAGS.top_p}
-        settings |= {"top_k": FLAGS.top_k} if FLAGS["top_k"].present else {}
-    key = jax.random.key(FLAGS.seed)
-    lines = texts()
-    batch_size = 1 if reads_keyboard() else FLAGS.batch_size
+    rng = jax.random.key(settings.seed)
+    source = text_input(settings)
+    lines = source.lines()
+    batch_size = 1 if source.is_keyboard else settings.batch_size
     for number in itertools.count():
         chunk = list(itertools.islice(lines, batch_size))
         if not chunk:
             return
-        prompts = [tokenizer.encode(line.text).ids[:-1] for line in chunk]  # no </s>: it goes on
+        prompts = [tokenizer.encode(line.text).ids[:-1] for line in chunk]  # without </s>
         for line, prompt in zip(chunk, prompts, strict=True):
-            longest = len(prompt) + FLAGS.max_new_tokens
-            model.config.check_length(longest, f"{line.place}: a prompt and its continuation")
-        # Lengths double, so that a handful of shapes is compiled; pads stand before the prompt.
-        L = 1 << (max(map(len, prompts)) - 1).bit_length()
-        ids = np.full((batch_size, L), model.config.pad_token_id, np.int32)
-        ids[:, -1] = prompts[0][0]
-        for row, prompt in zip(ids, prompts, strict=False):
-            row[L - len(prompt) :] = prompt
-        drawn = jax.random.fold_in(key, number) if FLAGS.do_sample else None
-        found = np.asarray(model.generate(ids, prng_key=drawn, **settings).sequences)[:, L:]
-        for line, new in zip(chunk, found, strict=False):
-            ended = np.flatnonzero(new == EOS_ID)
-            new = new[: ended[0]] if len(ended) else new
+            length = len(prompt) + settings.max_new_tokens
+            model.config.check_length(length, f"{line.place}: a prompt and its continuation")
+        ids = left_padded(prompts, batch_size, model.config.pad_token_id)
+        sample_rng = jax.random.fold_in(rng, number) if settings.do_sample else None
+        generated = model.generate(ids, prng_key=sample_rng, **generation_arguments(settings))
+        sequences = np.asarray(generated.sequences)[:, ids.shape[1] :]
+        for line, new in zip(chunk, sequences, strict=False):
+            ends = np.flatnonzero(new == EOS_ID)
+            new = new[: ends[0]] if len(ends) else new
             yield {
                 "text": line.text,
                 "continuation": tokenizer.decode(new.tolist()),
-                "ended": bool(len(ended)),
+                "ended": bool(len(ends)),
             }
 
 
+def left_padded(prompts: list[list[int]], batch_size: int, pad_id: int) -> Any:
+    """[batch_size, L] int32 ids. L is a power of two, so that few shapes are compiled; missing rows
+    hold one token."""
+    import numpy as np
+
+    L = 1 << (max(map(len, prompts)) - 1).bit_length()
+    ids = np.full((batch_size, L), pad_id, np.int32)
+    ids[:, -1] = prompts[0][0]
+    for row, prompt in zip(ids, prompts, strict=False):
+        row[L - len(prompt) :] = prompt
+    return ids
+
+
+def generation_arguments(settings: PredictSettings) -> dict[str, Any]:
+    """The arguments of `generate` that the flags set."""
+    arguments: dict[str, Any] = {
+        "max_new_tokens": settings.max_new_tokens,
+        "num_beams": settings.num_beams,
+        "do_sample": settings.do_sample,
+    }
+    if settings.do_sample:
+        arguments |= {"temperature": settings.temperature, "top_p": settings.top_p}
+        arguments |= {} if settings.top_k is None else {"top_k": settings.top_k}
+    return arguments
+
+
 # ---------------------------------------------------------------------------------------------
-# Masks.
+# Masks
+
+DEFAULT_GUESSES = 5
 
 
-def fill_masks(folder: Path) -> int:
+def fill_masks(settings: PredictSettings, folder: Path) -> int:
+    """The likeliest tokens for each `<mask>` of each text."""
     from prelnroberta.data.tokenizer import load_tokenizer
     from prelnroberta.inference.fill_mask import FillMask
     from prelnroberta.pretrained.hf_checkpoint import load_pretrained
 
     params, config = load_pretrained(folder)
-    fill = FillMask(params, config, load_tokenizer(folder), flags.execution())
-    asked: list[str] = []
+    fill = FillMask(params, config, load_tokenizer(folder), settings.execution())
+    source = text_input(settings)
+    waiting: list[str] = []
     skipped, total = SkippedTexts(), itertools.count()
 
     def fillable() -> Iterator[str]:
-        for line in texts():
+        for line in source.lines():
             next(total)
             if problem := fill.problem(line.text):
                 skipped.add(line.place, problem)
             else:
-                asked.append(line.text)
+                waiting.append(line.text)
                 yield line.text
 
     def filled() -> Iterator[tuple[str, list[list[Guess]]]]:
-        # Whoever types waits for each answer.
-        batch_size = 1 if reads_keyboard() else FLAGS.batch_size
-        for masks in fill(fillable(), FLAGS.top_k, batch_size):
-            yield asked.pop(0), masks
+        # At the keyboard, each text is answered before the next is read.
+        batch_size = 1 if source.is_keyboard else settings.batch_size
+        top_k = DEFAULT_GUESSES if settings.top_k is None else settings.top_k
+        for masks in fill(fillable(), top_k, batch_size):
+            yield waiting.pop(0), masks
 
-    if FLAGS.format == "json" or FLAGS.output:
-        write_lines(as_json(text, masks) for text, masks in filled())
+    if settings.format == "json" or settings.output:
+        write_lines((as_json(text, masks) for text, masks in filled()), settings.output)
     else:
         for text, masks in filled():
-            show(text, masks)
+            print_guesses(text, masks)
     skipped.raise_if_any(next(total))
     return 0
 
 
-def show(text: str, masks: list[list[Guess]]) -> None:
+def print_guesses(text: str, masks: list[list[Guess]]) -> None:
+    """Prints the text, and the guesses for each mask with their probabilities."""
     print(text)
     for number, guesses in enumerate(masks, 1):
         if len(masks) > 1:
@@ -244,4 +288,4 @@ def as_json(text: str, masks: list[list[Guess]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    flags.launch(main)
+    launch(main, PredictSettings)

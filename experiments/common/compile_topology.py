@@ -1,22 +1,20 @@
-"""--rehearse: the training step of a run, compiled for a TPU slice that is not there.
+"""--compile_topology: compiles the training step of a run for a TPU topology, without a TPU.
 
     python -m experiments.pretrain --flagfile=experiments/recipes/efficient_mlm_large.flags \\
-        --run_dir=runs/large --mesh_fsdp=16 --rehearse=v5e:16x16
+        --run_dir=runs/large --mesh_fsdp=16 --compile_topology=v5e:16x16
 
-The model, the flags and the step are the run's own; text, tokenizer and weights are not needed, as
-only shapes matter. Nothing is written.
+The model, the flags and the step are those of the run. Text, tokenizer and weights are not needed,
+because only shapes matter. Nothing is written.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from experiments import flags
-from experiments.flags import FLAGS
-
 if TYPE_CHECKING:
     import optax
 
+    from experiments.flags.programs import PretrainSettings
     from prelnroberta.config import RobertaPreLayerNormConfig
     from prelnroberta.distributed.topology_compile import CompileReport
     from prelnroberta.training.train_step import ScoreFn
@@ -24,7 +22,8 @@ if TYPE_CHECKING:
 _GIB = 2**30
 
 
-def rehearse(
+def compile_topology(
+    settings: PretrainSettings,
     config: RobertaPreLayerNormConfig,
     score: ScoreFn,
     optimizer: optax.GradientTransformation,
@@ -32,10 +31,10 @@ def rehearse(
     flops_per_row: int,
     model: str = "masked_lm",
 ) -> int:
-    """Compiles and tells; returns the exit code: 0 where it fits, 1 where it does not.
+    """Compiles the step and prints what it needs; returns the exit code: 0 if it fits, else 1.
 
     Args:
-        row: name -> shape and dtype of one row of the batch.
+        row: name -> shape and dtype of a row of the batch.
         flops_per_row: of a forward pass.
     """
     import jax
@@ -46,8 +45,9 @@ def rehearse(
     from prelnroberta.distributed.sharding import BATCH_AXES
     from prelnroberta.training.train_step import TrainState, compile_train_step, make_train_step
 
-    devices = topology_compile.topology_devices(FLAGS.rehearse)
-    layout = flags.layout(config, model, FLAGS.batch_size, FLAGS.accumulate, devices)
+    devices = topology_compile.topology_devices(settings.compile_topology)
+    batch_size, microbatches = settings.batch_size, settings.gradient_accumulation_steps
+    layout = settings.layout(config, model, batch_size, microbatches, devices)
     state = jax.eval_shape(
         lambda: TrainState.create(parameters.init(config, jax.random.key(0), model), optimizer)
     )
@@ -58,25 +58,27 @@ def rehearse(
 
     state = jax.tree.map(placed, state, layout.shardings(state))
     batch = {
-        name: jax.ShapeDtypeStruct((FLAGS.batch_size, *shape), dtype, sharding=by_rows)
+        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=by_rows)
         for name, (shape, dtype) in row.items()
     }
-    forward = flops_per_row * FLAGS.batch_size / layout.num_devices
+    forward = flops_per_row * batch_size / layout.num_devices
     with layout.use_mesh():
         found = topology_compile.compile_for_topology(
-            compile_train_step(make_train_step(score, optimizer, FLAGS.seed, FLAGS.accumulate), layout),
+            compile_train_step(
+                make_train_step(score, optimizer, settings.seed, microbatches), layout
+            ),
             state,
             batch,
             devices,
             flops=3 * forward,
-            recomputed=forward if FLAGS.remat == "full" else 0.0,
+            recomputed=forward if settings.remat == "full" else 0.0,
         )
-    print(tell(found))
+    print(format_report(found, settings))
     return 0 if found.fits else 1
 
 
-def tell(found: CompileReport) -> str:
-    """The rehearsal in lines for eyes."""
+def format_report(found: CompileReport, settings: PretrainSettings) -> str:
+    """The report as readable lines."""
     chip = found.chip
     room = chip.memory_bytes / _GIB
     lines = [
@@ -107,23 +109,23 @@ def tell(found: CompileReport) -> str:
             + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in found.seconds.items())
             + f"); MFU at most {found.mfu_ceiling:.0%}"
         )
-    return "\n".join(lines + advice(found))
+    return "\n".join(lines + advice(found, settings))
 
 
-def advice(found: CompileReport) -> list[str]:
-    """Which flag to change where it does not fit: the one that frees most, first."""
+def advice(found: CompileReport, settings: PretrainSettings) -> list[str]:
+    """Which flags to change if it does not fit, the one that frees most memory first."""
     if found.fits:
         return []
     state, room = found.params + found.optimizer, found.chip.memory_bytes
     advised = []
     if state > room / 4:
-        fsdp, ways = FLAGS.mesh_fsdp, 1
+        fsdp, ways = settings.mesh_fsdp, 1
         while state / ways > room / 4 and abs(fsdp) * ways < found.chips:
             ways *= 2
         advised.append(f"--mesh_fsdp={abs(fsdp) * ways} (parameters and optimizer fill the chip)")
-    if FLAGS.remat != "full":
-        advised.append(f"--remat={'dots' if FLAGS.remat == 'none' else 'full'}")
-    if FLAGS.dtype == "float32":
+    if settings.remat != "full":
+        advised.append(f"--remat={'dots' if settings.remat == 'none' else 'full'}")
+    if settings.dtype == "float32":
         advised.append("--dtype=bfloat16")
-    advised.append(f"--accumulate={2 * FLAGS.accumulate}")
+    advised.append(f"--gradient_accumulation_steps={2 * settings.gradient_accumulation_steps}")
     return ["try, in this order: " + ", ".join(advised)]

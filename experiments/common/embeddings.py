@@ -52,16 +52,14 @@ def embed(settings: PredictSettings, folder: Path) -> int:
     return 0
 
 
-def layer_numbers(
-    settings: PredictSettings, config: RobertaPreLayerNormConfig
-) -> list[int]:
+def layer_numbers(settings: PredictSettings, config: RobertaPreLayerNormConfig) -> list[int]:
     """--layers as numbers from 0 (the embeddings) to N (after the final norm)."""
     N = config.num_hidden_layers
     asked = settings.layers
     if not asked or not all(-N - 1 <= layer <= N for layer in asked):
         raise InputError(
-            f"--layers={','.join(map(str, asked))}, expected numbers from 0 (embeddings) to {N} (the "
-            "last layer, normed), or from -1 backwards"
+            f"--layers={','.join(map(str, asked))}, expected numbers from 0 (embeddings) to {N} "
+            "(the last layer, normalized), or from -1 backwards"
         )
     return [layer % (N + 1) for layer in asked]
 
@@ -89,7 +87,7 @@ def embed_texts(
     lines = source.lines()
     while chunk := list(itertools.islice(lines, 1 if source.is_keyboard else _CHUNK)):
         examples = [TextExample(line.place, line.text) for line in chunk]
-        features = text_features(examples, tokenizer, longest, bad=RowErrors())
+        features = text_features(examples, tokenizer, longest, row_errors=RowErrors())
         found: list[Any] = [None] * len(chunk)
         for indices, batch in batches_by_length(features, longest):
             rows = np.asarray(compute(params, batch["input_ids"], batch["attention_mask"]))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.common.report import read_records
-from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES
+from prelnroberta.config import ARCHITECTURES
 
 if TYPE_CHECKING:
     from bridges.verify.parity import Error

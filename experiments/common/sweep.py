@@ -1,81 +1,72 @@
-"""Several runs in one call: every combination of seeds and swept flags, and the table of them."""
+"""Several runs in one call: all combinations of seeds and swept flags, and a table of them."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import itertools
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from absl import flags as absl_flags
-
-from experiments.flags import FLAGS
+from experiments.flags.declare import parsed
 from prelnroberta.errors import InputError
-from prelnroberta.files import written_whole
+from prelnroberta.files import atomic_write
 
-Point = dict[str, str]  # name of a flag -> its value
+if TYPE_CHECKING:
+    from experiments.flags.programs import FinetuneSettings
+
+Point = dict[str, str]  # name of a flag -> its value, as text
 
 
-def points(seeds: Sequence[str], sweeps: Sequence[str]) -> list[Point]:
-    """Every combination, seeds last; none where there is nothing to combine.
+def points(settings: FinetuneSettings) -> list[Point]:
+    """All combinations of --sweep and --seeds, seeds last; none if nothing is swept.
 
     Raises:
         InputError: a sweep that is not name=value,value; a flag twice, unknown, or a wrong value.
     """
     axes: dict[str, list[str]] = {}
-    for sweep in [*sweeps, *([f"seed={','.join(seeds)}"] if seeds else [])]:
+    seeds = [f"seed={','.join(map(str, settings.seeds))}"] if settings.seeds else []
+    for sweep in [*settings.sweep, *seeds]:
         name, equals, values = sweep.partition("=")
         found = list(dict.fromkeys(values.split(",")))
         if not equals or "" in found or name in axes or name in ("run_dir", "seeds", "sweep"):
             raise InputError(
-                f"--sweep={sweep}, expected a flag, each in one sweep, and its values, as "
+                f"--sweep={sweep}, expected a flag, each in one sweep, and its values, for example "
                 "learning_rate=1e-4,3e-4"
             )
-        if name not in FLAGS:
+        if not hasattr(settings, name):
             raise InputError(f"--sweep={sweep}: there is no flag --{name}")
         axes[name] = found
+    if not axes:
+        return []
     combined = [
         dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
     ]
-    for point in combined if axes else []:
-        with flags_of(point, Path()):
-            pass
-    return combined if axes else []
+    for point in combined:
+        settings_at(settings, point)  # raises for a wrong value before the first run
+    return combined
 
 
 def name(point: Point) -> str:
-    """The name of its folder."""
+    """The name of the point's folder."""
     return ",".join(f"{flag}={value.replace('/', '-')}" for flag, value in point.items())
 
 
-@contextlib.contextmanager
-def flags_of(point: Point, run_dir: Path) -> Iterator[None]:
-    """Sets the flags of one run, in a folder of its own below `run_dir`; and back."""
-    changes = {**point, "run_dir": str(run_dir / name(point))}
-    before = {flag: (FLAGS[flag].value, FLAGS[flag].present) for flag in FLAGS}
+def settings_at(settings: FinetuneSettings, point: Point) -> FinetuneSettings:
+    """The settings of one run, in its own folder inside --run_dir."""
     try:
-        for several in ("seeds", "sweep"):
-            FLAGS[several].value = []
-        for flag, value in changes.items():
-            try:
-                FLAGS[flag].unparse()
-                FLAGS[flag].parse(value)
-            except absl_flags.IllegalFlagValueError as error:
-                raise InputError(f"--sweep: {error}") from None
-            FLAGS[flag].present = 1
-        yield
-    finally:
-        for flag, (value, present) in before.items():
-            FLAGS[flag].value, FLAGS[flag].present = value, present
+        changes = {flag: parsed(settings, flag, text) for flag, text in point.items()}
+    except InputError as error:
+        raise InputError(f"--sweep: {error}") from None
+    run_dir = str(settings.run_path / name(point))
+    return dataclasses.replace(settings, seeds=(), sweep=(), run_dir=run_dir, **changes)
 
 
 def write_table(run_dir: Path, points: Sequence[Point]) -> str:
-    """`table.txt` and `table.json`: each combination, its seeds' mean and standard deviation.
-
-    One seed has none: not a deviation of 0.
-    """
+    """Writes `table.txt` and `table.json`: the mean and standard deviation over seeds of each
+    combination. A single seed has no deviation, rather than a deviation of 0."""
     groups: dict[str, list[dict]] = {}
     for point in points:
         results = json.loads((run_dir / name(point) / "results.json").read_text(encoding="utf-8"))
@@ -86,7 +77,7 @@ def write_table(run_dir: Path, points: Sequence[Point]) -> str:
             "run": group or "all",
             "seeds": len(results),
             "metric": results[0]["metric"],
-            "trivial": results[0]["trivial"],
+            "baseline": results[0]["baseline"],
             "values": (values := [r["metrics"][r["metric"]] for r in results]),
             "mean": statistics.fmean(values),
             "deviation": statistics.stdev(values) if len(values) > 1 else None,
@@ -94,17 +85,17 @@ def write_table(run_dir: Path, points: Sequence[Point]) -> str:
         for group, results in groups.items()
     ]
     width = max(3, *(len(row["run"]) for row in table))
-    lines = [f"{'run':{width}}  seeds  {table[0]['metric']:>12}  deviation  trivial"]
+    lines = [f"{'run':{width}}  seeds  {table[0]['metric']:>12}  deviation  baseline"]
     for row in table:
         spread = "-" if row["deviation"] is None else f"{row['deviation']:.4f}"
         lines.append(
             f"{row['run']:{width}}  {row['seeds']:5}  {row['mean']:12.4f}  {spread:>9}"
-            f"  {row['trivial']:7.4f}"
+            f"  {row['baseline']:8.4f}"
         )
     for file, text in (
         ("table.json", json.dumps(table, indent=2)),
         ("table.txt", "\n".join(lines)),
     ):
-        with written_whole(run_dir / file) as partial:
+        with atomic_write(run_dir / file) as partial:
             partial.write_text(text + "\n", encoding="utf-8")
     return "\n".join(lines)
