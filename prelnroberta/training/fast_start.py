@@ -1,28 +1,30 @@
-"""Initial values with which a masked LM leaves the unigram plateau in dozens of steps.
+"""Initial values with which a masked LM leaves the unigram plateau within dozens of steps.
 
-Trained from scratch, a masked LM first learns word frequencies and then stays there, for millions
-of tokens on small budgets. It knows nothing of order yet: a masked position has no content of its
-own, so all that could tell it where to look are the positions, and attention by random position
-vectors is a needle in a haystack; without it no gradient says which neighbour to look at. What
-follows gives it that one skill, and nothing that training cannot change:
+Trained from scratch, a masked LM first learns word frequencies and then stays on this plateau, on
+small budgets for millions of tokens. A masked position has no content of its own, so only positions
+can tell it which neighbour to attend to, and random position vectors do not. Without attention to
+neighbours, no gradient says which neighbour is useful. Fast start initializes exactly this skill.
+Training can change all of it:
 
-- Positions are sinusoids, in the first K of the D dimensions alone, where they do not disturb the
-  words: K / 2 frequencies, evenly spaced up to half a turn a token.
-- Each head of the first layer looks at one neighbour: -1, +1, -2, +2, ... Its query reads the
-  sinusoids as they are, its key turned by the offset, so that they match at that distance. Its
-  value leaves the sinusoids out.
-- Kernels have variance 1 / fan-in: the embedding norm gives the residual stream unit size, beside
-  which 0.02 is silence. What the first layer's attention writes to the stream is four times as
-  large, all else half: the neighbours come through clean.
-- The output bias is the log frequency of each token: what the plateau teaches is known at once.
+- Positions are sinusoids in the first K of the D dimensions only, where they do not disturb the
+  words: K / 2 frequencies, evenly spaced up to half a turn per token.
+- Each head of the first layer attends to one neighbour: -1, +1, -2, +2, ... Its query reads the
+  sinusoids unchanged, its key rotates them by the offset, so that they match at that distance. Its
+  value ignores the sinusoids.
+- Kernels have variance 1 / fan-in. The embedding norm gives the residual stream unit scale, to
+  which the usual 0.02 would add almost nothing. The output of the first attention is four times as
+  large, that of all other sublayers half as large, so that the neighbours remain visible.
+- The output bias is the log frequency of each token, which is what the plateau teaches.
 
-The architecture is untouched, and so is every later step; but it is no plain start, and whoever
-studies how order is learned should not use it. What each part is worth was measured (WORKSPACE.md,
-"How a masked LM leaves the plateau"). The rotation is RoFormer's (Su et al., 2021), as an initial
-value only.
+The architecture and all later steps are unchanged. It is not a plain initialization, so do not use
+it to study how word order is learned. WORKSPACE.md, "How a masked LM leaves the plateau", has
+measurements of each part. The rotation is that of RoFormer (Su et al., 2021), as an initial value
+only.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,27 +33,27 @@ from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 
-# Deviation of the positions' K dimensions against that of words.
+# Standard deviation of the K dimensions of positions, relative to that of words.
 _POSITION_GAIN = 2.0
-# What sublayers write to the stream, against 1 / sqrt(fan-in).
+# Scale of what sublayers add to the residual stream, relative to 1 / sqrt(fan-in).
 _FIRST_ATTENTION_GAIN = 4.0
 _RESIDUAL_GAIN = 0.5
-# Squared length of the product of query and key scales, times sqrt(K): with it a head puts all its
-# weight on its neighbour.
+# Product of query and key scales, times sqrt(K). It is large enough for a head to put all of its
+# attention on its neighbour.
 _SHARPNESS = 20.0
 
 
 def check_length(config: RobertaPreLayerNormConfig, length: int) -> None:
-    """Raises InputError where rows of `length` tokens are longer than the sinusoids tell apart.
+    """Raises InputError if rows of `length` tokens have more positions than the sinusoids separate.
 
-    K / 2 evenly spaced frequencies repeat after 2 * K positions, and K must be even for pairs of
-    sine and cosine.
+    K / 2 evenly spaced frequencies repeat after 2 * K positions. K must be even, for pairs of sine
+    and cosine.
     """
     K = config.head_dim
     if K % 2 or length > 2 * K:
         raise InputError(
-            f"fast start: heads of dimension {K} tell {2 * K} positions apart, rows have {length}: "
-            "take shorter rows or wider heads (of an even dimension), or leave fast start out"
+            f"fast start: heads of dimension {K} distinguish {2 * K} positions, but rows have "
+            f"{length}; use shorter rows, wider heads (of an even dimension) or no fast start"
         )
 
 
@@ -60,56 +62,70 @@ def fast_start(
     config: RobertaPreLayerNormConfig,
     log_frequencies: np.ndarray,
 ) -> parameters.Tree:
-    """A freshly initialized masked-LM tree with the values above; float32, same shapes.
+    """Returns a freshly initialized masked-LM tree with the values above; float32, same shapes.
 
     Args:
         params: from `params.init`.
-        log_frequencies: [V], log of each token's share of the training text, -inf for none.
+        log_frequencies: [V], log of each token's share of the training text; -inf if it is absent.
     """
-    K = config.head_dim
-    flat, table = parameters.flatten(params), parameters.table(config)
-    for path, row in table.items():
+    flat = parameters.flatten(params)
+    _scale_kernels(flat, config)
+    _set_positions(flat, config)
+    _set_first_attention(flat, config)
+    present = np.isfinite(log_frequencies)
+    bias = np.where(present, log_frequencies, log_frequencies[present].min())
+    flat["lm_head/bias"] = jnp.asarray(bias, jnp.float32)
+    return parameters.unflatten(flat)
+
+
+def _scale_kernels(flat: dict[str, Any], config: RobertaPreLayerNormConfig) -> None:
+    for path, row in parameters.table(config).items():
         if row.kind == "kernel":
-            shape = flat[path].shape[1:] if row.stacked else flat[path].shape
-            fan_in, _ = row.matrix(shape)
+            shape = flat[path].shape[1:] if row.is_stacked else flat[path].shape
+            fan_in, _ = row.matrix_shape(shape)
             gain = _RESIDUAL_GAIN if path.endswith(("/output/kernel", "/wo/kernel")) else 1.0
             flat[path] = flat[path] * (gain / (config.initializer_range * fan_in**0.5))
 
-    turns = np.pi * (np.arange(K // 2) + 0.5) / (K // 2)  # radians a token
+
+def _set_positions(flat: dict[str, Any], config: RobertaPreLayerNormConfig) -> None:
+    K = config.head_dim
     positions = np.zeros((config.max_position_embeddings, config.hidden_size))
-    positions[:, :K] = _pairs(np.arange(len(positions))[:, None] * turns)
+    positions[:, :K] = _sinusoids(np.arange(len(positions))[:, None] * _frequencies(K))
     positions *= _POSITION_GAIN * config.initializer_range * 2**0.5
     positions[config.pad_token_id] = 0.0
     flat["embeddings/position"] = jnp.asarray(positions, jnp.float32)
 
-    layer = "encoder/layers/attention"
+
+def _set_first_attention(flat: dict[str, Any], config: RobertaPreLayerNormConfig) -> None:
+    K = config.head_dim
     query, key = (np.zeros((config.hidden_size, config.num_attention_heads, K)) for _ in "qk")
     for head in range(config.num_attention_heads):
         distance = head // 2 + 1
         offset = distance if head % 2 else -distance
         query[:K, head] = np.eye(K)
-        key[:K, head] = _rotation(-offset * turns)
+        key[:K, head] = _rotation(-offset * _frequencies(K))
     scale = (_SHARPNESS / K**0.5) ** 0.5
-    for name, first in (("query", query), ("key", key)):
-        path = f"{layer}/{name}/kernel"
-        flat[path] = flat[path].at[0].set(scale * first)
-    output = f"{layer}/output/kernel"
+    attention = "encoder/layers/attention"
+    for name, kernel in (("query", query), ("key", key)):
+        path = f"{attention}/{name}/kernel"
+        flat[path] = flat[path].at[0].set(scale * kernel)
+    output, value = f"{attention}/output/kernel", f"{attention}/value/kernel"
     flat[output] = flat[output].at[0].multiply(_FIRST_ATTENTION_GAIN / _RESIDUAL_GAIN)
-    flat[f"{layer}/value/kernel"] = flat[f"{layer}/value/kernel"].at[0, :K].set(0.0)
-
-    known = np.isfinite(log_frequencies)
-    bias = np.where(known, log_frequencies, log_frequencies[known].min())
-    flat["lm_head/bias"] = jnp.asarray(bias, jnp.float32)
-    return parameters.unflatten(flat)
+    flat[value] = flat[value].at[0, :K].set(0.0)
 
 
-def _pairs(angles: np.ndarray) -> np.ndarray:
-    """[..., K / 2] angles -> [..., K]: sine and cosine side by side."""
+def _frequencies(K: int) -> np.ndarray:
+    """[K / 2], radians per token."""
+    return np.pi * (np.arange(K // 2) + 0.5) / (K // 2)
+
+
+def _sinusoids(angles: np.ndarray) -> np.ndarray:
+    """[..., K / 2] angles -> [..., K]: sine and cosine, interleaved."""
     return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(*angles.shape[:-1], -1)
 
 
 def _rotation(angles: np.ndarray) -> np.ndarray:
-    """[K, K]: takes `_pairs(x)`, as a row, to `_pairs(x + angles)`."""
+    """[K, K]: maps the row vector `_sinusoids(x)` to `_sinusoids(x + angles)`."""
     matrix = np.zeros((2 * len(angles),) * 2)
     for i, angle in enumerate(angles):
         sine, cosine = np.sin(angle), np.cos(angle)

@@ -1,4 +1,4 @@
-"""AdamW and LAMB: schedule, decay mask from the parameter table, clipping."""
+"""AdamW and LAMB with learning-rate schedule, weight-decay mask, layer-wise rates and clipping."""
 
 from __future__ import annotations
 
@@ -17,41 +17,42 @@ from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 
-Schedule = Literal["linear", "cosine", "polynomial", "constant"]
-Rule = Literal["adamw", "lamb"]
+ScheduleName = Literal["linear", "cosine", "polynomial", "constant"]
+OptimizerName = Literal["adamw", "lamb"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """How the parameters move.
+    """Optimizer, learning-rate schedule, weight decay and frozen parameters.
 
     Attributes:
-        steps: optimizer steps of the whole run; the schedule ends there.
-        learning_rate: the peak, reached after warm-up.
-        optimizer: adamw, or lamb (You et al., 2020): each parameter's step scaled to its norm,
-            for batches of tens of thousands of rows.
-        warmup_steps: steps of linear rise from 0.
-        schedule: the way from the peak down to `end_learning_rate` at `steps`; constant stays.
-        polynomial_power: of the polynomial schedule; 1 is linear.
+        steps: optimizer steps of the whole run, where the schedule ends.
+        learning_rate: the peak learning rate, reached after warm-up.
+        optimizer: adamw, or lamb (You et al., 2020), which scales the update of each parameter to
+            its norm, for batches of tens of thousands of rows.
+        warmup_steps: steps of linear warm-up from 0.
+        schedule: decay from the peak to `end_learning_rate` at `steps`; constant does not decay.
+        polynomial_power: power of the polynomial schedule; 1 is linear.
         adam_beta1, adam_beta2, adam_epsilon: as in AdamW (Loshchilov and Hutter, 2019).
-        weight_decay: decoupled; scaled by the learning rate.
-        decay_biases, decay_norms: whether these decay, too. fairseq decays everything, BERT and
-            most fine-tuning neither. Kernels and embedding tables always do.
-        clip_norm: largest global gradient norm; 0 does not clip.
-        layer_decay: each layer learns at this times the rate of the one above it: the head and the
-            final norm at the full rate, the last layer at `layer_decay` times it, the embeddings at
-            its (N + 1)-th power (ELECTRA, Clark et al., 2020). 1 is one rate for all.
-        freeze_layers: the embeddings and so many of the first layers stay as they are; 0: none do.
-        freeze: patterns of paths, as in a shell, of what else stays as it is.
+        weight_decay: decoupled weight decay, scaled by the learning rate.
+        decay_biases, decay_norms: whether weight decay applies to biases and to norm parameters.
+            fairseq decays both, BERT and most fine-tuning recipes neither. Kernels and embedding
+            tables always decay.
+        clip_norm: largest global gradient norm; 0 disables clipping.
+        layer_decay: ratio of a layer's learning rate to that of the layer above it. The head and
+            the final norm have the full rate, the last layer has `layer_decay` times it, and the
+            embeddings have its (N + 1)-th power (ELECTRA, Clark et al., 2020). 1 disables it.
+        freeze_layers: freeze the embeddings and this many of the first layers; 0 freezes none.
+        freeze: shell-style patterns of the paths of other parameters to freeze.
 
     Raises:
-        InputError: naming the field, its value and what was expected.
+        InputError: names the field, its value and what was expected.
     """
 
     steps: int
     learning_rate: float
     warmup_steps: int = 0
-    schedule: Schedule = "linear"
+    schedule: ScheduleName = "linear"
     end_learning_rate: float = 0.0
     polynomial_power: float = 1.0
     adam_beta1: float = 0.9
@@ -64,17 +65,17 @@ class OptimizerConfig:
     layer_decay: float = 1.0
     freeze_layers: int = 0
     freeze: Sequence[str] = ()
-    optimizer: Rule = "adamw"
+    optimizer: OptimizerName = "adamw"
 
     def __post_init__(self) -> None:
-        def require(holds: bool, field: str, expected: str) -> None:
-            if not holds:
+        def require(condition: bool, field: str, expected: str) -> None:
+            if not condition:
                 raise InputError(f"{field}={getattr(self, field)!r}, expected {expected}")
 
         require(self.steps > 0, "steps", "1 or more")
         require(0 <= self.warmup_steps <= self.steps, "warmup_steps", f"0 to steps={self.steps}")
-        require(self.schedule in get_args(Schedule), "schedule", f"one of {get_args(Schedule)}")
-        require(self.optimizer in get_args(Rule), "optimizer", f"one of {get_args(Rule)}")
+        for field, names in (("schedule", ScheduleName), ("optimizer", OptimizerName)):
+            require(getattr(self, field) in get_args(names), field, f"one of {get_args(names)}")
         require(_positive(self.learning_rate), "learning_rate", "a number > 0")
         require(
             0 <= self.end_learning_rate <= self.learning_rate,
@@ -96,25 +97,25 @@ def _positive(value: float) -> bool:
 
 
 def learning_rate_schedule(settings: OptimizerConfig) -> optax.Schedule:
-    """The learning rate as a function of the number of steps already taken."""
+    """Returns the learning rate as a function of the number of steps taken so far."""
     peak, end, warmup = settings.learning_rate, settings.end_learning_rate, settings.warmup_steps
-    fall_steps = max(settings.steps - warmup, 1)
+    decay_steps = max(settings.steps - warmup, 1)
     if settings.schedule == "constant":
-        fall = optax.constant_schedule(peak)
+        decay = optax.constant_schedule(peak)
     elif settings.schedule == "cosine":
-        fall = optax.cosine_decay_schedule(peak, fall_steps, alpha=end / peak)
+        decay = optax.cosine_decay_schedule(peak, decay_steps, alpha=end / peak)
     else:
         power = settings.polynomial_power if settings.schedule == "polynomial" else 1.0
-        fall = optax.polynomial_schedule(peak, end, power, fall_steps)
+        decay = optax.polynomial_schedule(peak, end, power, decay_steps)
     if warmup == 0:
-        return fall
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), fall], [warmup])
+        return decay
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
 
 def weight_decay_mask(
     settings: OptimizerConfig, config: RobertaPreLayerNormConfig, model: str = "masked_lm"
 ) -> parameters.Tree:
-    """A tree of bools: which leaves decay, by the kinds of the parameter table."""
+    """Returns a tree of bools: which leaves decay, by their kind in the parameter table."""
     decays = {
         "kernel": True,
         "embedding": True,
@@ -126,23 +127,24 @@ def weight_decay_mask(
 
 
 def freeze_labels(params: parameters.Tree, patterns: Sequence[str]) -> parameters.Tree:
-    """A tree of "frozen" and "trained" for `optax.multi_transform`, by patterns of paths.
+    """Returns a tree of "frozen" and "trained" labels for `optax.multi_transform`.
 
     `optax.multi_transform({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)` leaves
-    frozen leaves as they are and keeps no moments of them.
+    frozen leaves unchanged and stores no moments for them.
 
     Args:
-        patterns: as in a shell, over whole paths: "embeddings/*", "*/key/bias".
+        patterns: shell-style patterns of whole paths: "embeddings/*", "*/key/bias".
 
     Raises:
-        InputError: a pattern that matches no path.
+        InputError: a pattern matches no path.
     """
     patterns = [patterns] if isinstance(patterns, str) else patterns
     paths = parameters.flatten(params)
     for pattern in patterns:
         if not fnmatch.filter(paths, pattern):
             raise InputError(
-                f"freeze {pattern!r}: matches no parameter; one is {next(iter(paths))}"
+                f"freeze={pattern!r} matches no parameter, expected a pattern of paths such as "
+                f"{next(iter(paths))}"
             )
     return parameters.unflatten(
         {
@@ -155,54 +157,65 @@ def freeze_labels(params: parameters.Tree, patterns: Sequence[str]) -> parameter
 def learning_rate_multipliers(
     settings: OptimizerConfig, config: RobertaPreLayerNormConfig, model: str = "masked_lm"
 ) -> parameters.Tree | None:
-    """What each leaf's learning rate is multiplied by: a tree of float32 arrays that broadcast
-    against the leaves ([N, 1, ...] for stacked ones), 0 where frozen; None if all are 1.
+    """Returns the factor on the learning rate of each leaf, or None if all are 1.
+
+    The factors are a tree of float32 arrays that broadcast against the leaves ([N, 1, ...] for
+    stacked ones). They are 0 for frozen leaves.
 
     Raises:
-        InputError: more frozen layers than there are, or a pattern that matches no path.
+        InputError: `freeze_layers` exceeds the number of layers, or a pattern matches no path.
     """
     if settings.layer_decay == 1 and not settings.freeze_layers and not settings.freeze:
         return None
     N = config.num_hidden_layers
     if settings.freeze_layers > N:
-        raise InputError(f"freeze_layers={settings.freeze_layers}, expected 0 to {N}, the layers")
-    depths = np.arange(N + 2)  # embeddings, layers, and what stands above them
-    rates = np.float32(settings.layer_decay) ** (N + 1 - depths)
+        raise InputError(
+            f"freeze_layers={settings.freeze_layers}, expected 0 to num_hidden_layers={N}"
+        )
+    depths = np.arange(N + 2)  # embeddings, N layers, final norm and head
+    factors = np.float32(settings.layer_decay) ** (N + 1 - depths)
     if settings.freeze_layers:
-        rates[: settings.freeze_layers + 1] = 0.0
+        factors[: settings.freeze_layers + 1] = 0.0
     shapes = parameters.shapes(config, model)
     labels = parameters.flatten(freeze_labels(parameters.unflatten(shapes), settings.freeze))
 
-    def rate(path: str, row: parameters.Parameter) -> np.ndarray:
+    def factor(path: str, row: parameters.Parameter) -> np.ndarray:
         if labels[path] == "frozen":
             return np.float32(0.0)
-        if row.stacked:
-            return rates[1:-1].reshape(N, *(1 for _ in shapes[path][1:]))
-        return rates[0] if path.startswith("embeddings/") else rates[-1]
+        if row.is_stacked:
+            return factors[1:-1].reshape(N, *(1 for _ in shapes[path][1:]))
+        return factors[0] if path.startswith("embeddings/") else factors[-1]
 
     rows = parameters.table(config, model)
-    return parameters.unflatten({path: rate(path, row) for path, row in rows.items()})
+    return parameters.unflatten({path: factor(path, row) for path, row in rows.items()})
 
 
 def scale_learning_rates(
-    optimizer: optax.GradientTransformation, rates: parameters.Tree
+    optimizer: optax.GradientTransformation, multipliers: parameters.Tree
 ) -> optax.GradientTransformation:
-    """Multiplies the steps of `optimizer` by `rates`. What is frozen counts in no gradient norm."""
+    """Multiplies the updates of `optimizer` by `multipliers`.
+
+    Frozen leaves (multiplier 0) have zero gradients, so they do not count in gradient norms.
+    """
 
     def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        gradients = jax.tree.map(lambda g, rate: g * (rate > 0), gradients, rates)
+        gradients = jax.tree.map(lambda g, factor: g * (factor > 0), gradients, multipliers)
         updates, state = optimizer.update(gradients, state, params)
-        return jax.tree.map(lambda u, rate: u * rate, updates, rates), state
+        return jax.tree.map(lambda u, factor: u * factor, updates, multipliers), state
 
     return optax.GradientTransformation(optimizer.init, update)
+
+
+def _clipping(settings: OptimizerConfig) -> list[optax.GradientTransformation]:
+    return [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
 
 
 def adamw(
     settings: OptimizerConfig, config: RobertaPreLayerNormConfig, model: str = "masked_lm"
 ) -> optax.GradientTransformation:
-    """The optimizer: clip by global norm, then AdamW. Moments are float32."""
-    steps = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
-    steps.append(
+    """Returns clipping by global norm followed by AdamW, with float32 moments."""
+    transforms = _clipping(settings)
+    transforms.append(
         optax.adamw(
             learning_rate_schedule(settings),
             b1=settings.adam_beta1,
@@ -213,47 +226,49 @@ def adamw(
             mask=weight_decay_mask(settings, config, model),
         )
     )
-    return optax.chain(*steps)
+    return optax.chain(*transforms)
 
 
 def lamb(
     settings: OptimizerConfig, config: RobertaPreLayerNormConfig, model: str = "masked_lm"
 ) -> optax.GradientTransformation:
-    """LAMB: as `adamw`, but each parameter's step has the length of the parameter, times the rate.
+    """Returns LAMB: as `adamw`, with each parameter's update scaled to the parameter's norm.
 
-    A parameter is a layer's own: of stacked leaves [N, ...] each layer has its norm, where
-    `optax.lamb` would take one for all of them.
+    Each layer of a stacked leaf [N, ...] is a parameter of its own; `optax.lamb` would use one norm
+    for all layers.
     """
     rows = parameters.table(config, model)
 
-    def lengths(x: jax.Array, stacked: bool) -> jax.Array:
+    def norms(x: jax.Array, stacked: bool) -> jax.Array:
         return jnp.linalg.norm(x.reshape(len(x) if stacked else 1, -1), axis=1)
 
     def scale(path: tuple, update: jax.Array, param: jax.Array) -> jax.Array:
-        stacked = rows[jax.tree_util.keystr(path, simple=True, separator="/")].stacked
-        ours, theirs = lengths(param, stacked), lengths(update, stacked)
-        ratio = jnp.where((ours > 0) & (theirs > 0), ours / jnp.where(theirs > 0, theirs, 1.0), 1.0)
-        return update * ratio.reshape(-1, *(1,) * (update.ndim - 1))
+        stacked = rows[jax.tree_util.keystr(path, simple=True, separator="/")].is_stacked
+        p, u = norms(param, stacked), norms(update, stacked)
+        trust_ratio = jnp.where((p > 0) & (u > 0), p / jnp.where(u > 0, u, 1.0), 1.0)
+        return update * trust_ratio.reshape(-1, *(1,) * (update.ndim - 1))
 
-    def trust(updates: parameters.Tree, state: Any, params: parameters.Tree) -> tuple:
+    def apply_trust_ratio(updates: parameters.Tree, state: Any, params: parameters.Tree) -> tuple:
         return jax.tree_util.tree_map_with_path(scale, updates, params), state
 
-    steps = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
-    steps += [
+    transforms = _clipping(settings)
+    transforms += [
         optax.scale_by_adam(
             settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon, mu_dtype=jnp.float32
         ),
-        optax.add_decayed_weights(settings.weight_decay, weight_decay_mask(settings, config, model)),
-        optax.GradientTransformation(lambda params: optax.EmptyState(), trust),
+        optax.add_decayed_weights(
+            settings.weight_decay, weight_decay_mask(settings, config, model)
+        ),
+        optax.GradientTransformation(lambda params: optax.EmptyState(), apply_trust_ratio),
         optax.scale_by_learning_rate(learning_rate_schedule(settings)),
     ]
-    return optax.chain(*steps)
+    return optax.chain(*transforms)
 
 
 def make_optimizer(
     settings: OptimizerConfig, config: RobertaPreLayerNormConfig, model: str = "masked_lm"
 ) -> optax.GradientTransformation:
-    """The optimizer that the settings name, at each layer's rate."""
+    """Returns the configured optimizer, with the learning rate of each layer."""
     optimizer = {"adamw": adamw, "lamb": lamb}[settings.optimizer](settings, config, model)
-    rates = learning_rate_multipliers(settings, config, model)
-    return optimizer if rates is None else scale_learning_rates(optimizer, rates)
+    multipliers = learning_rate_multipliers(settings, config, model)
+    return optimizer if multipliers is None else scale_learning_rates(optimizer, multipliers)

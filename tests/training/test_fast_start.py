@@ -63,7 +63,7 @@ def test_first_layer_heads_look_at_their_neighbours(started):
 
 def test_rows_too_long_for_the_sinusoids_are_refused():
     check_length(CONFIG, 32)
-    with pytest.raises(InputError, match=r"32 positions apart, rows have 33"):
+    with pytest.raises(InputError, match=r"distinguish 32 positions, but rows have 33"):
         check_length(CONFIG, 33)
 
 
@@ -95,7 +95,7 @@ class Chains:
 def loss_after(steps: int, params: parameters.Tree, rows: Chains) -> float:
     settings = OptimizerConfig(steps=steps, learning_rate=3e-3, warmup_steps=10, clip_norm=1.0)
     optimizer, module = adamw(settings, CONFIG), MaskedLM(CONFIG)
-    masking = Masking(CONFIG.vocab_size, rate=0.4, mask=1.0, random=0.0, same=0.0)
+    masking = Masking(CONFIG.vocab_size, rate=0.4, mask=1.0, random=0.0, keep=0.0)
     loader = Loader(rows, masking, batch_size=16, seed=0)
     score = functools.partial(masked_lm_scores, module)
     step = jax.jit(make_train_step(score, optimizer, seed=0), donate_argnums=0)
