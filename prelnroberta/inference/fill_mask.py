@@ -59,7 +59,7 @@ class FillMask:
         self._tokenizer = tokenizer
         self._mask_id = tokenizer.token_to_id(MASK_TOKEN)
         self._module = MaskedLM(config, execution or Execution())
-        self._params = self._module.execution.prepared(params)
+        self._params = self._module.execution.params_for_inference(params)
 
     def __call__(
         self, texts: Iterable[str], top_k: int = 5, batch_size: int = 32

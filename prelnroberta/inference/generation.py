@@ -1,12 +1,12 @@
 """Decoding with a causal language model: greedy, sampling and beam search as one jitted loop.
 
-The model is a function with a key/value cache, `Decode`; nothing here knows more of it. The prompt
-is read once, then one `lax.while_loop` chooses tokens until every row has ended: no round trip to
-the host a token. `generation_settings.py` says what can be asked for. What is computed follows
-transformers 4.57 and 5, which agree (`generation/utils.py`, `generation/logits_process.py`).
+The model is a function with a key/value cache, `DecodeFn`. The prompt is read once, then one
+`lax.while_loop` chooses tokens until every row has ended, without a transfer to the host per token.
+Options are in `generation_config.py`. Results follow transformers 4.57 and 5, which agree
+(`generation/utils.py`, `generation/logits_process.py`).
 
-    B rows  L prompt columns  W beams  R rows decoded at once (B x W, or B x returned sequences)
-    G new columns  V vocab; of the cache  N layers  T columns  H heads  K head dim  S source columns
+Shape letters are those of `params.py`: B prompts, W beams of a prompt, R rows decoded together
+(B x W, or B x num_return_sequences), L prompt columns, G new columns, T columns of the cache.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from prelnroberta.errors import InputError
-from prelnroberta.inference.generation_config import Generation
+from prelnroberta.inference.generation_config import GenerationConfig
+from prelnroberta.model.kv_cache import KVCache
 
 Array = jax.Array
-Cache = dict[str, Array]
 
 # decode(params, input_ids [B, L], attention_mask [B, L], cache) -> (logits [B, L, V], cache).
-# Appends L columns to the cache; where the mask is 0 the new column holds no token and is never
-# seen. Logits are float32; a model that computes them at each row's last real token alone may
-# return [B, 1, V]. Positions are its own business: they go on from the tokens in the cache.
-Decode = Callable[[Any, Array, Array, Cache], tuple[Array, Cache]]
+# Appends L columns to the cache. A column where the mask is 0 holds no token and is never attended
+# to. Logits are float32. A model that computes only those of each row's last real token may return
+# [B, 1, V]. Position ids are the function's own business: they continue those in the cache.
+DecodeFn = Callable[[Any, Array, Array, KVCache], tuple[Array, KVCache]]
 
 
 @flax.struct.dataclass
 class GenerationOutput:
-    """What `generate` returns; of each prompt row, its num_return_sequences rows together.
+    """What `generate` returns. The num_return_sequences rows of a prompt are adjacent.
 
     Attributes:
-        sequences: [B * num_return_sequences, L + G] int32: the prompt as given, its pads
-            included, then the new tokens, pads after the end.
-        scores: [B * num_return_sequences] float32, best first within a row, of beam search;
-            -inf marks a row of pads, where fewer sequences exist than were asked for. Otherwise
-            None.
+        sequences: [B * num_return_sequences, L + G] int32: the prompt as given, pads included,
+            then the new tokens, with pads after the end.
+        scores: [B * num_return_sequences] float32, scores of beam search, best first per prompt;
+            -inf marks a row of pads, where fewer sequences exist than were requested. None without
+            beam search.
     """
 
     sequences: Array
@@ -50,47 +50,51 @@ class GenerationOutput:
 
 
 def generate(
-    decode: Decode,
+    decode: DecodeFn,
     params: Any,
-    cache: Cache,
+    cache: KVCache,
     input_ids: Array,
     attention_mask: Array,
-    settings: Generation,
-    key: Array | None = None,
+    config: GenerationConfig,
+    prng_key: Array | None = None,
 ) -> GenerationOutput:
-    """Continues every row of a batch of prompts.
+    """Continues every prompt of a batch.
 
-    Pure, and usable under jit. Compiled once for each (decode, settings, shapes): give the same
+    Pure, and usable under jit. Compiles once for each (decode, config, shapes): pass the same
     function object each time, not a new lambda.
 
     Args:
-        decode: see `Decode`; a pure function, or a hashable bound method.
-        params: whatever `decode` takes.
-        cache: for B rows and at least L + G - 1 more columns, in the layout of `reorder_cache`.
-        input_ids: [B, L] int, padded on either side or amid, per row.
+        decode: see `DecodeFn`; a pure function, or a hashable bound method.
+        params: passed to `decode`.
+        cache: for B rows, with at least L + G - 1 free columns, in the layout of `reorder_cache`.
+        input_ids: [B, L] int; each row may have pads anywhere.
         attention_mask: [B, L], nonzero where input_ids is a token.
-        settings: how to choose.
-        key: a jax PRNG key, to sample. A row's draws depend on the key, its number and its own
-            content alone: neither on the other rows nor on the padding.
+        config: how to choose tokens.
+        prng_key: a jax PRNG key, required for sampling. The draws of a row depend on the key, its
+            index and its own content, not on other rows or padding.
 
     Raises:
-        InputError: for shapes or dtypes that don't fit, a row without a token, a cache too small,
-            ids outside the vocabulary, or no key to sample with.
+        InputError: for shapes or dtypes that do not match, a row without a token, a cache that is
+            too small, ids outside the vocabulary, or sampling without a key.
     """
     _check_prompts(input_ids, attention_mask)
-    least, most = settings.new_tokens(input_ids.shape[1])
-    _check_room(cache, input_ids.shape[1], most)
-    if settings.do_sample and key is None:
-        raise InputError("generate: key=None, expected a jax PRNG key when do_sample is true")
+    min_new_tokens, max_new_tokens = config.new_token_bounds(input_ids.shape[1])
+    _check_cache_size(cache, input_ids.shape[1], max_new_tokens)
+    if config.do_sample and prng_key is None:
+        raise InputError("generate: prng_key=None, expected a jax PRNG key when do_sample is true")
     mask = jnp.asarray(attention_mask, bool)
     input_ids = jnp.asarray(input_ids, jnp.int32)
-    return _generate(decode, settings, least, most, params, cache, input_ids, mask, key)
+    return _generate(
+        decode, config, min_new_tokens, max_new_tokens, params, cache, input_ids, mask, prng_key
+    )
 
 
 def _check_prompts(input_ids: Array, attention_mask: Array) -> None:
     shape = np.shape(input_ids)
     if len(shape) != 2 or 0 in shape:
-        raise InputError(f"generate: input_ids has shape {list(shape)}, expected [B, L], none 0")
+        raise InputError(
+            f"generate: input_ids has shape {list(shape)}, expected [B, L] without an empty axis"
+        )
     if not jnp.issubdtype(input_ids.dtype, jnp.integer):
         raise InputError(f"generate: input_ids is {input_ids.dtype}, expected integers")
     if np.shape(attention_mask) != shape:
@@ -106,49 +110,51 @@ def _check_prompts(input_ids: Array, attention_mask: Array) -> None:
             )
 
 
-def _check_room(cache: Cache, prompt_columns: int, most: int) -> None:
-    """A write beyond the end of the cache would be clamped to its last column, silently."""
+def _check_cache_size(cache: KVCache, prompt_length: int, max_new_tokens: int) -> None:
+    """A write past the end of the cache would be clamped to its last column without an error."""
     if "valid" not in cache:
         return
     used = cache["index"]
     used = 0 if isinstance(used, jax.core.Tracer) else int(used)
-    needed, columns = used + prompt_columns + most - 1, cache["valid"].shape[1]
+    needed, columns = used + prompt_length + max_new_tokens - 1, cache["valid"].shape[1]
     if needed > columns:
         raise InputError(
             f"generate: the cache has {columns} columns, expected {needed} or more: {used} used, "
-            f"{prompt_columns} of the prompt, {most} new tokens (the last one is not read again)"
+            f"{prompt_length} of the prompt, {max_new_tokens} new tokens (the last is not cached)"
         )
 
 
-def reorder_cache(cache: Cache, index: Array) -> Cache:
-    """The cache of rows `index` [R], each in [0, B): repeated, dropped or put in another order.
+def reorder_cache(cache: KVCache, row_index: Array) -> KVCache:
+    """Gathers rows `row_index` [R] of a cache of B rows, each index in [0, B).
 
-    Leaves named `*keys` and `*values` are stacked, [N, B, T, H, K] (`cross_*`: [N, B, S, H, K]);
-    scalars are shared by all rows; any other leaf has its rows first (valid [B, T], count [B]).
+    Leaves named `*keys` and `*values` are stacked, [N, B, T, H, K] (`cross_*`: [N, B, S, H, K]).
+    Scalars are shared by all rows. All other leaves have rows on their first axis (valid [B, T],
+    count [B]).
     """
 
-    def rows(name: str, leaf: Array) -> Array:
+    def gather(name: str, leaf: Array) -> Array:
         if leaf.ndim == 0:
             return leaf
-        return jnp.take(leaf, index, axis=1 if name.endswith(("keys", "values")) else 0)
+        return jnp.take(leaf, row_index, axis=1 if name.endswith(("keys", "values")) else 0)
 
-    return {name: rows(name, leaf) for name, leaf in cache.items()}
+    return {name: gather(name, leaf) for name, leaf in cache.items()}
 
 
 def penalize_repetition(logits: Array, seen: Array, penalty: float) -> Array:
-    """Makes `seen` [R, V] bool tokens of logits [R, V] less likely, whatever their sign."""
+    """Makes the tokens marked in `seen` [R, V] less likely; logits [R, V] may have any sign."""
     penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
     return jnp.where(seen, penalized, logits)
 
 
 def keep_top_k(logits: Array, k: int) -> Array:
-    """Sets all but the k greatest logits [R, V], and those equal to the k-th, to -inf."""
+    """Keeps the k largest logits [R, V] and those equal to the k-th; sets the others to -inf."""
     kth = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
     return jnp.where(logits < kth, -jnp.inf, logits)
 
 
 def keep_top_p(logits: Array, p: float) -> Array:
-    """Sets all logits [R, V] to -inf but the smallest set's with probability >= p; one at least."""
+    """Keeps the smallest set of logits [R, V] with total probability >= p, at least one; sets the
+    others to -inf."""
     order = jnp.argsort(logits, axis=-1, descending=True)
     probability = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
@@ -157,202 +163,243 @@ def keep_top_p(logits: Array, p: float) -> Array:
 
 
 @flax.struct.dataclass
-class _Search:
-    """The loop's state, after `step` new tokens.
+class _DecodeState:
+    """State of the loop after `step` new tokens.
 
     Attributes:
-        cache: of R rows; lacks the newest token.
+        cache: of R rows; does not contain the newest token yet.
         step: [] int32.
-        tokens: [R, G], or [B, W, G] of running beams; pads where nothing is chosen yet.
-        running: [R], or [B] with beams; False where the result is settled.
-        seen: [R, V] bool, the tokens a row holds; None when nobody reads it.
+        tokens: [R, G] new tokens, or [B, W, G] of running beams; pads where none is chosen yet.
+        unfinished: [R] bool, or [B] with beams; False once the result is final.
+        seen: [R, V] bool, the tokens that a row contains; None if no penalty needs them.
     """
 
-    cache: Cache
+    cache: KVCache
     step: Array
     tokens: Array
-    running: Array
+    unfinished: Array
     seen: Array | None
 
 
 @flax.struct.dataclass
-class _BeamSearch(_Search):
-    """With beams; best first.
+class _BeamState(_DecodeState):
+    """State of beam search; beams are sorted, best first.
 
     Attributes:
-        scores: [B, W], log-probabilities of running beams; -inf: there is none.
-        ended_tokens: [B, W, G].
-        ended_scores: [B, W], of ended sequences, with length penalty; -inf: there is none.
+        scores: [B, W], log-probabilities of running beams; -inf marks an unused beam.
+        finished_tokens: [B, W, G].
+        finished_scores: [B, W], of finished sequences, with length penalty; -inf marks an unused
+            place.
     """
 
     scores: Array
-    ended_tokens: Array
-    ended_scores: Array
+    finished_tokens: Array
+    finished_scores: Array
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _generate(
-    decode: Decode,
-    settings: Generation,
-    least: int,
-    most: int,
+    decode: DecodeFn,
+    config: GenerationConfig,
+    min_new_tokens: int,
+    max_new_tokens: int,
     params: Any,
-    cache: Cache,
+    cache: KVCache,
     input_ids: Array,
     mask: Array,
-    key: Array | None,
+    prng_key: Array | None,
 ) -> GenerationOutput:
-    B, L = input_ids.shape
-    copies = settings.num_beams if settings.num_beams > 1 else settings.num_return_sequences
-    R = B * copies
+    B = len(input_ids)
+    with_beams = config.num_beams > 1
+    rows_per_prompt = config.num_beams if with_beams else config.num_return_sequences
 
     logits, cache = decode(params, input_ids, mask.astype(jnp.int32), cache)
     V = logits.shape[-1]
-    for token in (*settings.eos_ids, settings.pad_token_id):
-        if token >= V:
-            raise InputError(f"generation: eos or pad id {token}, expected one in [0, V={V})")
-    last = L - 1 - mask[:, ::-1].argmax(axis=1) if logits.shape[1] == L else jnp.zeros(B, int)
-    logits = jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
+    _check_token_ids(config, V)
+    logits = _last_token_logits(logits, mask)
     seen = None
-    if settings.repetition_penalty != 1.0:
+    if config.repetition_penalty != 1.0:
         seen = jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], input_ids].max(mask)
 
-    # The prompt is read once a row, however many beams or samples go on from it.
-    spread = jnp.repeat(jnp.arange(B), copies)
-    state = {
-        "cache": reorder_cache(cache, spread),
-        "step": jnp.int32(0),
-        "seen": None if seen is None else seen[spread],
-    }
-    empty = jnp.full((R, most), settings.pad_token_id, jnp.int32)
-    if settings.num_beams > 1:
-        grid = (B, copies)
-        none = jnp.full(grid, -jnp.inf)
-        state = _BeamSearch(
-            **state,
-            tokens=empty.reshape(*grid, most),
-            running=jnp.ones(B, bool),
-            scores=none.at[:, 0].set(0.0),  # one beam at first: W equal ones would stay equal
-            ended_tokens=empty.reshape(*grid, most),
-            ended_scores=none,
-        )
-        advance = partial(_advance_beams, settings, least)
+    # The prompt is read once, then copied for each of its beams or samples.
+    row_index = jnp.repeat(jnp.arange(B), rows_per_prompt)
+    cache, seen = reorder_cache(cache, row_index), None if seen is None else seen[row_index]
+    if with_beams:
+        state = _initial_beam_state(config, max_new_tokens, cache, seen, B)
+        advance = partial(_advance_beams, config, min_new_tokens)
     else:
-        state = _Search(**state, tokens=empty, running=jnp.ones(R, bool))
-        keys = _row_keys(key, B, copies) if settings.do_sample else None
-        advance = partial(_advance_rows, settings, least, keys)
+        R = len(row_index)
+        tokens = jnp.full((R, max_new_tokens), config.pad_token_id, jnp.int32)
+        state = _DecodeState(cache, jnp.int32(0), tokens, jnp.ones(R, bool), seen)
+        keys = _row_prng_keys(prng_key, B, rows_per_prompt) if config.do_sample else None
+        advance = partial(_advance_rows, config, min_new_tokens, keys)
+    state = advance(state, logits[row_index])
+    state = _run_loop(partial(decode, params), advance, state, max_new_tokens)
 
-    def more(state: _Search) -> Array:
-        return (state.step < most) & state.running.any()
+    tokens, scores = state.tokens, None
+    if with_beams:
+        tokens = state.finished_tokens[:, : config.num_return_sequences].reshape(-1, max_new_tokens)
+        scores = state.finished_scores[:, : config.num_return_sequences].reshape(-1)
+    prompts = jnp.repeat(input_ids, config.num_return_sequences, axis=0)
+    return GenerationOutput(jnp.concatenate([prompts, tokens], axis=1), scores)
 
-    def body(state: _Search) -> _Search:
-        newest = jax.lax.dynamic_index_in_dim(state.tokens.reshape(R, most), state.step - 1, 1)
-        real = jnp.repeat(state.running, R // state.running.size)[:, None].astype(jnp.int32)
-        logits, cache = decode(params, newest, real, state.cache)
+
+def _check_token_ids(config: GenerationConfig, V: int) -> None:
+    for token in (*config.eos_token_ids, config.pad_token_id):
+        if token >= V:
+            raise InputError(f"generation: eos or pad id {token}, expected one in [0, V={V})")
+
+
+def _last_token_logits(logits: Array, mask: Array) -> Array:
+    """[B, V]: the logits [B, L, V] or [B, 1, V] at the last real token of each row."""
+    B, L = mask.shape
+    last = L - 1 - mask[:, ::-1].argmax(axis=1) if logits.shape[1] == L else jnp.zeros(B, int)
+    return jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
+
+
+def _initial_beam_state(
+    config: GenerationConfig, max_new_tokens: int, cache: KVCache, seen: Array | None, B: int
+) -> _BeamState:
+    W = config.num_beams
+    tokens = jnp.full((B, W, max_new_tokens), config.pad_token_id, jnp.int32)
+    unused = jnp.full((B, W), -jnp.inf)
+    return _BeamState(
+        cache=cache,
+        step=jnp.int32(0),
+        tokens=tokens,
+        unfinished=jnp.ones(B, bool),
+        seen=seen,
+        scores=unused.at[:, 0].set(0.0),  # one beam at first: W equal ones would stay equal
+        finished_tokens=tokens,
+        finished_scores=unused,
+    )
+
+
+def _run_loop(
+    decode: Callable[[Array, Array, KVCache], tuple[Array, KVCache]],
+    advance: Callable[[_DecodeState, Array], _DecodeState],
+    state: _DecodeState,
+    max_new_tokens: int,
+) -> _DecodeState:
+    """Decodes the newest token and chooses the next until all rows have finished."""
+    R = state.tokens.size // max_new_tokens
+
+    def should_continue(state: _DecodeState) -> Array:
+        return (state.step < max_new_tokens) & state.unfinished.any()
+
+    def body(state: _DecodeState) -> _DecodeState:
+        tokens = state.tokens.reshape(R, max_new_tokens)
+        newest = jax.lax.dynamic_index_in_dim(tokens, state.step - 1, 1)
+        mask = jnp.repeat(state.unfinished, R // state.unfinished.size)[:, None]
+        logits, cache = decode(newest, mask.astype(jnp.int32), state.cache)
         return advance(state.replace(cache=cache), logits[:, -1])
 
-    state = jax.lax.while_loop(more, body, advance(state, logits[spread]))
-
-    new, scores = state.tokens, None
-    if settings.num_beams > 1:
-        new = state.ended_tokens[:, : settings.num_return_sequences].reshape(-1, most)
-        scores = state.ended_scores[:, : settings.num_return_sequences].reshape(-1)
-    prompts = jnp.repeat(input_ids, settings.num_return_sequences, axis=0)
-    return GenerationOutput(jnp.concatenate([prompts, new], axis=1), scores)
+    return jax.lax.while_loop(should_continue, body, state)
 
 
-def _row_keys(key: Array, B: int, copies: int) -> Array:
-    """[B * copies] keys, each of its row's number and its copy's."""
+def _row_prng_keys(prng_key: Array, B: int, rows_per_prompt: int) -> Array:
+    """[R] keys, each derived from the index of the prompt and that of its sample."""
     fold_in = jax.vmap(jax.random.fold_in)
-    rows = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
-    return fold_in(jnp.repeat(rows, copies, axis=0), jnp.tile(jnp.arange(copies), B))
+    by_prompt = jax.vmap(jax.random.fold_in, (None, 0))(prng_key, jnp.arange(B))
+    samples = jnp.tile(jnp.arange(rows_per_prompt), B)
+    return fold_in(jnp.repeat(by_prompt, rows_per_prompt, axis=0), samples)
 
 
-def _constrain(settings: Generation, least: int, state: _Search, logits: Array) -> Array:
-    """Logits, or log-probabilities, [R, V] under what every way of choosing obeys."""
+def _process_logits(
+    config: GenerationConfig, min_new_tokens: int, state: _DecodeState, logits: Array
+) -> Array:
+    """Applies the repetition penalty and the minimum length to logits, or log-probabilities,
+    [R, V]."""
     if state.seen is not None:
-        logits = penalize_repetition(logits, state.seen, settings.repetition_penalty)
-    if settings.eos_ids and least > 0:
-        without = logits.at[:, jnp.array(settings.eos_ids)].set(-jnp.inf)
-        logits = jnp.where(state.step < least, without, logits)
+        logits = penalize_repetition(logits, state.seen, config.repetition_penalty)
+    if config.eos_token_ids and min_new_tokens > 0:
+        without_eos = logits.at[:, jnp.array(config.eos_token_ids)].set(-jnp.inf)
+        logits = jnp.where(state.step < min_new_tokens, without_eos, logits)
     return logits
 
 
-def _is_eos(settings: Generation, tokens: Array) -> Array:
-    return jnp.isin(tokens, jnp.array(settings.eos_ids, jnp.int32))
+def _is_eos(config: GenerationConfig, tokens: Array) -> Array:
+    return jnp.isin(tokens, jnp.array(config.eos_token_ids, jnp.int32))
 
 
 def _advance_rows(
-    settings: Generation, least: int, keys: Array | None, state: _Search, logits: Array
-) -> _Search:
-    """Chooses each row's next token from its logits [R, V]."""
-    logits = _constrain(settings, least, state, logits)
+    config: GenerationConfig,
+    min_new_tokens: int,
+    keys: Array | None,
+    state: _DecodeState,
+    logits: Array,
+) -> _DecodeState:
+    """Chooses the next token of each row from its logits [R, V]: greedily, or by sampling with
+    `keys` [R]."""
+    logits = _process_logits(config, min_new_tokens, state, logits)
     if keys is None:
         token = logits.argmax(axis=-1)
     else:
-        logits = logits / settings.temperature
-        if settings.top_k is not None:
-            logits = keep_top_k(logits, settings.top_k)
-        if settings.top_p < 1.0:
-            logits = keep_top_p(logits, settings.top_p)
+        logits = logits / config.temperature
+        if config.top_k is not None:
+            logits = keep_top_k(logits, config.top_k)
+        if config.top_p < 1.0:
+            logits = keep_top_p(logits, config.top_p)
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.step)
         token = jax.vmap(jax.random.categorical)(step_keys, logits)
-    token = jnp.where(state.running, token, settings.pad_token_id).astype(jnp.int32)
+    token = jnp.where(state.unfinished, token, config.pad_token_id).astype(jnp.int32)
     return state.replace(
         step=state.step + 1,
         tokens=jax.lax.dynamic_update_index_in_dim(state.tokens, token, state.step, 1),
-        running=state.running & ~_is_eos(settings, token),
-        seen=_with_tokens(state.seen, token),
+        unfinished=state.unfinished & ~_is_eos(config, token),
+        seen=_mark_seen(state.seen, token),
     )
 
 
 def _advance_beams(
-    settings: Generation, least: int, state: _BeamSearch, logits: Array
-) -> _BeamSearch:
-    """Extends each row's beams by a token, given logits [R, V].
+    config: GenerationConfig, min_new_tokens: int, state: _BeamState, logits: Array
+) -> _BeamState:
+    """Extends the beams of each prompt by one token, given logits [R, V].
 
-    Considers so many of the best extensions that W are left to run should every beam end. An
-    ended one is kept only if it is among the best W of all (transformers' `_beam_search`).
+    Considers enough of the best extensions that W can continue even if every beam ends. A finished
+    sequence is kept only if it is among the best W of all (transformers' `_beam_search`).
     """
-    B, W, most = state.tokens.shape
-    V, step, rows = logits.shape[-1], state.step, jnp.arange(B)[:, None]
+    B, W, max_new_tokens = state.tokens.shape
+    V, step, prompt = logits.shape[-1], state.step, jnp.arange(B)[:, None]
 
-    log_p = _constrain(settings, least, state, jax.nn.log_softmax(logits, axis=-1))
-    totals = (log_p.reshape(B, W, V) + state.scores[:, :, None]).reshape(B, W * V)
-    considered = min(max(2, 1 + len(settings.eos_ids)) * W, W * V)
-    scores, choice = jax.lax.top_k(totals, considered)
-    parent, token = choice // V, (choice % V).astype(jnp.int32)
-    tokens = state.tokens[rows, parent].at[:, :, step].set(token)
-    ends = _is_eos(settings, token) | (step == most - 1)
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    log_probs = _process_logits(config, min_new_tokens, state, log_probs)
+    totals = (log_probs.reshape(B, W, V) + state.scores[:, :, None]).reshape(B, W * V)
+    num_candidates = min(max(2, 1 + len(config.eos_token_ids)) * W, W * V)
+    scores, candidate = jax.lax.top_k(totals, num_candidates)
+    parent, token = candidate // V, (candidate % V).astype(jnp.int32)
+    tokens = state.tokens[prompt, parent].at[:, :, step].set(token)
+    ends = _is_eos(config, token) | (step == max_new_tokens - 1)
 
     length = (step + 1).astype(jnp.float32)
-    eligible = ends & (jnp.arange(considered) < W) & state.running[:, None]
-    final = jnp.where(eligible, scores / length**settings.length_penalty, -jnp.inf)
-    ended_scores, kept = jax.lax.top_k(jnp.concatenate([state.ended_scores, final], axis=1), W)
-    ended_tokens = jnp.concatenate([state.ended_tokens, tokens], axis=1)[rows, kept]
+    finishes = ends & (jnp.arange(num_candidates) < W) & state.unfinished[:, None]
+    final = jnp.where(finishes, scores / length**config.length_penalty, -jnp.inf)
+    all_finished_scores = jnp.concatenate([state.finished_scores, final], axis=1)
+    finished_scores, kept = jax.lax.top_k(all_finished_scores, W)
+    finished_tokens = jnp.concatenate([state.finished_tokens, tokens], axis=1)[prompt, kept]
 
     scores, kept = jax.lax.top_k(jnp.where(ends, -jnp.inf, scores), W)
-    origin = (rows * W + parent[rows, kept]).reshape(-1)
-    token = token[rows, kept].reshape(-1)
+    row_index = (prompt * W + parent[prompt, kept]).reshape(-1)
+    token = token[prompt, kept].reshape(-1)
 
-    # Log-probabilities only fall, so with a positive penalty the greatest length is the best.
-    if settings.early_stopping == "never" and settings.length_penalty > 0:
-        length = float(most)
-    running = scores[:, 0] / length**settings.length_penalty > ended_scores[:, -1]
-    if settings.early_stopping is True:
-        running &= jnp.isneginf(ended_scores[:, -1])
+    # Log-probabilities only decrease, so with a positive penalty the maximum length is the best.
+    if config.early_stopping == "never" and config.length_penalty > 0:
+        length = float(max_new_tokens)
+    can_improve = scores[:, 0] / length**config.length_penalty > finished_scores[:, -1]
+    if config.early_stopping is True:
+        can_improve &= jnp.isneginf(finished_scores[:, -1])
     return state.replace(
-        cache=reorder_cache(state.cache, origin),
+        cache=reorder_cache(state.cache, row_index),
         step=step + 1,
-        tokens=tokens[rows, kept],
-        running=state.running & running,
-        seen=None if state.seen is None else _with_tokens(state.seen[origin], token),
+        tokens=tokens[prompt, kept],
+        unfinished=state.unfinished & can_improve,
+        seen=None if state.seen is None else _mark_seen(state.seen[row_index], token),
         scores=scores,
-        ended_tokens=ended_tokens,
-        ended_scores=ended_scores,
+        finished_tokens=finished_tokens,
+        finished_scores=finished_scores,
     )
 
 
-def _with_tokens(seen: Array | None, token: Array) -> Array | None:
-    """`seen` [R, V] with each row's token [R] added."""
+def _mark_seen(seen: Array | None, token: Array) -> Array | None:
+    """Adds the token [R] of each row to `seen` [R, V]."""
     return None if seen is None else seen.at[jnp.arange(token.size), token].set(True)

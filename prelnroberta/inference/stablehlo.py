@@ -21,7 +21,7 @@ from jax import export
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
-from prelnroberta.files import written_whole
+from prelnroberta.files import atomic_write
 from prelnroberta.model import heads
 from prelnroberta.params import Tree
 
@@ -82,7 +82,7 @@ def save_stablehlo(
     program = export.export(run, platforms=PLATFORMS)(parameters.unflatten(shapes), *(rows,) * 3)
     flat = {path: np.ascontiguousarray(x) for path, x in parameters.flatten(params).items()}
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(directory) as partial_directory:
+    with atomic_write(directory) as partial_directory:
         partial_directory.mkdir()
         (partial_directory / PROGRAM_NAME).write_bytes(program.serialize())
         save_file(flat, partial_directory / PARAMS_NAME)

@@ -138,7 +138,7 @@ class FlaxRobertaPreLayerNormForCausalLM(FlaxRobertaPreLayerNormPreTrainedModel)
                 model's positions.
         """
         from prelnroberta.inference.generation import generate
-        from prelnroberta.inference.generation_config import Generation
+        from prelnroberta.inference.generation_config import GenerationConfig
 
         tree = self._prepared(self.params if params is None else self._checked(params))
         if prng_key is not None:
@@ -156,9 +156,9 @@ class FlaxRobertaPreLayerNormForCausalLM(FlaxRobertaPreLayerNormPreTrainedModel)
         if np.ndim(encoder_attention_mask) == 3:
             raise InputError("encoder_attention_mask: generate takes one of shape [B, S]")
         ends = {"eos_token_id": self.config.eos_token_id, "pad_token_id": self.config.pad_token_id}
-        wanted = Generation(**{**ends, **settings})
+        wanted = GenerationConfig(**{**ends, **settings})
         B, L = input_ids.shape
-        _, most = wanted.new_tokens(L)
+        _, most = wanted.new_token_bounds(L)
         if not isinstance(input_ids, jax.core.Tracer):
             longest = int((np.asarray(input_ids) != self.config.pad_token_id).sum(-1).max())
             self.config.check_length(longest + most - 1, "a prompt and its continuation")

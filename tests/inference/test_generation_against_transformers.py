@@ -15,6 +15,8 @@ from prelnroberta.inference.generation import (
 from prelnroberta.inference.generation_config import GenerationConfig
 from tests.helpers.toy_decoders import PAD, pad_toy_prompts, trigram
 
+pytestmark = [pytest.mark.torch, pytest.mark.oracle]
+
 
 class TorchTrigram(transformers.PreTrainedModel, transformers.GenerationMixin):
     config_class = transformers.PretrainedConfig
