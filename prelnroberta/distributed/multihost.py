@@ -1,6 +1,6 @@
-"""Several processes as one job: who is who, waiting for each other, agreeing, and losing one.
+"""Multi-host jobs: start-up, barriers, agreement between hosts, and detection of a lost host.
 
-One process a host, each with its own devices; everything here is a no-op for a single one.
+Each host runs one process with its own devices. All functions are no-ops in a single process.
 """
 
 from __future__ import annotations
@@ -16,58 +16,67 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prelnroberta.errors import InputError
 
-# A first host may tokenize a corpus for hours while the others wait; its death ends them at once.
-_PATIENCE_SECONDS = 7 * 24 * 3600
+# The primary host may tokenize a corpus for hours while the others wait. If it dies, the heartbeat
+# ends them long before this timeout.
+_BARRIER_TIMEOUT_SECONDS = 7 * 24 * 3600
 
 
 def initialize(
-    coordinator: str | None = None,
-    hosts: int | None = None,
-    host: int | None = None,
-    lost_after_seconds: int = 100,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    heartbeat_timeout_seconds: int = 100,
 ) -> None:
-    """Joins the other hosts; before any device is asked for.
+    """Connects this process to the other hosts. Call it before JAX initializes any device.
 
     Args:
-        coordinator: address:port of host 0, for a job started by hand. None: jax finds it, and the
-            rest, in the environment of TPU pods, SLURM, Kubernetes or Open MPI.
-        hosts, host: how many there are, and which one this is, with `coordinator`.
-        lost_after_seconds: a host that was silent for so long is lost, and ends the others.
+        coordinator_address: address:port of process 0, for a job that was started by hand. With
+            None, JAX reads it and the numbers below from the environment of TPU pods, SLURM,
+            Kubernetes or Open MPI.
+        num_processes, process_id: number of hosts and index of this one; required with
+            `coordinator_address`.
+        heartbeat_timeout_seconds: a host that sends no heartbeat for this long is considered lost,
+            and the other hosts stop.
 
     Raises:
-        InputError: the environment tells of no job, or the others could not be reached.
+        InputError: the environment describes no job, or the other hosts could not be reached.
     """
     try:
         jax.distributed.initialize(
-            coordinator, hosts, host, heartbeat_timeout_seconds=lost_after_seconds
+            coordinator_address,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=heartbeat_timeout_seconds,
         )
     except (ValueError, RuntimeError) as error:
         raise InputError(
-            f"the job's hosts could not be joined: {str(error).splitlines()[0]}; give "
-            "--coordinator=address:port, --hosts and --host, or start it under SLURM, Kubernetes, "
-            "Open MPI or on a TPU pod"
+            f"could not connect to the other hosts of the job: {str(error).splitlines()[0]}; pass "
+            "--coordinator=address:port, --hosts and --host, or start the job under SLURM, "
+            "Kubernetes, Open MPI or on a TPU pod"
         ) from error
 
 
 def is_primary_host() -> bool:
-    """Whether this host speaks for all: it alone prints, and writes what is written once."""
+    """Whether this is host 0, the only one that prints and writes shared files."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Returns when all hosts are here. `name` is the place's own, and passed once."""
+    """Waits until all hosts have reached it. `name` must be unique to this call."""
     if jax.process_count() > 1:
         from orbax.checkpoint import multihost
 
-        # The coordinator's barrier: one of the devices would time out within minutes.
+        # This barrier is the coordination service's. A barrier of devices times out within minutes.
         wait = multihost.get_barrier_sync_fn(processes=set(range(jax.process_count())))
-        wait(key=name, timeout_ms=_PATIENCE_SECONDS * 1000)
+        wait(key=name, timeout_ms=_BARRIER_TIMEOUT_SECONDS * 1000)
 
 
 @contextlib.contextmanager
 def primary_host_first(name: str) -> Iterator[None]:
-    """The first host runs the body alone, then the others do, and find what it made on the disk;
-    or fail as it failed."""
+    """The primary host runs the body first; then the others do, and find its files on the disk.
+
+    If the body fails on the primary host, the others still run it, and fail the same way.
+    """
     if not is_primary_host():
         barrier(name)
     try:
@@ -78,59 +87,67 @@ def primary_host_first(name: str) -> Iterator[None]:
 
 
 def sum_over_hosts(values: Sequence[float]) -> list[float]:
-    """The sums over hosts, in float64, the same on every host."""
+    """Returns the sum of each value over all hosts, in float64, the same on every host."""
     if jax.process_count() == 1:
         return list(values)
     from jax.experimental import multihost_utils
 
-    # As words: jax would round to float32.
-    words = np.asarray(values, np.float64).view(np.uint32)
-    found = multihost_utils.process_allgather(words).view(np.float64)
-    return [math.fsum(column) for column in found.T]
+    # Sent as pairs of uint32, because JAX would round float64 to float32.
+    bits = np.asarray(values, np.float64).view(np.uint32)
+    gathered = multihost_utils.process_allgather(bits).view(np.float64)
+    return [math.fsum(column) for column in gathered.T]
 
 
 class AsyncMaxOverHosts:
-    """The largest number that any host has said, the same for all at the same call.
+    """The maximum over hosts of an int, returned one call later.
 
-    Each call tells this host's number, and returns the outcome of the last call's: by then it is
-    there, so nobody waits for a vote. A host alone is answered at once.
+    All hosts must call it together. A call passes this host's number and returns the maximum of the
+    previous call (0 in the first). The previous reduction has finished by then, so no host waits.
+    In a single process it returns its own number immediately.
     """
 
     def __init__(self) -> None:
         mesh = Mesh(np.array(jax.devices()), "devices")
-        self._cut = NamedSharding(mesh, PartitionSpec("devices"))
-        self._largest = jax.jit(
-            lambda votes: votes.max(), out_shardings=NamedSharding(mesh, PartitionSpec())
+        self._per_device = NamedSharding(mesh, PartitionSpec("devices"))
+        self._max = jax.jit(
+            lambda numbers: numbers.max(), out_shardings=NamedSharding(mesh, PartitionSpec())
         )
-        self._last: jax.Array | None = None
+        self._previous: jax.Array | None = None
 
     def __call__(self, number: int) -> int:
         if jax.process_count() == 1:
             return number
-        here = np.full(jax.local_device_count(), number, np.int32)
-        votes = jax.make_array_from_process_local_data(self._cut, here)
-        last, self._last = self._last, self._largest(votes)
-        return 0 if last is None else int(last)
+        local = np.full(jax.local_device_count(), number, np.int32)
+        numbers = jax.make_array_from_process_local_data(self._per_device, local)
+        previous, self._previous = self._previous, self._max(numbers)
+        return 0 if previous is None else int(previous)
 
 
-# What jax's runtime says when another process of the job has gone: gloo (CPU), the coordination
-# service, and the network below them.
-_LOST = ("Gloo", "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "Connection reset", "coordination")
+# Parts of the errors that JAX's runtime raises when another process of the job is gone. They come
+# from gloo (CPU), the coordination service and the network below them.
+_LOST_HOST_MESSAGES = (
+    "Gloo",
+    "UNAVAILABLE",
+    "ABORTED",
+    "DEADLINE_EXCEEDED",
+    "Connection reset",
+    "coordination",
+)
 
 
 def is_lost_host_error(error: BaseException) -> bool:
-    """Whether an error of jax's runtime means that another host is gone."""
+    """Whether an error of JAX's runtime means that another host is gone."""
     return (
         jax.process_count() > 1
         and isinstance(error, jax.errors.JaxRuntimeError)
-        and any(word in str(error) for word in _LOST)
+        and any(message in str(error) for message in _LOST_HOST_MESSAGES)
     )
 
 
-# What a launcher starts again (sysexits.h: EX_TEMPFAIL).
+# Exit code that asks a launcher to start the job again (EX_TEMPFAIL of sysexits.h).
 RETRY_EXIT_CODE = 75
 
 
 def exit_immediately(code: int) -> None:
-    """Ends this process at once: jax's own end waits for hosts that are not there any more."""
+    """Ends this process without JAX's shutdown, which waits for hosts that are gone."""
     os._exit(code)
