@@ -1,4 +1,4 @@
-"""Fills `<mask>` in text: the masked language model as people try it first."""
+"""Predicts the tokens behind `<mask>` in text."""
 
 from __future__ import annotations
 
@@ -23,8 +23,14 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Guess:
-    """One candidate for a mask: its text (with the leading space, if any), id and probability."""
+class MaskPrediction:
+    """One candidate for a mask.
+
+    Attributes:
+        text: the token as text, including its leading space if it has one.
+        id: its id in the vocabulary.
+        probability: of the token at this mask.
+    """
 
     text: str
     id: int
@@ -32,15 +38,15 @@ class Guess:
 
 
 class FillMask:
-    """Guesses what stands behind each `<mask>` of a text.
+    """Predicts the token behind each `<mask>` of a text.
 
     Args:
         params, config: of a masked language model.
-        tokenizer: its own, with `<mask>` as the last id.
-        execution: how to compute.
+        tokenizer: the tokenizer of that model.
+        execution: dtype, attention kernel and other options of the computation.
 
     Raises:
-        InputError: where the tokenizer is not the model's.
+        InputError: if the sizes of the tokenizer and of the model's vocabulary differ.
     """
 
     def __init__(
@@ -63,21 +69,21 @@ class FillMask:
 
     def __call__(
         self, texts: Iterable[str], top_k: int = 5, batch_size: int = 32
-    ) -> Iterator[list[list[Guess]]]:
-        """For each text, for each of its masks, the `top_k` likeliest tokens, likeliest first.
+    ) -> Iterator[list[list[MaskPrediction]]]:
+        """Yields per text, per mask, the `top_k` most likely tokens, most likely first.
 
-        Masks of one text are guessed independently. Streams: reads `batch_size` texts at a time,
-        so that any number of texts takes the same memory.
+        The masks of one text are predicted independently. Reads `batch_size` texts at a time, so
+        memory does not grow with the number of texts.
 
         Raises:
-            InputError: a text without a mask, or longer than the model's positions, by number.
+            InputError: naming the number of a text that has no mask or is too long for the model.
         """
         numbered = enumerate(texts, 1)
         while chunk := list(itertools.islice(numbered, batch_size)):
             yield from self._fill([self._encode(*item) for item in chunk], top_k)
 
-    def problem(self, text: str) -> str | None:
-        """Why a text cannot be filled, in words; None if it can."""
+    def find_problem(self, text: str) -> str | None:
+        """The reason why a text cannot be filled, for messages; None if it can."""
         ids = self._tokenizer.encode(text).ids
         if self._mask_id not in ids:
             return f"has no {MASK_TOKEN} to fill: {text[:60]!r}"
@@ -88,40 +94,41 @@ class FillMask:
         return None
 
     def _encode(self, number: int, text: str) -> list[int]:
-        if problem := self.problem(text):
+        if problem := self.find_problem(text):
             raise InputError(f"text {number}: {problem}")
         return self._tokenizer.encode(text).ids
 
-    def _fill(self, rows: list[list[int]], top_k: int) -> list[list[list[Guess]]]:
-        # Shapes grow by doubling, so that any stream of texts compiles only a handful.
-        L = min(_doubled(max(map(len, rows))), self._config.max_length)
-        M = _doubled(max(row.count(self._mask_id) for row in rows))
-        ids = np.full((_doubled(len(rows)), L), self._config.pad_token_id, np.int32)
+    def _fill(self, texts: list[list[int]], top_k: int) -> list[list[list[MaskPrediction]]]:
+        # Sizes are powers of two, so that few shapes are compiled.
+        L = min(_next_power_of_two(max(map(len, texts))), self._config.max_length)
+        M = _next_power_of_two(max(row.count(self._mask_id) for row in texts))
+        ids = np.full((_next_power_of_two(len(texts)), L), self._config.pad_token_id, np.int32)
         positions = np.zeros((len(ids), M), np.int32)
-        for i, row in enumerate(rows):
+        for i, row in enumerate(texts):
             ids[i, : len(row)] = row
-            places = np.flatnonzero(ids[i] == self._mask_id)
-            positions[i, : len(places)] = places
+            masks = np.flatnonzero(ids[i] == self._mask_id)
+            positions[i, : len(masks)] = masks
         top_k = min(top_k, self._config.vocab_size)
         probabilities, tokens = jax.device_get(
-            _guess(self._module, top_k, self._params, ids, positions)
+            _predict(self._module, top_k, self._params, ids, positions)
         )
         return [
             [
-                [
-                    Guess(self._tokenizer.decode([token], skip_special_tokens=False), token, p)
-                    for token, p in zip(
-                        tokens[i, m].tolist(), probabilities[i, m].tolist(), strict=True
-                    )
-                ]
+                self._predictions(tokens[i, m].tolist(), probabilities[i, m].tolist())
                 for m in range(row.count(self._mask_id))
             ]
-            for i, row in enumerate(rows)
+            for i, row in enumerate(texts)
+        ]
+
+    def _predictions(self, tokens: list[int], probabilities: list[float]) -> list[MaskPrediction]:
+        return [
+            MaskPrediction(self._tokenizer.decode([token], skip_special_tokens=False), token, p)
+            for token, p in zip(tokens, probabilities, strict=True)
         ]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _guess(
+def _predict(
     module: MaskedLM, top_k: int, params: Tree, ids: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Probabilities and ids [B, M, top_k] at the masked positions [B, M] of ids [B, L]."""
@@ -134,6 +141,6 @@ def _guess(
     return jax.lax.top_k(jax.nn.softmax(logits, axis=-1), top_k)
 
 
-def _doubled(n: int) -> int:
+def _next_power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()

@@ -1,10 +1,10 @@
-"""The function as StableHLO: a file that jax, IREE or a PJRT plugin runs without our code.
+"""Export to StableHLO, which jax, IREE and PJRT plugins run without this package.
 
-    <directory>/model.stablehlo       `jax.export`, for cpu, cuda and tpu, any batch and length
-    <directory>/params.safetensors    the parameter tree, float32, under its paths
+    <directory>/model.stablehlo       from `jax.export`; cpu, cuda and tpu, any batch and length
+    <directory>/params.safetensors    the parameter tree, float32, one tensor per path
 
-The parameters are arguments, so that the program stays small and weights can be placed, sharded or
-exchanged by whoever runs it.
+The program takes the parameters as an argument: it stays small, and its caller can place, shard or
+replace the weights.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def forward(
     attention_mask: jax.Array,
     token_type_ids: jax.Array,
 ) -> Outputs:
-    """What is exported: int32 inputs [B, L], or [B, C, L] of choices, to the outputs of the
-    Flax class by name, float32."""
-    found = heads.MODULES[model](config).apply(
+    """The exported function: int32 inputs [B, L], or [B, A, L] for multiple choice, to the float32
+    outputs of the Flax class, by name."""
+    output = heads.MODULES[model](config).apply(
         {"params": params}, input_ids, attention_mask, token_type_ids
     )
     if model == "encoder":
-        return {"last_hidden_state": found.last_hidden_state}
-    head, encoded = found
+        return {"last_hidden_state": output.last_hidden_state}
+    head, encoded = output
     if model == "base":
         return {"last_hidden_state": encoded.last_hidden_state, "pooler_output": head}
     if model == "question_answering":
@@ -58,38 +58,39 @@ def forward(
 def save_stablehlo(
     params: Tree, config: RobertaPreLayerNormConfig, model: str, directory: str | Path
 ) -> None:
-    """Writes both files into a new directory, which appears when it is whole.
+    """Writes both files into a new directory, atomically.
 
     Raises:
-        InputError: where something stands already, or a tree that is not this model's.
+        InputError: if the directory exists, or the tree does not match the model.
     """
     from safetensors.numpy import save_file
 
     directory = Path(directory)
     if directory.exists():
-        raise InputError(f"{directory}: exists already, expected a new place for StableHLO")
+        raise InputError(f"{directory}: exists already, expected a new directory for StableHLO")
     parameters.check(params, config, model)
-    B, *C, L = export.symbolic_shape(
-        "B, C, L" if model == "multiple_choice" else "B, L",
+    input_shape = export.symbolic_shape(
+        "B, A, L" if model == "multiple_choice" else "B, L",
         constraints=[f"L <= {config.max_length}"],
     )
-    rows = jax.ShapeDtypeStruct((B, *C, L), jnp.int32)
-    shapes = {
+    inputs = (jax.ShapeDtypeStruct(input_shape, jnp.int32),) * 3
+    param_specs = {
         path: jax.ShapeDtypeStruct(shape, jnp.float32)
         for path, shape in parameters.shapes(config, model).items()
     }
-    run = jax.jit(partial(forward, config, model))
-    program = export.export(run, platforms=PLATFORMS)(parameters.unflatten(shapes), *(rows,) * 3)
-    flat = {path: np.ascontiguousarray(x) for path, x in parameters.flatten(params).items()}
+    function = jax.jit(partial(forward, config, model))
+    exporter = export.export(function, platforms=PLATFORMS)
+    program = exporter(parameters.unflatten(param_specs), *inputs)
+    tensors = {path: np.ascontiguousarray(x) for path, x in parameters.flatten(params).items()}
     directory.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(directory) as partial_directory:
         partial_directory.mkdir()
         (partial_directory / PROGRAM_NAME).write_bytes(program.serialize())
-        save_file(flat, partial_directory / PARAMS_NAME)
+        save_file(tensors, partial_directory / PARAMS_NAME)
 
 
 def load_stablehlo(directory: str | Path) -> Callable[..., Outputs]:
-    """A function of int32 input_ids, attention_mask and token_type_ids, as `forward` has them."""
+    """The saved function of int32 input_ids, attention_mask and token_type_ids; see `forward`."""
     from safetensors.numpy import load_file
 
     directory = Path(directory)
