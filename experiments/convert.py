@@ -31,7 +31,7 @@ def main(settings: ConvertSettings) -> int:
         check_output(settings)
 
     from bridges.formats.detect import find_tokenizer, open_checkpoint
-    from bridges.verify.conversion import compare
+    from bridges.verify.conversion import verify_conversion
 
     checkpoint = open_checkpoint(input_path(settings), settings.head)
     describe(checkpoint)
@@ -39,25 +39,25 @@ def main(settings: ConvertSettings) -> int:
         for problem in checkpoint.problems:
             print(f"refused: {problem}")
         return 0
-    tree = checkpoint.tree()
-    tokenizer, remark = find_tokenizer(checkpoint)
-    print(remark)
+    params = checkpoint.to_params()
+    tokenizer, note = find_tokenizer(checkpoint)
+    print(note)
     dtype = checkpoint.stored_dtype if settings.dtype == "stored" else settings.dtype
     output = Path(settings.output or "")
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(output) as partial:
         partial.mkdir()
-        head = write(partial, settings.to, tree, checkpoint, tokenizer, dtype)
+        head = write(partial, settings.to, params, checkpoint, tokenizer, dtype)
         exact = dtype in ("float32", checkpoint.stored_dtype)
-        agreement = compare(checkpoint, tree, partial, tokenizer, exact, head)
-    same = "every weight is the same" if agreement.weights == 0 else (
-        f"weights differ by at most {agreement.weights:.1e}"
+        errors = verify_conversion(checkpoint, params, partial, tokenizer, exact, head)
+    same = "every weight is the same" if errors.weights == 0 else (
+        f"weights differ by at most {errors.weights:.1e}"
     )  # fmt: skip
     print(
         f"input and output, each run in float64 by its own names: relative error "
-        f"{agreement.float64:.1e} on {agreement.tokens} tokens; {same}"
+        f"{errors.float64:.1e} on {errors.num_tokens} tokens; {same}"
     )
-    print(f"this package's model in float32 against the input: {agreement.float32:.1e}")
+    print(f"this package's model in float32 against the input: {errors.float32:.1e}")
     print(f"written: {output} ({dtype})")
     return 0
 
@@ -82,7 +82,7 @@ def describe(checkpoint: Checkpoint) -> None:
     from prelnroberta.params import parameter_count
 
     config = checkpoint.config
-    print(f"input: {checkpoint.form}, {checkpoint.source}")
+    print(f"input: {checkpoint.format}, {checkpoint.path}")
     if config is not None:
         print(
             f"architecture: {config.num_hidden_layers} layers of {config.hidden_size}, "
@@ -93,19 +93,19 @@ def describe(checkpoint: Checkpoint) -> None:
         print(f"parameters: {parameter_count(config, checkpoint.model):,} as {checkpoint.model}")
         tied = "tied to" if config.tie_word_embeddings else "untied from"
         print(f"vocabulary: {config.vocab_size:,} tokens; output {tied} the word table")
-    stored = ", ".join(f"{count:,} {dtype}" for dtype, count in checkpoint.dtypes.items())
+    stored = ", ".join(f"{count:,} {dtype}" for dtype, count in checkpoint.dtype_counts.items())
     print(f"stored: {stored or 'nothing'}")
     print(f"heads: {', '.join(checkpoint.heads) or 'none'}; norms: {checkpoint.norms}")
     for dropped in checkpoint.dropped:
         print(f"dropped: {dropped}")
-    for remark in checkpoint.remarks:
-        print(f"note: {remark}")
+    for note in checkpoint.notes:
+        print(f"note: {note}")
 
 
 def write(
     directory: Path,
     to: str,
-    tree: dict,
+    params: dict,
     checkpoint: Checkpoint,
     tokenizer: tokenizers.Tokenizer | None,
     dtype: str,
@@ -113,17 +113,17 @@ def write(
     """Writes the files into an empty directory; returns the name of the head, for fairseq's."""
     config, model = checkpoint.config, checkpoint.model
     if to == "fairseq":
-        from bridges.formats.fairseq import writing
+        from bridges.formats.fairseq import writer
 
-        writing.save(directory, tree, config, model, tokenizer, dtype)
-        for remark in writing.remarks(tree, config, model):
-            print(f"note: {remark}")
-        return writing.HEAD if model == "sequence_classification" else None
+        writer.save_checkpoint(directory, params, config, model, tokenizer, dtype)
+        for note in writer.conversion_notes(params, config, model):
+            print(f"note: {note}")
+        return writer.HEAD_NAME if model == "sequence_classification" else None
 
     from prelnroberta.data.tokenizer import save_tokenizer
     from prelnroberta.pretrained.hf_checkpoint import save_pretrained
 
-    save_pretrained(directory, tree, config, model, dtype=dtype)
+    save_pretrained(directory, params, config, model, dtype=dtype)
     if tokenizer is not None:
         save_tokenizer(tokenizer, directory, config.max_length)
     return None

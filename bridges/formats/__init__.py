@@ -1,1 +1,1 @@
-"""Checkpoint formats of other libraries, read and written."""
+"""Readers and writers for the checkpoint formats of other libraries."""

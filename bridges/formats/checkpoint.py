@@ -1,4 +1,4 @@
-"""What a foreign checkpoint holds, whatever its form: the common ground of readers and writers."""
+"""`Checkpoint`: the common result of reading any foreign format."""
 
 from __future__ import annotations
 
@@ -11,81 +11,107 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from bridges.verify.float64_reference import Original
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 from prelnroberta.pretrained import hf_checkpoint
 
-FLOATS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)))
+FLOAT_DTYPES = tuple(map(np.dtype, (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)))
+
+
+@dataclasses.dataclass(frozen=True)
+class OriginalModel:
+    """The model under the names of its file: all that `Float64Reference` needs to run it.
+
+    Attributes:
+        tensors: by the file's own names; anything that numpy can read.
+        naming: "fairseq" or "transformers", the scheme of these names.
+        num_heads: attention heads.
+        layer_norm_eps: epsilon of every LayerNorm.
+        hidden_act: activation of the MLP, by the file's name for it.
+        lm_head_act: activation of the LM head.
+        pad_token_id: id of padding.
+        is_causal: whether each token attends only to itself and earlier ones.
+        head: name of the classification head to run.
+    """
+
+    tensors: Mapping[str, Any]
+    naming: str
+    num_heads: int
+    layer_norm_eps: float
+    hidden_act: str
+    lm_head_act: str = "gelu"
+    pad_token_id: int = 1
+    is_causal: bool = False
+    head: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as it was found, and as transformers would name it.
+    """A checkpoint as found on disk, with its tensors under transformers' names.
 
     Attributes:
-        form: in words, for the reader of a report.
-        source: its file.
-        state: tensors by transformers' names; read when they are used.
-        config: None where the file does not say enough to make one.
-        model: of `params.MODELS`.
-        heads: all that stands on the encoder, by the file's names.
-        norms: how many LayerNorms of which kind, in words.
-        dropped: in words, what of the file has no place here.
-        remarks: in words, what the owner should know.
-        problems: why it is not this model, or cannot be read. Empty: it can be converted.
-        original: the same model by the file's own names, where its maths can be run.
+        format: description of the format.
+        path: file that was read.
+        tensors: by transformers' names; data is read on use.
+        config: None if the file does not determine one.
+        model: one of `params.MODELS`.
+        heads: every head in the file, by the file's names.
+        norms: description of its LayerNorms: where and how many.
+        dropped: descriptions of what the conversion leaves out.
+        notes: descriptions of what else the user should know.
+        problems: reasons why it is not this model or cannot be read; empty if it can be converted.
+        original: the same model under the file's own names; None if it cannot be run.
     """
 
-    form: str
-    source: Path
-    state: Mapping[str, Any]
+    format: str
+    path: Path
+    tensors: Mapping[str, Any]
     config: RobertaPreLayerNormConfig | None
     model: str
     heads: tuple[str, ...]
     norms: str
     dropped: tuple[str, ...] = ()
-    remarks: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
-    original: Original | None = None
+    original: OriginalModel | None = None
 
     @property
-    def dtypes(self) -> dict[str, int]:
-        """Numbers stored in each dtype."""
+    def dtype_counts(self) -> dict[str, int]:
+        """Number of elements stored in each dtype."""
         counts: dict[str, int] = {}
-        for value in self.state.values():
+        for value in self.tensors.values():
             counts[str(value.dtype)] = counts.get(str(value.dtype), 0) + math.prod(value.shape)
         return counts
 
     @property
     def stored_dtype(self) -> str:
         """The narrowest of float32, float16 and bfloat16 that holds all its tensors exactly."""
-        found = {name for name in self.dtypes if np.dtype(name) in FLOATS}
-        return found.pop() if found in ({"float16"}, {"bfloat16"}) else "float32"
+        floats = {name for name in self.dtype_counts if np.dtype(name) in FLOAT_DTYPES}
+        return floats.pop() if floats in ({"float16"}, {"bfloat16"}) else "float32"
 
-    def tree(self) -> parameters.Tree:
-        """The parameter tree, float32 numpy.
+    def to_params(self) -> parameters.Tree:
+        """Returns the parameter tree, in float32 numpy.
 
         Raises:
-            InputError: what `problems` lists, all at once; a tensor that is missing, unexpected,
-                mis-shaped or not finite.
+            InputError: all of `problems` in one message; a tensor that is missing, unexpected,
+                of the wrong shape or not finite.
         """
         if self.problems:
-            raise InputError(f"{self.source}: " + "; ".join(self.problems))
-        if strange := [n for n, v in self.state.items() if np.dtype(v.dtype) not in FLOATS]:
-            raise InputError(f"{self.source}: {some(strange)} quantized or not weights at all")
-        return hf_checkpoint.from_tensors(self.state, self.config, self.model, str(self.source))
+            raise InputError(f"{self.path}: " + "; ".join(self.problems))
+        if bad := [n for n, v in self.tensors.items() if np.dtype(v.dtype) not in FLOAT_DTYPES]:
+            raise InputError(f"{self.path}: {shorten_list(bad)} quantized or not weights at all")
+        return hf_checkpoint.from_state_dict(self.tensors, self.config, self.model, str(self.path))
 
 
-def some(names: Iterable[str], most: int = 4) -> str:
-    """A list that stays a line."""
+def shorten_list(names: Iterable[str], limit: int = 4) -> str:
+    """Joins the first `limit` of the sorted names and counts the rest."""
     names = sorted(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest
 
 
-def count_layers(names: Iterable[str], before: str) -> int:
-    """How many N there are of names `{before}N.`."""
-    after = (name.removeprefix(before) for name in names if name.startswith(before))
-    return len({n for n, _, _ in (rest.partition(".") for rest in after) if n.isdecimal()})
+def count_layers(names: Iterable[str], prefix: str) -> int:
+    """Counts the distinct layer numbers N among names that begin with `{prefix}N.`."""
+    suffixes = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
+    return len({n for n, _, _ in (suffix.partition(".") for suffix in suffixes) if n.isdecimal()})

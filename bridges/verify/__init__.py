@@ -1,1 +1,1 @@
-"""Numerical checks: parity of the frameworks, and of a conversion."""
+"""Numerical checks of a conversion and of the frameworks' agreement."""

@@ -1,26 +1,27 @@
-"""The model in float64 numpy, over a checkpoint's own names: what a conversion is held to.
+"""The model in float64 numpy, on a checkpoint's own tensor names: the reference for conversions.
 
-Written from the descriptions of fairseq's encoder (fairseq/models/transformer/
-transformer_encoder.py and modules/transformer_layer.py with normalize_before) and of transformers'
-`modeling_roberta_prelayernorm.py`, and sharing nothing with the conversion: neither its name table,
-nor its transposes, nor jax.
+Written after fairseq's encoder (fairseq/models/transformer/transformer_encoder.py and
+modules/transformer_layer.py with normalize_before) and transformers'
+`modeling_roberta_prelayernorm.py`. It shares nothing with the conversion: no name table, no
+transposes, no jax.
 
     B batch  L length  D hidden  H heads  K head dim  F mlp  V vocab
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from bridges.formats.checkpoint import OriginalModel
+
 Array = np.ndarray
 
-# Where a tensor may be in a file, most recent first. {n} is the layer, {weight} is weight or bias,
-# {w} is w or b, {head} the name of a classification head.
-FAIRSEQ = {
+# Module -> its possible names in a file, most recent first. {n} is the layer, {weight} is weight or
+# bias, {w} is w or b, {head} the name of a classification head.
+_FAIRSEQ_NAMES = {
     "word": ("encoder.sentence_encoder.embed_tokens.weight",),
     "position": ("encoder.sentence_encoder.embed_positions.weight",),
     "embedding_norm": (
@@ -64,7 +65,7 @@ FAIRSEQ = {
     "classifier_dense": ("classification_heads.{head}.dense.{weight}",),
     "classifier_output": ("classification_heads.{head}.out_proj.{weight}",),
 }
-TRANSFORMERS = {
+_TRANSFORMERS_NAMES = {
     "word": ("embeddings.word_embeddings.weight",),
     "position": ("embeddings.position_embeddings.weight",),
     "token_type": ("embeddings.token_type_embeddings.weight",),
@@ -87,6 +88,7 @@ TRANSFORMERS = {
     "classifier_output": ("classifier.out_proj.{weight}", "classifier.{weight}"),
     "span": ("qa_outputs.{weight}",),
 }
+NAMES = {"fairseq": _FAIRSEQ_NAMES, "transformers": _TRANSFORMERS_NAMES}
 _PREFIXES = ("", "roberta_prelayernorm.", "roberta.")
 
 
@@ -118,41 +120,23 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Original:
-    """A model as its file has it.
+class Float64Reference:
+    """Runs the model of a checkpoint in float64, from the file's own tensors."""
 
-    Attributes:
-        tensors: by the file's own names; anything numpy can read.
-        names: FAIRSEQ or TRANSFORMERS.
-        H: heads.
-        eps: of every norm.
-        activation: of the MLP, by the file's name for it.
-        head_activation: of the LM head.
-        pad: the id of padding.
-        causal: whether no token sees a later one.
-        head: which classification head.
-    """
-
-    tensors: Mapping[str, Any]
-    names: Mapping[str, tuple[str, ...]]
-    H: int
-    eps: float
-    activation: str
-    head_activation: str = "gelu"
-    pad: int = 1
-    causal: bool = False
-    head: str | None = None
+    def __init__(self, model: OriginalModel):
+        self.model = model
+        self.names = NAMES[model.naming]
 
     def __call__(self, model: str, ids: Array) -> Array:
-        """What a model of `params.MODELS` gives for ids [B, L], in float64.
+        """Runs one model of `params.MODELS` on ids [B, L].
 
-        Logits [B, L, V], [B, L, C] (token classes, spans), [B, C] or [B, 1] (a choice's score),
-        the pooled [B, D] of `base`, the hidden states [B, L, D] of `encoder`.
+        Returns:
+            Logits [B, L, V], [B, L, C] (token classes, spans), [B, C] or [B, 1] (a choice's score);
+            for "base" the pooled output [B, D], for "encoder" the hidden states [B, L, D].
         """
         hidden = self.encode(ids)
         if model in ("masked_lm", "causal_lm"):
-            return self.vocabulary(hidden)
+            return self.lm_head(hidden)
         if model == "encoder":
             return hidden
         if model == "question_answering":
@@ -166,74 +150,78 @@ class Original:
         return pooled if model == "base" else self.dense("classifier_output", pooled)
 
     def encode(self, ids: Array) -> Array:
-        """ids [B, L] -> [B, L, D], after the final norm."""
-        real = ids != self.pad
-        positions = np.cumsum(real, axis=-1) * real + self.pad
-        x = self.rows("word", ids) + self.rows("position", positions)
+        """ids [B, L] -> hidden states [B, L, D], after the final norm."""
+        mask = ids != self.model.pad_token_id
+        positions = np.cumsum(mask, axis=-1) * mask + self.model.pad_token_id
+        x = self.embed("word", ids) + self.embed("position", positions)
         if self.find("token_type") is not None:
-            x = x + self.rows("token_type", np.zeros_like(ids))
+            x = x + self.embed("token_type", np.zeros_like(ids))
         x = self.norm("embedding_norm", x)
-        visible = np.broadcast_to(real[:, None, None, :], (*real.shape[:1], 1, *2 * ids.shape[1:]))
-        if self.causal:
+        visible = np.broadcast_to(mask[:, None, None, :], (*mask.shape[:1], 1, *2 * ids.shape[1:]))
+        if self.model.is_causal:
             visible = visible & np.tri(ids.shape[1], dtype=bool)
+        activation = ACTIVATIONS[self.model.hidden_act]
         n = 0
         while self.find("mlp_input", n=n) is not None:
-            x = x + self.attend(n, self.norm("attention_norm", x, n), visible)
+            x = x + self.attention(n, self.norm("attention_norm", x, n), visible)
             inner = self.dense("mlp_input", self.norm("mlp_norm", x, n), n)
-            x = x + self.dense("mlp_output", ACTIVATIONS[self.activation](inner), n)
+            x = x + self.dense("mlp_output", activation(inner), n)
             n += 1
         return self.norm("final_norm", x)
 
-    def attend(self, n: int, x: Array, visible: Array) -> Array:
+    def attention(self, n: int, x: Array, visible: Array) -> Array:
         """x [B, L, D], visible [B, 1, L, L] -> [B, L, D]."""
         B, L, D = x.shape
+        H = self.model.num_heads
         if self.find("qkv", n=n) is not None:
-            parts = np.split(self.dense("qkv", x, n), 3, axis=-1)
+            projections = np.split(self.dense("qkv", x, n), 3, axis=-1)
         else:
-            parts = [self.dense(name, x, n) for name in "qkv"]
-        q, k, v = (part.reshape(B, L, self.H, -1).swapaxes(1, 2) for part in parts)
-        scores = q @ k.swapaxes(-1, -2) / np.sqrt(D / self.H)
+            projections = [self.dense(name, x, n) for name in "qkv"]
+        q, k, v = (p.reshape(B, L, H, -1).swapaxes(1, 2) for p in projections)
+        scores = q @ k.swapaxes(-1, -2) / np.sqrt(D / H)
         scores = np.where(visible, scores, -1e300)
-        scores = np.exp(scores - scores.max(-1, keepdims=True))
-        mixed = scores / scores.sum(-1, keepdims=True) @ v
-        return self.dense("attention_output", mixed.swapaxes(1, 2).reshape(B, L, D), n)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        context = weights / weights.sum(-1, keepdims=True) @ v
+        return self.dense("attention_output", context.swapaxes(1, 2).reshape(B, L, D), n)
 
-    def vocabulary(self, hidden: Array) -> Array:
-        x = ACTIVATIONS[self.head_activation](self.dense("lm_dense", hidden))
+    def lm_head(self, hidden: Array) -> Array:
+        """hidden [B, L, D] -> logits [B, L, V]."""
+        x = ACTIVATIONS[self.model.lm_head_act](self.dense("lm_dense", hidden))
         x = self.norm("lm_norm", x)
         table = self.find("lm_output")
         table = np.asarray(self.find("word") if table is None else table)
-        # In slices: a whole vocabulary in float64 is 400 MB.
+        # In slices, because a whole vocabulary in float64 takes 400 MB.
         slices = [x @ np.float64(table[i : i + 4096]).T for i in range(0, len(table), 4096)]
-        return np.concatenate(slices, axis=-1) + self.array("lm_bias")
+        return np.concatenate(slices, axis=-1) + self.tensor("lm_bias")
 
-    def norm(self, where: str, x: Array, n: int | None = None) -> Array:
+    def norm(self, module: str, x: Array, n: int | None = None) -> Array:
         centred = x - x.mean(-1, keepdims=True)
-        scale = np.sqrt((centred**2).mean(-1, keepdims=True) + self.eps)
-        return centred / scale * self.array(where, "weight", n) + self.array(where, "bias", n)
+        scale = np.sqrt((centred**2).mean(-1, keepdims=True) + self.model.layer_norm_eps)
+        return centred / scale * self.tensor(module, "weight", n) + self.tensor(module, "bias", n)
 
-    def dense(self, where: str, x: Array, n: int | None = None) -> Array:
-        return x @ self.array(where, "weight", n).T + self.array(where, "bias", n)
+    def dense(self, module: str, x: Array, n: int | None = None) -> Array:
+        return x @ self.tensor(module, "weight", n).T + self.tensor(module, "bias", n)
 
-    def rows(self, where: str, ids: Array) -> Array:
-        return np.float64(np.asarray(self.find(where))[ids])
+    def embed(self, module: str, ids: Array) -> Array:
+        return np.float64(np.asarray(self.find(module))[ids])
 
-    def array(self, where: str, leaf: str = "weight", n: int | None = None) -> Array:
-        found = self.find(where, leaf, n)
+    def tensor(self, module: str, leaf: str = "weight", n: int | None = None) -> Array:
+        """A tensor in float64."""
+        found = self.find(module, leaf, n)
         if found is None:
-            raise KeyError(f"{where} {leaf} of layer {n}")
+            raise KeyError(f"{module} {leaf} of layer {n}")
         return np.asarray(found).astype(np.float64)
 
-    def find(self, where: str, leaf: str = "weight", n: int | None = None) -> Any:
+    def find(self, module: str, leaf: str = "weight", n: int | None = None) -> Any:
         """The tensor under the first of its possible names that the file has, or None."""
-        for template in self.names.get(where, ()):
-            name = template.format(n=n, weight=leaf, w=leaf[0], head=self.head)
-            for candidate in self.spellings(name):
-                if candidate in self.tensors:
-                    return self.tensors[candidate]
+        for template in self.names.get(module, ()):
+            name = template.format(n=n, weight=leaf, w=leaf[0], head=self.model.head)
+            for candidate in self.with_prefixes(name):
+                if candidate in self.model.tensors:
+                    return self.model.tensors[candidate]
         return None
 
-    def spellings(self, name: str) -> list[str]:
-        if self.names is FAIRSEQ:
+    def with_prefixes(self, name: str) -> list[str]:
+        if self.model.naming == "fairseq":
             return [name, name.replace("encoder.", "decoder.", 1)]
         return [prefix + name for prefix in _PREFIXES]

@@ -3,17 +3,20 @@
 import json
 import os
 
+import pytest
 import torch
 import transformers
 
 from bridges.formats.detect import open_checkpoint
-from bridges.formats.fairseq import writing
+from bridges.formats.fairseq import writer
 from prelnroberta.data.tokenizer import train_tokenizer
 from tests.helpers.foreign_checkpoints import V, checkpoint, fairseq_state
 from tests.helpers.programs import call, error_line
 from tests.helpers.small_models import random_params
 from tests.helpers.tolerances import assert_same_params
 from tests.helpers.transformers_files import FILE_CONFIG
+
+pytestmark = [pytest.mark.torch, pytest.mark.tensorflow, pytest.mark.oracle]
 
 # Refusals.
 
@@ -46,7 +49,7 @@ def test_fairseq_to_a_folder_and_back(tmp_path):
     config = FILE_CONFIG.replace(vocab_size=tokenizer.get_vocab_size())
     tree = random_params(config)
     tree["embeddings"]["token_type"] *= 0
-    writing.save(source, tree, config, "masked_lm", tokenizer, "float16")
+    writer.save_checkpoint(source, tree, config, "masked_lm", tokenizer, "float16")
 
     said = convert(input=source / "model.pt", output=tmp_path / "a" / "model")
     assert "fairseq checkpoint (roberta_base, settings in args)" in said
@@ -71,7 +74,7 @@ def test_precision_as_asked(tmp_path):
     torch.save(checkpoint(fairseq_state({"rte": 2})), tmp_path / "checkpoint_best.pt")
     output = tmp_path / "out"
     said = convert(input=tmp_path, output=output, head="rte", dtype="bfloat16")
-    assert set(open_checkpoint(output).dtypes) == {"bfloat16"}
+    assert set(open_checkpoint(output).dtype_counts) == {"bfloat16"}
     assert "as sequence_classification" in said and "dropped: other heads" in said
     assert 1e-4 < errors_in(said)[0] < 2e-2
     assert json.loads((output / "config.json").read_text())["architectures"] == [
@@ -79,8 +82,10 @@ def test_precision_as_asked(tmp_path):
     ]
     back = tmp_path / "back"
     said = convert(input=output, output=back, to="fairseq")
-    assert errors_in(said)[0] < 1e-12 and f"the head is called {writing.HEAD}" in said
-    assert_same_params(open_checkpoint(back, writing.HEAD).tree(), open_checkpoint(output).tree())
+    assert errors_in(said)[0] < 1e-12 and f"the head is called {writer.HEAD_NAME}" in said
+    assert_same_params(
+        open_checkpoint(back, writer.HEAD_NAME).to_params(), open_checkpoint(output).to_params()
+    )
 
 
 def test_describe_writes_nothing(tmp_path):

@@ -1,1 +1,1 @@
-"""fairseq and DinkyTrain checkpoints <-> the parameter tree; see README.md."""
+"""Reads and writes fairseq and DinkyTrain checkpoints; see README.md."""

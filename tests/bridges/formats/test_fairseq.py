@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from bridges.formats.detect import find_tokenizer, open_checkpoint
-from bridges.formats.fairseq import writing
-from bridges.verify.conversion import compare
+from bridges.formats.fairseq import writer
+from bridges.verify.conversion import verify_conversion
+from bridges.verify.float64_reference import Float64Reference
 from prelnroberta import FlaxRobertaPreLayerNormForMaskedLM as FlaxMaskedLM
 from prelnroberta import FlaxRobertaPreLayerNormForSequenceClassification as FlaxClassifier
 from prelnroberta import FlaxRobertaPreLayerNormModel, InputError
@@ -29,6 +30,8 @@ from tests.helpers.foreign_checkpoints import (
 )
 from tests.helpers.small_models import random_params
 from tests.helpers.tolerances import assert_close
+
+pytestmark = pytest.mark.torch
 
 IDS = ragged_ids()
 REAL = IDS != 1
@@ -67,7 +70,7 @@ def _without(whole, name):
 
 def flax_output(cls, found, **options):
     model = cls(found.config, _do_init=False, **options)
-    model.params = found.tree()
+    model.params = found.to_params()
     return model(IDS, attention_mask=REAL.astype(int))
 
 
@@ -79,9 +82,11 @@ def test_every_form_is_fairseqs_function(form, tmp_path):
     assert found.problems == () and found.model == "masked_lm"
     assert found.heads == ("masked_lm", "mnli", "stsb")
     expected = run_fairseq(STATE, IDS)[REAL]
-    np.testing.assert_allclose(found.original("masked_lm", IDS)[REAL], expected, atol=1e-12)
+    np.testing.assert_allclose(
+        Float64Reference(found.original)("masked_lm", IDS)[REAL], expected, atol=1e-12
+    )
     assert_close(flax_output(FlaxMaskedLM, found).logits[REAL], expected, form)
-    assert open_checkpoint(tmp_path).source.parent == tmp_path
+    assert open_checkpoint(tmp_path).path.parent == tmp_path
 
 
 def test_config_says_what_the_checkpoint_says(tmp_path):
@@ -95,7 +100,7 @@ def test_config_says_what_the_checkpoint_says(tmp_path):
 def test_half_precision_is_kept(tmp_path):
     half = {name: value.half() for name, value in STATE.items()}
     found = open_checkpoint(saved(tmp_path / "half.pt", plain(half)))
-    assert found.stored_dtype == "float16" and set(found.dtypes) == {"float16"}
+    assert found.stored_dtype == "float16" and set(found.dtype_counts) == {"float16"}
     expected = run_fairseq(half, IDS)[REAL]
     assert_close(flax_output(FlaxMaskedLM, found).logits[REAL], expected, "half")
     mixed = {**half, S + "layer_norm.weight": STATE[S + "layer_norm.weight"]}
@@ -222,7 +227,7 @@ def test_what_is_another_function_is_refused_by_name(case, tmp_path):
     state |= change if isinstance(change, dict) else {}
     path = saved(tmp_path / "a.pt", checkpoint(state, **changed_settings))
     with pytest.raises(InputError) as error:
-        open_checkpoint(path, head).tree()
+        open_checkpoint(path, head).to_params()
     line = str(error.value)
     assert said in line and str(path) in line and "\n" not in line, line
 
@@ -257,15 +262,15 @@ def test_files_that_say_too_little(tmp_path):
 
 def test_shards_must_be_all_there(tmp_path):
     files = save_shards(tmp_path / "checkpoint_last.pt", plain(STATE), 4)
-    whole = open_checkpoint(tmp_path / "checkpoint_last.pt").tree()
-    expected = open_checkpoint(saved(tmp_path / "a.pt", plain(STATE))).tree()
+    whole = open_checkpoint(tmp_path / "checkpoint_last.pt").to_params()
+    expected = open_checkpoint(saved(tmp_path / "a.pt", plain(STATE))).to_params()
     for path, leaf in parameters.flatten(whole).items():
         np.testing.assert_array_equal(leaf, parameters.flatten(expected)[path], err_msg=path)
     files[3].unlink()
-    with pytest.raises(InputError, match="3 shards do not make a whole"):
+    with pytest.raises(InputError, match="3 shards do not fit together"):
         open_checkpoint(tmp_path / "checkpoint_last.pt")
     files[1].unlink()
-    with pytest.raises(InputError, match=r"shard1\.pt is not beside it"):
+    with pytest.raises(InputError, match=r"shard1\.pt is not next to it"):
         open_checkpoint(files[2])
 
 
@@ -274,8 +279,8 @@ def test_shards_must_be_all_there(tmp_path):
 
 def written(tmp_path, found, tree=None, **options):
     tmp_path.mkdir()
-    tree = found.tree() if tree is None else tree
-    writing.save(tmp_path, tree, found.config, found.model, **options)
+    tree = found.to_params() if tree is None else tree
+    writer.save_checkpoint(tmp_path, tree, found.config, found.model, **options)
     return torch.load(tmp_path / "model.pt", weights_only=False)
 
 
@@ -289,7 +294,9 @@ def test_there_and_back_is_exact(dtype, tmp_path):
     for name in state.keys() - {S + "version"}:
         assert back["model"][name].dtype == state[name].dtype, name
         assert torch.equal(back["model"][name], state[name]), name
-    assert compare(found, found.tree(), tmp_path / "out", None, exact=True).weights == 0
+    assert (
+        verify_conversion(found, found.to_params(), tmp_path / "out", None, exact=True).weights == 0
+    )
     with torch.serialization.safe_globals([argparse.Namespace]):
         torch.load(tmp_path / "out" / "model.pt", weights_only=True)
 
@@ -298,12 +305,13 @@ def test_a_classifier_goes_back_with_a_named_head(tmp_path):
     found = open_checkpoint(saved(tmp_path / "a.pt", plain(STATE)), "mnli")
     state = written(tmp_path / "out", found)["model"]
     assert state.keys() - STATE.keys() == {
-        f"classification_heads.{writing.HEAD}.{leaf}"
+        f"classification_heads.{writer.HEAD_NAME}.{leaf}"
         for leaf in ("dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias")
     }
-    again = open_checkpoint(tmp_path / "out", writing.HEAD)
+    again = open_checkpoint(tmp_path / "out", writer.HEAD_NAME)
     np.testing.assert_allclose(
-        again.original("sequence_classification", IDS), found.original(found.model, IDS)
+        Float64Reference(again.original)("sequence_classification", IDS),
+        Float64Reference(found.original)(found.model, IDS),
     )
 
 
@@ -312,8 +320,8 @@ def test_token_type_is_folded_into_positions(tmp_path):
     config = found.config.replace(type_vocab_size=2)
     tree = random_params(config)
     (tmp_path / "out").mkdir()
-    writing.save(tmp_path / "out", tree, config, "masked_lm")
-    assert len(writing.remarks(tree, config, "masked_lm")) == 2
+    writer.save_checkpoint(tmp_path / "out", tree, config, "masked_lm")
+    assert len(writer.conversion_notes(tree, config, "masked_lm")) == 2
     state = torch.load(tmp_path / "out" / "model.pt", weights_only=False)["model"]
     ours = FlaxMaskedLM(config, _do_init=False)
     ours.params = tree
@@ -334,9 +342,9 @@ def test_token_type_is_folded_into_positions(tmp_path):
 def test_what_fairseq_has_no_place_for(changes, said, tmp_path):
     config = open_checkpoint(saved(tmp_path / "a.pt", plain(STATE))).config.replace(**changes)
     with pytest.raises(InputError, match=said):
-        writing.save(tmp_path, random_params(config), config, "masked_lm")
+        writer.save_checkpoint(tmp_path, random_params(config), config, "masked_lm")
     with pytest.raises(InputError, match="question_answering"):
-        writing.save(tmp_path, {}, config, "question_answering")
+        writer.save_checkpoint(tmp_path, {}, config, "question_answering")
     assert not (tmp_path / "model.pt").exists()
 
 
@@ -347,8 +355,8 @@ def test_dictionary_of_another_model_is_refused(tmp_path):
     found = open_checkpoint(saved(tmp_path / "a.pt", plain(STATE)))
     dictionary = tmp_path / "dict.txt"
     dictionary.write_text("".join(f"{i} 1\n" for i in range(V - 5)))
-    tokenizer, remark = find_tokenizer(found)
-    assert tokenizer is None and "encoder.json" in remark
+    tokenizer, note = find_tokenizer(found)
+    assert tokenizer is None and "encoder.json" in note
     dictionary.write_text("".join(f"{i} 1\n" for i in range(V - 5)) + "<mask> 1\n")
     find_tokenizer(found)
     dictionary.write_text("".join(f"{i} 1\n" for i in range(V - 4)))
@@ -363,7 +371,7 @@ def test_tokenizer_survives_the_trip(rows, tmp_path):
     found = open_checkpoint(saved(tmp_path / "a.pt", plain(STATE)))
     config = found.config.replace(vocab_size=tokenizer.get_vocab_size() + rows)
     (tmp_path / "out").mkdir()
-    writing.save(tmp_path / "out", random_params(config), config, "masked_lm", tokenizer)
+    writer.save_checkpoint(tmp_path / "out", random_params(config), config, "masked_lm", tokenizer)
     back, _ = find_tokenizer(open_checkpoint(tmp_path / "out"))
     if rows == 0:
         assert back.get_vocab() == tokenizer.get_vocab() and load_tokenizer(tmp_path / "out")

@@ -14,7 +14,8 @@ import torch
 import transformers
 
 from bridges.formats.detect import open_checkpoint
-from bridges.verify.conversion import compare
+from bridges.verify.conversion import verify_conversion
+from bridges.verify.float64_reference import Float64Reference
 from prelnroberta.config import ARCHITECTURES
 from prelnroberta.errors import InputError
 from prelnroberta.pretrained import hf_checkpoint
@@ -32,6 +33,8 @@ from tests.helpers.transformers_files import (
     write_h5,
 )
 
+pytestmark = [pytest.mark.torch, pytest.mark.tensorflow, pytest.mark.oracle]
+
 MODELS = {
     **dict.fromkeys(("encoder", "base", "masked_lm", "multiple_choice"), FILE_CONFIG),
     "sequence_classification": FILE_CONFIG.replace(num_labels=3),
@@ -47,12 +50,12 @@ def test_every_form_gives_the_tree(form, tmp_path):
     FILE_FORMS[form](tmp_path, tensors_of())
     found = open_checkpoint(tmp_path)
     assert found.problems == () and found.model == "masked_lm" and found.stored_dtype == "float32"
-    assert_same_params(found.tree(), FILE_PARAMS)
+    assert_same_params(found.to_params(), FILE_PARAMS)
     assert ("which nothing uses" in " ".join(found.dropped)) == (form == "princeton-nlp")
     assert "torch_dtype" not in found.config.extra
-    assert_same_params(open_checkpoint(found.source).tree(), FILE_PARAMS)
+    assert_same_params(open_checkpoint(found.path).to_params(), FILE_PARAMS)
     encoder = open_checkpoint(tmp_path, "none")
-    assert encoder.model == "encoder" and encoder.tree().keys() == {"embeddings", "encoder"}
+    assert encoder.model == "encoder" and encoder.to_params().keys() == {"embeddings", "encoder"}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -65,9 +68,9 @@ def test_every_model_is_recognised_and_run(model, tmp_path):
     found = open_checkpoint(tmp_path)
     assert found.model == model and found.problems == ()
     (tmp_path / "out").mkdir()
-    hf_checkpoint.save_pretrained(tmp_path / "out", found.tree(), found.config, found.model)
-    agreement = compare(found, found.tree(), tmp_path / "out", None, exact=True)
-    assert agreement.weights == 0 and agreement.float64 < 1e-14 and agreement.float32 < 2e-6
+    hf_checkpoint.save_pretrained(tmp_path / "out", found.to_params(), found.config, found.model)
+    errors = verify_conversion(found, found.to_params(), tmp_path / "out", None, exact=True)
+    assert errors.weights == 0 and errors.float64 < 1e-14 and errors.float32 < 2e-6
 
     cls = getattr(transformers, ARCHITECTURES[model])
     options = {"add_pooling_layer": False} if model == "encoder" else {}
@@ -88,7 +91,7 @@ def test_every_model_is_recognised_and_run(model, tmp_path):
         expected = output[0]
     whole = mask.astype(bool) if expected.shape[:2] == mask.shape else mask[:, 0].astype(bool)
     np.testing.assert_allclose(
-        found.original(model, ids)[whole], expected.numpy()[whole], atol=1e-10
+        Float64Reference(found.original)(model, ids)[whole], expected.numpy()[whole], atol=1e-10
     )
 
 
@@ -101,11 +104,13 @@ def test_precision_is_stored_or_chosen(dtype, tmp_path):
     found = open_checkpoint(tmp_path)
     assert found.stored_dtype == dtype
     (tmp_path / "out").mkdir()
-    hf_checkpoint.save_pretrained(tmp_path / "out", found.tree(), FILE_CONFIG, dtype=dtype)
+    hf_checkpoint.save_pretrained(tmp_path / "out", found.to_params(), FILE_CONFIG, dtype=dtype)
     again = open_checkpoint(tmp_path / "out")
-    assert set(again.dtypes) == {dtype}
+    assert set(again.dtype_counts) == {dtype}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
-    assert compare(found, found.tree(), tmp_path / "out", None, exact=True).weights == 0
+    assert (
+        verify_conversion(found, found.to_params(), tmp_path / "out", None, exact=True).weights == 0
+    )
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
     assert str(theirs.dtype) == f"torch.{dtype}"
 
@@ -166,7 +171,7 @@ REFUSED = {
 
 def one_line(path):
     with pytest.raises(InputError) as error:
-        open_checkpoint(path).tree()
+        open_checkpoint(path).to_params()
     line = str(error.value)
     assert "\n" not in line and str(path) in line, line
     return line
@@ -253,7 +258,7 @@ def test_fuzz(form, tmp_path):
             damaged[rng.randrange(min(reach, len(damaged)))] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
         try:
-            open_checkpoint(tmp_path).tree()
+            open_checkpoint(tmp_path).to_params()
         except InputError as error:
             assert "\n" not in str(error)
     assert time.monotonic() - begin < 60
@@ -271,7 +276,7 @@ def test_tf_files_of_transformers_4(tmp_path):
     run_oracle("transformers4_h5.py", tmp_path)
     for model, config in cases.items():
         found = open_checkpoint(tmp_path / model / "tf")
-        assert found.model == model and "h5" in found.form
-        assert_same_params(found.tree(), random_params(config, model))
+        assert found.model == model and "h5" in found.format
+        assert_same_params(found.to_params(), random_params(config, model))
         expected = np.load(tmp_path / model / "tf.npy")
-        assert_close(found.original(model, ids), expected, model, 4e-6, 4e-5)
+        assert_close(Float64Reference(found.original)(model, ids), expected, model, 4e-6, 4e-5)

@@ -1,9 +1,9 @@
-"""fairseq's names of tensors: today's, beside transformers', and how older ones become today's.
+"""Tensor names of fairseq: the current ones, their transformers equivalents, and older ones.
 
-Today's are those of fairseq/models/roberta/model.py over models/transformer/transformer_encoder.py.
-Older forms are upgraded as fairseq does it while loading (`upgrade_state_dict_named` in those
-files and in modules/multihead_attention.py), DeepSpeed's fused layers as
-princeton-nlp/DinkyTrain's scripts/convert_dsfs_ckpt_to_fs_ckpt.py does.
+The current names are those of fairseq/models/roberta/model.py and
+models/transformer/transformer_encoder.py. Older names are upgraded as fairseq does when it loads
+them (`upgrade_state_dict_named` in those files and in modules/multihead_attention.py), DeepSpeed's
+fused layers as princeton-nlp/DinkyTrain's scripts/convert_dsfs_ckpt_to_fs_ckpt.py does.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from prelnroberta.pretrained import hf_checkpoint
 
 ENCODER = "encoder.sentence_encoder."
 LM_HEAD = "encoder.lm_head."
-HEADS = "classification_heads."
+CLASSIFICATION_HEADS = "classification_heads."
 VERSION = ENCODER + "version"
-OUTPUT = LM_HEAD + "weight"
-WORD = ENCODER + "embed_tokens.weight"
+LM_HEAD_WEIGHT = LM_HEAD + "weight"
+WORD_EMBEDDINGS = ENCODER + "embed_tokens.weight"
 
-# Our module (or leaf) -> theirs. {n} is the layer, {head} the name of a classification head.
-NAMES = {
-    "embeddings/word": WORD,
+# Path of a module or leaf in the parameter tree -> fairseq's name. {n} is the layer, {head} the
+# name of a classification head.
+MODULE_NAMES = {
+    "embeddings/word": WORD_EMBEDDINGS,
     "embeddings/position": ENCODER + "embed_positions.weight",
     "embeddings/norm": ENCODER + "layernorm_embedding",
     "encoder/layers/attention_norm": ENCODER + "layers.{n}.self_attn_layer_norm",
@@ -42,20 +43,20 @@ NAMES = {
     "lm_head/dense": LM_HEAD + "dense",
     "lm_head/norm": LM_HEAD + "layer_norm",
     "lm_head/bias": LM_HEAD + "bias",
-    "lm_head/decoder": OUTPUT,
-    "classifier/dense": HEADS + "{head}.dense",
-    "classifier/output": HEADS + "{head}.out_proj",
+    "lm_head/decoder": LM_HEAD_WEIGHT,
+    "classifier/dense": CLASSIFICATION_HEADS + "{head}.dense",
+    "classifier/output": CLASSIFICATION_HEADS + "{head}.out_proj",
 }
-# fairseq has no token types: the row of type 0 is zeros there, or part of each position.
+# Absent in fairseq: reading fills it with zeros, writing adds the row of type 0 to each position.
 TOKEN_TYPE = "embeddings/token_type"
 
 _LAYER = r"(?P<layer>.*\.layers\.\d+\.)"
-_RENAMED = (
+_RENAMES = (
     (r"^decoder\.", "encoder."),
     (r"\.emb_layer_norm\.", ".layernorm_embedding."),
     (r"\.layer_norms\.0\.", ".self_attn_layer_norm."),
     (r"\.layer_norms\.1\.", ".final_layer_norm."),
-    # DeepSpeed's "attn" norm stands after attention, before the MLP.
+    # DeepSpeed's "attn" norm comes after attention, before the MLP.
     (_LAYER + r"norm_(w|b)$", r"\g<layer>self_attn_layer_norm.\2"),
     (_LAYER + r"attn_n(w|b)$", r"\g<layer>final_layer_norm.\2"),
     (_LAYER + r"attn_qkv(w|b)$", r"\g<layer>self_attn.in_proj_\2"),
@@ -67,7 +68,7 @@ _RENAMED = (
 )
 _DEEPSPEED = re.compile(r"\.layers\.\d+\.attn_qkvw$")
 _PACKED = re.compile(r"(?P<layer>.*\.layers\.\d+\.self_attn\.)in_proj_(?P<leaf>weight|bias)$")
-# Since 0.12 each layer has copies of its weights for a fused kernel; loading makes them anew.
+# Since 0.12 each layer has copies of its weights for a fused kernel, which loading recreates.
 _COPY = re.compile(r"\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)$")
 
 
@@ -75,35 +76,36 @@ def is_deepspeed(names: Mapping[str, Any]) -> bool:
     return any(map(_DEEPSPEED.search, names))
 
 
-def upgraded(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The state dict by today's names, and the names of copies that were left out."""
-    found, copies = {}, []
+def upgrade_names(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns the tensors under current names, and the names of the copies that were left out."""
+    upgraded, copies = {}, []
     for name, value in tensors.items():
         if _COPY.search(name):
             copies.append(name)
             continue
-        for old, new in _RENAMED:
+        for old, new in _RENAMES:
             name = re.sub(old, new, name)
         packed = _PACKED.match(name)
         if packed and value.shape and value.shape[0] % 3 == 0:
             thirds = np.split(np.asarray(value), 3)
             for letter, third in zip("qkv", thirds, strict=True):
-                found[f"{packed['layer']}{letter}_proj.{packed['leaf']}"] = third
+                upgraded[f"{packed['layer']}{letter}_proj.{packed['leaf']}"] = third
         else:
-            found[name] = value
-    return found, copies
+            upgraded[name] = value
+    return upgraded, copies
 
 
-def by_transformers_name(
+def transformers_to_fairseq(
     config: RobertaPreLayerNormConfig, model: str, head: str | None = None
 ) -> dict[str, str]:
-    """Each tensor of a model but the token types: transformers' name -> fairseq's."""
-    pairs = {}
+    """Maps transformers' names to fairseq's, for all tensors of a model except token types."""
+    names = {}
     for path, row in parameters.table(config, model).items():
         if path == TOKEN_TYPE:
             continue
-        theirs = hf_checkpoint.theirs(path)
-        ours = NAMES.get(path) or f"{NAMES[path.rpartition('/')[0]]}.{theirs.rpartition('.')[2]}"
-        for n in range(config.num_hidden_layers) if row.stacked else (None,):
-            pairs[theirs.format(n=n)] = ours.format(n=n, head=head)
-    return pairs
+        hf_name = hf_checkpoint.hf_name(path)
+        module, leaf = path.rpartition("/")[0], hf_name.rpartition(".")[2]
+        fairseq_name = MODULE_NAMES.get(path) or f"{MODULE_NAMES[module]}.{leaf}"
+        for n in range(config.num_hidden_layers) if row.is_stacked else (None,):
+            names[hf_name.format(n=n)] = fairseq_name.format(n=n, head=head)
+    return names

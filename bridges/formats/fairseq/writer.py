@@ -1,11 +1,11 @@
-"""The parameter tree -> a checkpoint that fairseq loads: `model.pt`, its dictionary and its BPE.
+"""Writes a checkpoint that fairseq loads: `model.pt`, its dictionary and its BPE.
 
     RobertaModel.from_pretrained(directory, "model.pt", directory, bpe="gpt2",
         gpt2_encoder_json=directory + "/encoder.json", gpt2_vocab_bpe=directory + "/vocab.bpe")
 
 fairseq has no token types. The row of type 0, which every token of a text has, is added to each
-position, so that all sums are what they were; further types are lost. Where that row is zeros, as
-it is in whatever came from fairseq, the way there and back is exact.
+position embedding, so that all sums stay the same; other types are lost. If that row is zero, as in
+every model that was read from fairseq, the round trip is exact.
 """
 
 from __future__ import annotations
@@ -17,28 +17,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bridges.formats.fairseq import names
-from bridges.formats.fairseq.reading import ACTIVATIONS, EPS
+from bridges.formats.fairseq import tensor_names
+from bridges.formats.fairseq.reader import ACTIVATIONS, LAYER_NORM_EPS
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.data.tokenizer import MASK_TOKEN, SPECIAL_TOKENS
 from prelnroberta.errors import InputError
-from prelnroberta.files import written_whole
+from prelnroberta.files import atomic_write
 from prelnroberta.pretrained import hf_checkpoint
 
 if TYPE_CHECKING:
     import tokenizers
 
 MODEL_NAME = "model.pt"
-# What fairseq's own scripts for fine-tuning call it.
-HEAD = "sentence_classification_head"
-_ACTIVATIONS = {theirs: own for own, theirs in ACTIVATIONS.items() if own != "gelu_fast"} | {
+# The name in fairseq's own fine-tuning scripts.
+HEAD_NAME = "sentence_classification_head"
+# transformers' activation functions -> fairseq's names.
+_ACTIVATIONS = {hf: own for own, hf in ACTIVATIONS.items() if own != "gelu_fast"} | {
     "swish": "swish",
     "gelu_pytorch_tanh": "gelu_accurate",
 }
 
 
-def save(
+def save_checkpoint(
     directory: Path,
     params: parameters.Tree,
     config: RobertaPreLayerNormConfig,
@@ -52,26 +53,27 @@ def save(
         dtype: of the weights: float32, float16 or bfloat16.
 
     Raises:
-        InputError: one message listing all that fairseq has no place for; torch is not installed.
+        InputError: one message listing everything that fairseq does not support; or torch is not
+            installed.
     """
-    if problems := _problems(config, model):
+    if problems := _unsupported(config, model):
         raise InputError("fairseq cannot hold this model: " + "; ".join(problems))
     try:
         import torch
     except ImportError:
         raise InputError("writing fairseq's files needs torch: pip install torch") from None
 
-    def as_torch(name: str, value: np.ndarray) -> torch.Tensor:
-        # By way of float32: torch takes no bfloat16 from numpy.
+    def to_torch(name: str, value: np.ndarray) -> torch.Tensor:
+        # Through float32, because torch does not accept numpy's bfloat16.
         exact = np.array(hf_checkpoint.as_dtype(name, value, dtype), np.float32)
         return torch.from_numpy(exact).to(getattr(torch, dtype))
 
-    arrays = state_dict(params, config, model)
-    tensors = {name: as_torch(name, value) for name, value in arrays.items()}
-    tensors.setdefault(names.OUTPUT, tensors[names.WORD])
-    tensors[names.VERSION] = torch.tensor([3.0])
+    arrays = to_state_dict(params, config, model)
+    tensors = {name: to_torch(name, value) for name, value in arrays.items()}
+    tensors.setdefault(tensor_names.LM_HEAD_WEIGHT, tensors[tensor_names.WORD_EMBEDDINGS])
+    tensors[tensor_names.VERSION] = torch.tensor([3.0])
     checkpoint = {
-        "args": argparse.Namespace(**_settings(config, model)),
+        "args": argparse.Namespace(**_make_settings(config, model)),
         "model": tensors,
         "optimizer_history": [
             {
@@ -83,59 +85,62 @@ def save(
         ],
         "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
     }
-    with written_whole(directory / MODEL_NAME) as partial:
+    with atomic_write(directory / MODEL_NAME) as partial:
         torch.save(checkpoint, partial)
     _write_dictionary(directory, config.vocab_size, tokenizer)
 
 
-def state_dict(
+def to_state_dict(
     params: parameters.Tree, config: RobertaPreLayerNormConfig, model: str
 ) -> dict[str, np.ndarray]:
-    """The tensors by fairseq's names, float32, token type 0 folded into the positions."""
-    own = hf_checkpoint.to_tensors(params, config, model)
-    pairs = names.by_transformers_name(config, model, HEAD)
+    """Returns float32 tensors by fairseq's names, with token type 0 folded into the positions."""
+    hf_tensors = hf_checkpoint.to_state_dict(params, config, model)
+    names = tensor_names.transformers_to_fairseq(config, model, HEAD_NAME)
+    tensors = {fairseq_name: hf_tensors[hf_name] for hf_name, fairseq_name in names.items()}
     prefix = "" if model == "encoder" else hf_checkpoint.BASE_PREFIX
-    tensors = {ours: own[theirs] for theirs, ours in pairs.items()}
-    row = own[prefix + hf_checkpoint.NAMES[names.TOKEN_TYPE]][0]
-    if row.any():
-        position = names.ENCODER + "embed_positions.weight"
-        tensors[position] = tensors[position] + row
+    type_embeddings = hf_tensors[prefix + hf_checkpoint.MODULE_NAMES[tensor_names.TOKEN_TYPE]]
+    if type_embeddings[0].any():
+        position = tensor_names.ENCODER + "embed_positions.weight"
+        tensors[position] = tensors[position] + type_embeddings[0]
     if model == "sequence_classification":
         # fairseq's model always has an LM head.
         V, D = config.vocab_size, config.hidden_size
         tensors |= {
-            names.LM_HEAD + "dense.weight": np.zeros((D, D), np.float32),
-            names.LM_HEAD + "dense.bias": np.zeros(D, np.float32),
-            names.LM_HEAD + "layer_norm.weight": np.ones(D, np.float32),
-            names.LM_HEAD + "layer_norm.bias": np.zeros(D, np.float32),
-            names.LM_HEAD + "bias": np.zeros(V, np.float32),
+            tensor_names.LM_HEAD + "dense.weight": np.zeros((D, D), np.float32),
+            tensor_names.LM_HEAD + "dense.bias": np.zeros(D, np.float32),
+            tensor_names.LM_HEAD + "layer_norm.weight": np.ones(D, np.float32),
+            tensor_names.LM_HEAD + "layer_norm.bias": np.zeros(D, np.float32),
+            tensor_names.LM_HEAD + "bias": np.zeros(V, np.float32),
         }
     return tensors
 
 
-def remarks(params: parameters.Tree, config: RobertaPreLayerNormConfig, model: str) -> list[str]:
-    """In words, what of a model becomes something else in fairseq."""
-    said = []
+def conversion_notes(
+    params: parameters.Tree, config: RobertaPreLayerNormConfig, model: str
+) -> list[str]:
+    """Describes what differs between the model and its fairseq checkpoint."""
+    notes = []
     types = np.asarray(params["embeddings"]["token_type"])
     if types[0].any():
-        said.append("the row of token type 0 is added to every position")
+        notes.append("the row of token type 0 is added to every position")
     if len(types) > 1:
-        said.append(f"token types 1 to {len(types) - 1} are dropped: fairseq has none")
+        notes.append(f"token types 1 to {len(types) - 1} are dropped: fairseq has none")
     if model == "sequence_classification":
-        said.append(
-            f"the head is called {HEAD}; the LM head beside it, there must be one, is zeros"
+        notes.append(
+            f"the head is called {HEAD_NAME}; the LM head, which fairseq always has, is zeros"
         )
-    return said
+    return notes
 
 
-def _problems(config: RobertaPreLayerNormConfig, model: str) -> list[str]:
+def _unsupported(config: RobertaPreLayerNormConfig, model: str) -> list[str]:
+    """What fairseq cannot represent."""
     problems = []
     if model not in ("masked_lm", "sequence_classification"):
-        problems.append(f"a {model} model; it has places for masked_lm and sequence_classification")
+        problems.append(f"a {model} model; it has only masked_lm and sequence_classification")
     if config.is_decoder:
         problems.append("is_decoder=True; its RoBERTa is an encoder")
-    if config.layer_norm_eps != EPS:
-        problems.append(f"layer_norm_eps={config.layer_norm_eps}; its own is {EPS}")
+    if config.layer_norm_eps != LAYER_NORM_EPS:
+        problems.append(f"layer_norm_eps={config.layer_norm_eps}; its own is {LAYER_NORM_EPS}")
     ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
     problems += [
         f"{name}={getattr(config, name)}; its own is {value}"
@@ -151,9 +156,9 @@ def _problems(config: RobertaPreLayerNormConfig, model: str) -> list[str]:
     return problems
 
 
-def _settings(config: RobertaPreLayerNormConfig, model: str) -> dict[str, Any]:
-    """The arguments of a training that would have made this model."""
-    rate = config.classifier_dropout
+def _make_settings(config: RobertaPreLayerNormConfig, model: str) -> dict[str, Any]:
+    """The arguments of a fairseq training that makes such a model."""
+    head_dropout = config.classifier_dropout
     return {
         "arch": "roberta_base",
         "task": "masked_lm",
@@ -176,13 +181,13 @@ def _settings(config: RobertaPreLayerNormConfig, model: str) -> dict[str, Any]:
         "dropout": config.hidden_dropout_prob,
         "attention_dropout": config.attention_probs_dropout_prob,
         "activation_dropout": 0.0,
-        "pooler_dropout": config.hidden_dropout_prob if rate is None else rate,
+        "pooler_dropout": config.hidden_dropout_prob if head_dropout is None else head_dropout,
         "mask_prob": 0.15,
         "leave_unmasked_prob": 0.1,
         "random_token_prob": 0.1,
         "sample_break_mode": "none",
         "seed": 1,
-        # Left out, fairseq 0.12 fills them in as true.
+        # fairseq 0.12 takes absent ones as true.
         "fp16": False,
         "memory_efficient_fp16": False,
         "tpu": False,
@@ -190,29 +195,37 @@ def _settings(config: RobertaPreLayerNormConfig, model: str) -> dict[str, Any]:
 
 
 def _write_dictionary(directory: Path, V: int, tokenizer: tokenizers.Tokenizer | None) -> None:
-    """dict.txt has a line for each id from 4 on but a last `<mask>`, which the task adds."""
+    """dict.txt has a line for each id from 4 on, except a last `<mask>`, which the task adds."""
     pieces = {} if tokenizer is None else {i: p for p, i in tokenizer.get_vocab().items()}
     first = len(SPECIAL_TOKENS)
     symbols = []
     for i in range(first, V):
         piece = pieces.get(i, MASK_TOKEN if i == V - 1 and not pieces else f"madeupword{i:04}")
-        plain = piece != MASK_TOKEN and not piece.startswith("madeupword")
-        symbols.append(str(i - first) if plain else piece)
+        symbols.append(str(i - first) if _is_bpe_piece(piece) else piece)
     if symbols[-1] == MASK_TOKEN:
         symbols.pop()
     lines = "".join(f"{symbol} 1\n" for symbol in symbols)
-    with written_whole(directory / "dict.txt") as partial:
+    with atomic_write(directory / "dict.txt") as partial:
         partial.write_text(lines, encoding="utf-8")
-    if tokenizer is None:
-        return
+    if tokenizer is not None:
+        _write_bpe(directory, tokenizer, pieces)
+
+
+def _write_bpe(directory: Path, tokenizer: tokenizers.Tokenizer, pieces: dict[int, str]) -> None:
+    """Writes encoder.json and vocab.bpe, as GPT-2's."""
     model = json.loads(tokenizer.to_str())["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    first = len(SPECIAL_TOKENS)
     encoder = {
         piece: i - first
         for i, piece in sorted(pieces.items())
-        if i >= first and piece != MASK_TOKEN and not piece.startswith("madeupword")
+        if i >= first and _is_bpe_piece(piece)
     }
-    with written_whole(directory / "encoder.json") as partial:
+    with atomic_write(directory / "encoder.json") as partial:
         partial.write_text(json.dumps(encoder) + "\n", encoding="utf-8")
-    with written_whole(directory / "vocab.bpe") as partial:
+    with atomic_write(directory / "vocab.bpe") as partial:
         partial.write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+def _is_bpe_piece(piece: str) -> bool:
+    return piece != MASK_TOKEN and not piece.startswith("madeupword")
