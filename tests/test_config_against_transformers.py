@@ -1,9 +1,12 @@
 """The configuration against that of transformers 5."""
 
+import pytest
 from transformers import RobertaPreLayerNormConfig as TorchConfig
 
 from prelnroberta.config import RobertaPreLayerNormConfig
 from tests.helpers.small_models import ODD
+
+pytestmark = pytest.mark.oracle
 
 
 def test_defaults_are_transformers():

@@ -8,6 +8,8 @@ from transformers import RobertaPreLayerNormModel as TorchModel
 from prelnroberta import params as parameters
 from tests.helpers.small_models import ODD, TINY
 
+pytestmark = [pytest.mark.torch, pytest.mark.oracle]
+
 
 @pytest.mark.parametrize("config", [TINY, ODD], ids=["tied", "untied"])
 def test_counts_are_the_torch_models(config):

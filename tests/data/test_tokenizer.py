@@ -195,6 +195,7 @@ def test_check_names_the_token_and_both_ids(tokenizer, tmp_path):
         check_tokenizer(holed, "file")
 
 
+@pytest.mark.oracle
 def test_transformers_loads_what_we_save(tokenizer, tmp_path, caplog, capfd):
     from transformers import AutoTokenizer
 

@@ -20,7 +20,13 @@ pytestmark = pytest.mark.slow
 
 LAST = 12
 FLAGS = tiny_flags(
-    steps=LAST, accumulate=1, save_every=3, eval_every=5, log_every=3, eval_rows=8, mesh_fsdp=2
+    steps=LAST,
+    gradient_accumulation_steps=1,
+    save_every=3,
+    eval_every=5,
+    log_every=3,
+    eval_rows=8,
+    mesh_fsdp=2,
 )
 
 
@@ -36,10 +42,10 @@ class Job:
             arguments = [
                 *FLAGS,
                 f"--run_dir={run_dir}",
-                f"--coordinator=localhost:{port}",
-                "--hosts=2",
-                f"--host={host}",
-                "--lost_after_seconds=20",
+                f"--coordinator_address=localhost:{port}",
+                "--num_processes=2",
+                f"--process_id={host}",
+                "--heartbeat_timeout_seconds=20",
                 *flags,
             ]
             log = SCRATCH / f"{run_dir.name}-{port}-{host}.log"
@@ -180,11 +186,14 @@ def test_what_two_hosts_saved_is_read_by_eight_devices_four_and_one(tmp_path):
 
 def test_hosts_by_hand_need_all_three_flags(tmp_path):
     done = subprocess.run(
-        command("pretrain", *FLAGS, f"--run_dir={tmp_path / 'run'}", "--host=1"),
+        command("pretrain", *FLAGS, f"--run_dir={tmp_path / 'run'}", "--process_id=1"),
         cwd=ROOT,
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2 and "--coordinator, --hosts and --host" in done.stderr
+    assert (
+        done.returncode == 2
+        and "--coordinator_address, --num_processes and --process_id" in done.stderr
+    )
     assert not (tmp_path / "run").exists()

@@ -170,15 +170,15 @@ def test_what_does_not_divide_is_named_all_at_once():
         Layout(Parallelism(fsdp=5, tensor=3), LARGE, devices=devices(30))
     text = str(error.value)
     for part in (
-        "hidden_size=1,024 does not divide by mesh_fsdp=5",
-        "num_attention_heads=16 does not divide by mesh_tensor=3",
-        "intermediate_size=4,096 does not divide by mesh_tensor=3",
+        "hidden_size=1,024 is not divisible by mesh_fsdp=5",
+        "num_attention_heads=16 is not divisible by mesh_tensor=3",
+        "intermediate_size=4,096 is not divisible by mesh_tensor=3",
     ):
         assert part in text
     assert "\n" not in text and "vocab" not in text  # 50,265 divides by 3
     with pytest.raises(
         InputError,
-        match=r"batch_size=60 does not divide by 8 devices.*gradient_accumulation_steps=2",
+        match=r"batch_size=60 is not divisible by 8 devices.*gradient_accumulation_steps=2",
     ):
         Layout(Parallelism(), TINY, devices=devices(8)).check_batch(
             60, gradient_accumulation_steps=2
@@ -188,7 +188,7 @@ def test_what_does_not_divide_is_named_all_at_once():
 def test_a_vocabulary_that_does_not_divide_stays_whole_and_is_told():
     layout = Layout(Parallelism(tensor=2), LARGE, devices=devices(4))
     assert layout.notes == [
-        "vocab_size=50,265 does not divide by mesh_tensor=2: it stays whole on each of them"
+        "vocab_size=50,265 is not divisible by mesh_tensor=2: it is not sharded over this axis"
     ]
     assert tuple(layout.parameter_spec("embeddings/word")) == (None, "fsdp")
     assert (
@@ -233,7 +233,7 @@ def test_one_axis_alone_crosses_slices(axis, mesh):
     across = ("data", "fsdp", "tensor").index(axis)
     halves = np.split(slices, 2, axis=across)
     assert all(len(np.unique(half)) == 1 for half in halves)
-    with pytest.raises(InputError, match=f"mesh_{axis}=1 does not divide by 2 slices"):
+    with pytest.raises(InputError, match=f"mesh_{axis}=1 is not divisible by 2 slices"):
         other = {"data": 1, "fsdp": 1} | {"fsdp" if axis == "data" else "data": 16}
         make_mesh(Parallelism(**other, dcn_axis=axis), devices(16, per_slice=8))
 

@@ -57,6 +57,7 @@ def test_collectives_are_counted_with_their_loops_and_sizes():
     }
 
 
+@pytest.mark.libtpu
 @pytest.mark.parametrize("name", ["v5e", "v5e:16", "v7:4x4", "h100:2x2", "v5e:3x5"])
 def test_a_slice_that_is_none_is_named(name):
     with pytest.raises(InputError, match=name):

@@ -31,9 +31,10 @@ RECIPE = """\
 DEMO = """
 import sys
 from pathlib import Path
-from experiments import demo, flags
+from experiments import demo
+from experiments.flags.launch import launch
 demo.RECIPE = Path(sys.argv.pop(1))
-flags.launch(demo.main)
+launch(demo.main, demo.DemoSettings)
 """
 
 

@@ -16,6 +16,8 @@ from tests.helpers.export_cases import export_case
 from tests.helpers.programs import call, finished_run
 from tests.helpers.tolerances import max_relative
 
+pytestmark = [pytest.mark.torch, pytest.mark.tensorflow]
+
 torch.set_num_threads(1)
 
 

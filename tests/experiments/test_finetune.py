@@ -58,7 +58,13 @@ def test_interrupted_and_resumed_to_the_bit(tmp_path):
 
 
 def test_seeds_and_sweeps_make_a_table_and_patience_ends_a_run(tmp_path):
-    sweep = {"learning_rate": 3e-3, "patience": 1, "eval_every": 3, "epochs": 2, "accumulate": 1}
+    sweep = {
+        "learning_rate": 3e-3,
+        "patience": 1,
+        "eval_every": 3,
+        "epochs": 2,
+        "gradient_accumulation_steps": 1,
+    }
     done = call(
         "finetune",
         *finetune_flags(**sweep, save_every=3),
@@ -128,7 +134,10 @@ BAD = [
     ({"train_file": "/nowhere.csv"}, "--train_file=/nowhere.csv: no such file"),
     ({"init_from": "/nowhere"}, "/nowhere: no config.json"),
     ({"epochs": 0}, "--epochs=0.0, expected more than 0"),
-    ({"accumulate": 3}, "--accumulate=3 does not divide --batch_size=8"),
+    (
+        {"gradient_accumulation_steps": 3},
+        "--gradient_accumulation_steps=3 does not divide --batch_size=8",
+    ),
     ({"max_length": 4}, "--max_length=4, expected 8 to 64"),
     ({"class_weights": "1,2,3"}, "--class_weights=1,2,3, expected 'balanced' or 2 numbers"),
     ({"label_column": "answer"}, "no column 'answer'; the file has columns text, label"),
@@ -153,18 +162,19 @@ def test_the_weights_are_in_memory_once(tmp_path):
     program = """
 import sys
 import jax
-import experiments.common.loop as training
-from experiments import finetune, flags
+from experiments import finetune
+from experiments.common import training_run
+from experiments.flags.launch import launch
 
-train = training.train
+train = training_run.train
 
 def weighed(state, *args, **others):
     own = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     print("held", sum(array.nbytes for array in jax.live_arrays()) / own)
     return train(state, *args, **others)
 
-training.train = weighed
-flags.launch(finetune.main)
+training_run.train = weighed
+launch(finetune.main, finetune.FinetuneSettings)
 """
     given = finetune_flags(steps=1, run_dir=tmp_path / "run")
     result = subprocess.run(

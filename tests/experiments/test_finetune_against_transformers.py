@@ -4,11 +4,14 @@ import csv
 import json
 
 import numpy as np
+import pytest
 import torch
 import transformers
 
 from prelnroberta.data.tokenizer import load_tokenizer
 from tests.helpers.finetuning import finished_finetuning, reviews
+
+pytestmark = [pytest.mark.torch, pytest.mark.oracle]
 
 
 def test_transformers_reads_the_model_and_says_the_same():

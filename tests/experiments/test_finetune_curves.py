@@ -26,6 +26,8 @@ from prelnroberta.training.optimizer import OptimizerConfig, adamw, learning_rat
 from prelnroberta.training.train_step import TrainState, make_train_step
 from tests.helpers.task_files import corpus, example_file
 
+pytestmark = [pytest.mark.torch, pytest.mark.oracle]
+
 STEPS, B, L = 200, 8, 64
 SETTINGS = OptimizerConfig(
     steps=STEPS, learning_rate=1e-3, warmup_steps=20, weight_decay=0.1, clip_norm=1.0

@@ -9,16 +9,16 @@ import pytest
 RECIPES = sorted((Path(__file__).parents[2] / "experiments" / "recipes").glob("*.flags"))
 # Stops after every flag has been checked, before any text is read.
 CHECK_ONLY = """
-import sys
-from pathlib import Path
-from absl import flags
 from experiments import pretrain
-from experiments.flags import FLAGS, optimization
-FLAGS(["x", f"--flagfile={sys.argv[1]}", f"--run_dir={sys.argv[2]}"])
-config = pretrain.check_settings()
-print(config.num_hidden_layers, config.hidden_size, FLAGS.sequence_length, FLAGS.batch_size,
-      optimization().steps, optimization().learning_rate, optimization().warmup_steps,
-      FLAGS.mask_rate, FLAGS.mask_random + FLAGS.mask_same)
+from experiments.flags.launch import launch
+
+def check(settings):
+    config, optimizer = pretrain.check_settings(settings), settings.optimizer_config()
+    print(config.num_hidden_layers, config.hidden_size, settings.sequence_length,
+          settings.batch_size, optimizer.steps, optimizer.learning_rate, optimizer.warmup_steps,
+          settings.mask_rate, settings.mask_random + settings.mask_keep)
+
+launch(check, pretrain.PretrainSettings)
 """
 PUBLISHED = {
     "efficient_mlm_large": "24 1024 128 4096 23000 0.002 1380 0.4 0.0",
@@ -29,7 +29,10 @@ PUBLISHED = {
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe(recipe, tmp_path):
     result = subprocess.run(
-        [sys.executable, "-c", CHECK_ONLY, recipe, tmp_path / "run"],
+        [
+            *(sys.executable, "-c", CHECK_ONLY),
+            *(f"--flagfile={recipe}", f"--run_dir={tmp_path / 'run'}"),
+        ],
         capture_output=True,
         text=True,
     )

@@ -37,7 +37,7 @@ def finetune_flags(**changes):
         "eval_file": reviews("dev", 40, 2),
         "max_length": 32,
         "batch_size": 8,
-        "accumulate": 2,
+        "gradient_accumulation_steps": 2,
         "epochs": 3,
         "eval_every": 9,
         "save_every": 4,

@@ -50,7 +50,7 @@ def tiny_flags(**changes: Any) -> list[str]:
         "vocab_size": 300,
         "sequence_length": 32,
         "batch_size": 8,
-        "accumulate": 2,
+        "gradient_accumulation_steps": 2,
         "corpus": corpus_file(),
         "cache_dir": SCRATCH / "cache",
         "validation_fraction": 0.1,

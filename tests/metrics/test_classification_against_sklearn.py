@@ -15,6 +15,8 @@ from prelnroberta.metrics.classification import (
 )
 from tests.helpers.random_labels import random_labels_and_predictions
 
+pytestmark = pytest.mark.oracle
+
 
 @pytest.mark.filterwarnings("ignore")
 def test_classes_as_scikit_learn():

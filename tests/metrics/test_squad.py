@@ -53,6 +53,7 @@ def test_answers_as_squad_1():
         assert answer_f1(prediction, answer) == pytest.approx(f1, abs=1e-12)
 
 
+@pytest.mark.oracle
 def test_answers_as_squad_2(tmp_path):
     """Against the script as transformers 4 carries it, 2,000 questions and best thresholds."""
     rng = np.random.default_rng(8)

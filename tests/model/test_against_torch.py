@@ -85,11 +85,11 @@ def test_parts(case):
         x = seen[below].astype(np.float32)
         normed = encoder.layer_norm(layer["attention_norm"], x, config.layer_norm_eps)
         assert_close(normed, seen[f"{name}.attention.LayerNorm"], f"norm {n}", 5e-7, 5e-6)
-        p, context = layer["attention"], encoder.Context(visible=visible)
+        p, context = layer["attention"], encoder.AttentionContext(visible=visible)
         keys = encoder.keys_and_values(p, normed)
         mixed, _ = encoder.attention(p, config, normed, *keys, context)
         assert_close(mixed, seen[f"{name}.attention.output.dense"], f"attention {n}", 1e-6, 1e-5)
-        y, _ = encoder.block(encoder.Layer(layer), config, x, context)
+        y, _ = encoder.block(encoder.LayerInputs(layer), config, x, context)
         assert_close(y, seen[name], f"block {n}", 1e-6, 1e-5)
 
 

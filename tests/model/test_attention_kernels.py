@@ -33,7 +33,7 @@ def test_splash_is_plain_attention(L, K, causal):
     visible = visibility_mask(segment_ids=segments, causal_length=L if causal else None)
 
     def splash(q, k, v):
-        return attention_kernels.splash(q, k, v, segments, causal, interpret=True)
+        return attention_kernels.splash_attention(q, k, v, segments, causal, interpret=True)
 
     def plain(q, k, v):
         scores = jnp.where(visible[:, None], jnp.einsum("bmhk,blhk->bhml", q, k), -1e30)
@@ -86,7 +86,7 @@ def test_cudnn_is_called_forward_and_backward(queries, monkeypatch):
     visible = jax.ShapeDtypeStruct((B, queries, L), bool)
 
     def total(*arguments):
-        return attention_kernels.cudnn(*arguments).astype(jnp.float32).sum()
+        return attention_kernels.cudnn_attention(*arguments).astype(jnp.float32).sum()
 
     traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(x, x, x, visible)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -127,7 +127,7 @@ def test_what_a_kernel_does_not_do_is_named_all_at_once():
 @pytest.mark.libtpu
 @pytest.mark.parametrize("mesh", [(), ("--mesh_tensor=2",)])
 def test_splash_is_compiled_for_a_tpu_slice(mesh):
-    run = ["--run_dir=none", "--rehearse=v5e:2x2", "--attention=splash", *mesh]
+    run = ["--run_dir=none", "--compile_topology=v5e:2x2", "--attention=splash", *mesh]
     rows = {"sequence_length": 160, "max_position_embeddings": 162}  # two tiles
     done = call("pretrain", *tiny_flags(attention_probs_dropout_prob=0.0, **rows), *run)
     assert done.returncode == 0, done.stderr
@@ -139,5 +139,5 @@ def test_a_kernel_that_cannot_serve_is_refused_before_any_work(tmp_path):
     done = call("pretrain", *flags, f"--run_dir={tmp_path / 'run'}")
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     [line] = done.stderr.splitlines()
-    assert "--attention=splash does not serve the cpu backend" in line
+    assert "--attention=splash does not support the cpu backend" in line
     assert "attention_probs_dropout_prob=0.1 in training, expected 0" in line

@@ -21,6 +21,8 @@ from tests.helpers.oracles import run_oracle
 from tests.helpers.small_models import ODD, SMALL, TWO_TYPES, flax_class, random_params
 from tests.helpers.tolerances import assert_gradients_match, assert_outputs_match
 
+pytestmark = pytest.mark.oracle
+
 # Each class in another configuration than `test_models.py` has for it.
 CASES = with_minimal_positions(
     {

@@ -381,7 +381,7 @@ def test_bad_targets_are_refused():
         (lambda: sequence([[5]], labels=[[0.0, 1.0, 7.0]]), r"expected numbers in \[0, 1\]"),
         (lambda: sequence([[5]], labels=[[0.0, 1.0, np.nan]]), "NaN"),
         (lambda: choice([[[5], [6]]], labels=[2]), r"labels\[0\] is 2, expected 0 to choices - 1"),
-        (lambda: choice([[5]]), r"expected \[B, C, L\]"),
+        (lambda: choice([[5]]), r"expected \[B, A, L\]"),
         (lambda: span([[5]], start_positions=[0]), "give both of start_positions, end_positions"),
         (lambda: span([[5]], labels=[0]), "takes start_positions and end_positions"),
         (lambda: span([[5]], start_positions=[0.5], end_positions=[1]), "expected integers"),
@@ -395,8 +395,8 @@ def test_bad_caches_are_refused():
     ours = small_flax_model("causal_lm", PLAIN_DECODER)
     deeper = flax_model("causal_lm", PLAIN_DECODER.replace(num_hidden_layers=3))
     for cache, complaint in (
-        ({}, "no cache of this package"),
-        (((1, 2),), "no cache of this package"),
+        ({}, "not a cache of this package"),
+        (((1, 2),), "not a cache of this package"),
         (ours.init_cache(3, 9), r"keys have shape \[2, 3, 9, 2, 8\], expected \[2, 2, 9, 2, 8\]"),
         (deeper.init_cache(2, 9), r"shape \[3, 2, 9, 2, 8\], expected \[2, 2, 9, 2, 8\]"),
         (ours.init_cache(2, 4), "4 columns, 0 used: no room for 5 more"),
@@ -430,7 +430,7 @@ def test_fused_attention_is_refused_where_it_cannot_serve():
         for options in ({}, {"output_attentions": True}, {"head_mask": np.ones(2, np.float32)}):
             with pytest.raises(InputError) as error:
                 ours(IDS, **options)
-            for part in (f"attention='{attention}' does not serve the cpu backend", *options):
+            for part in (f"attention='{attention}' does not support the cpu backend", *options):
                 part = "attention probabilities" if part == "output_attentions" else part
                 assert part in str(error.value)
 

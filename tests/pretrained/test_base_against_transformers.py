@@ -14,6 +14,8 @@ from prelnroberta.pretrained.hf_checkpoint import (
 from tests.helpers.small_models import MODELS, flax_class, small_config, small_flax_model
 from tests.helpers.tolerances import assert_same_params
 
+pytestmark = [pytest.mark.torch, pytest.mark.oracle]
+
 UNTIED = ["masked_lm-untied", "causal_lm-untied"]
 
 

@@ -10,6 +10,8 @@ from tests.helpers.small_models import random_params
 from tests.helpers.tolerances import assert_gradients_match, assert_outputs_match
 from tests.helpers.torch_reference import transformers_model
 
+pytestmark = [pytest.mark.torch, pytest.mark.oracle]
+
 
 @pytest.mark.parametrize("kind", MODEL_CASES)
 def test_parity(kind):

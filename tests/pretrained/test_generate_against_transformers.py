@@ -7,6 +7,8 @@ import transformers
 
 from tests.helpers.causal_models import PROMPTS, causal_model, pad_prompts
 
+pytestmark = [pytest.mark.torch, pytest.mark.oracle]
+
 
 @pytest.fixture(scope="module")
 def model():

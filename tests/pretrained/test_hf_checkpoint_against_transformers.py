@@ -21,6 +21,8 @@ from prelnroberta.pretrained.hf_checkpoint import (
 from tests.helpers.small_models import ODD, TINY, ragged_batch, random_params
 from tests.helpers.tolerances import assert_close
 
+pytestmark = [pytest.mark.torch, pytest.mark.oracle]
+
 CONFIGS = {"tied": TINY, "untied": ODD}
 
 

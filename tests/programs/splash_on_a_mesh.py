@@ -50,7 +50,7 @@ def run(parallelism, devices, attention):
 def main():
     plain, loss = run(Parallelism(), 1, "xla")
     attention_kernels.target_platform = lambda: "tpu"
-    attention_kernels.splash = partial(attention_kernels.splash, interpret=True)
+    attention_kernels.splash_attention = partial(attention_kernels.splash_attention, interpret=True)
     found = {}
     for name, mesh in MESHES.items():
         flat, splash_loss = run(mesh, 8, "splash")

@@ -18,6 +18,8 @@ import torch
 from bridges.formats.torch_pickle import StoredTensor, load
 from prelnroberta.errors import InputError
 
+pytestmark = pytest.mark.torch
+
 CONTAINERS = {"zip": True, "older": False}
 
 

@@ -22,6 +22,8 @@ from tests.helpers.small_models import (
 from tests.helpers.tolerances import assert_close, rms_relative
 from tests.helpers.torch_reference import transformers_model
 
+pytestmark = [pytest.mark.torch, pytest.mark.oracle]
+
 torch.set_num_threads(1)
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 

@@ -10,6 +10,8 @@ from experiments.export import largest_error
 from prelnroberta.config import ARCHITECTURES
 from tests.helpers.export_cases import export_case
 
+pytestmark = pytest.mark.torch
+
 torch.set_num_threads(1)
 
 
@@ -32,6 +34,7 @@ def test_onnx(model, tmp_path):
     assert all(not isinstance(axis, int) for x in session.get_inputs() for axis in x.shape)
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("model", ["masked_lm", "question_answering"])
 def test_state_dict_fits_transformers_strictly(model, tmp_path):
     import transformers

@@ -19,6 +19,8 @@ from tests.helpers.pytorch_models import to_torch, twin, twin_class
 from tests.helpers.small_models import ODD, SMALL, TWO_TYPES, random_params, with_tokens
 from tests.helpers.tolerances import assert_close
 
+pytestmark = [pytest.mark.torch, pytest.mark.oracle]
+
 torch.set_num_threads(1)
 CASES = {
     "base": ("base", ODD),

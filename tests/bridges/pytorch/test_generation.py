@@ -11,6 +11,8 @@ from prelnroberta.inference import generation as flax_generation
 from tests.helpers.pytorch_models import twin
 from tests.helpers.small_models import TINY, ragged_batch, random_params
 
+pytestmark = pytest.mark.torch
+
 torch.set_num_threads(1)
 CONFIG = TINY.replace(vocab_size=60, is_decoder=True, eos_token_id=(2, 7))
 CROSS = CONFIG.replace(add_cross_attention=True)

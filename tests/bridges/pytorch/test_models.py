@@ -287,7 +287,7 @@ BAD = {
         {"input_ids": IDS[None], "labels": torch.tensor([1])},
         r"labels\[0\] is 1",
     ),
-    "rows for choices": ("multiple_choice", {"input_ids": IDS}, r"expected \[B, C, L\]"),
+    "rows for choices": ("multiple_choice", {"input_ids": IDS}, r"expected \[B, A, L\]"),
     "one end": ("question_answering", {"input_ids": IDS, "start_positions": IDS[0, :1]}, "both"),
     "states for an encoder": (
         "base",

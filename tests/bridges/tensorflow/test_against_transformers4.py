@@ -16,6 +16,8 @@ from tests.helpers.oracles import run_oracle
 from tests.helpers.small_models import ODD, SMALL, TWO_TYPES, random_params, with_tokens
 from tests.helpers.tolerances import assert_close
 
+pytestmark = [pytest.mark.tensorflow, pytest.mark.oracle]
+
 # transformers' TF classes count positions from 1 whatever the pad id, and always tie the output.
 OURS = {"tie_last_hidden_states": False, "pad_token_id": 1, "bos_token_id": 0}
 CASES = {

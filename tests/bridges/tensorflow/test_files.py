@@ -20,6 +20,8 @@ from tests.helpers.small_models import MODELS, ODD, SMALL, flax_class, ragged_ba
 from tests.helpers.tensorflow_models import tf_model
 from tests.helpers.tolerances import assert_close, max_relative
 
+pytestmark = [pytest.mark.tensorflow, pytest.mark.oracle]
+
 DECODER = SMALL.replace(is_decoder=True)
 
 

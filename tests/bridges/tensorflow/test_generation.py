@@ -10,6 +10,8 @@ from prelnroberta.inference import generation as flax_generation
 from tests.helpers.small_models import TINY, random_params
 from tests.helpers.tensorflow_models import tf_and_flax, tf_model
 
+pytestmark = pytest.mark.tensorflow
+
 PLAIN = TINY.replace(
     # Tokens that these models like to say end a row, so that beams end early and often.
     vocab_size=60,

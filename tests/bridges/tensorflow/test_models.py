@@ -20,6 +20,8 @@ from tests.helpers.tensorflow_models import tf_and_flax, tf_model
 from tests.helpers.tolerances import assert_close, rms_relative
 from tests.helpers.torch_reference import transformers_model
 
+pytestmark = [pytest.mark.tensorflow, pytest.mark.torch, pytest.mark.oracle]
+
 # Both sides are float32: the bounds are twice what each may be off by itself.
 BOTH = {"rms": 4e-6, "largest": 4e-5}
 

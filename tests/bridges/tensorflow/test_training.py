@@ -17,6 +17,8 @@ from prelnroberta.training.optimizer import OptimizerConfig, adamw
 from tests.helpers.small_models import IDS, MODELS, SMALL, TINY, ragged_batch, random_params
 from tests.helpers.tensorflow_models import tf_and_flax, tf_model
 
+pytestmark = pytest.mark.tensorflow
+
 CONFIG = SMALL.replace(num_labels=3)
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 QUIET = SMALL.replace(**NO_DROPOUT)

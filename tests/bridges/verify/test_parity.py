@@ -11,6 +11,8 @@ from prelnroberta.pretrained.hf_checkpoint import load_pretrained, save_pretrain
 from tests.helpers.programs import call, finished_run
 from tests.helpers.small_models import ODD, TINY, random_params
 
+pytestmark = [pytest.mark.torch, pytest.mark.tensorflow]
+
 torch.set_num_threads(1)
 SMALL = TINY.replace(vocab_size=60, hidden_size=16, intermediate_size=24, num_attention_heads=2)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import prelnroberta
 from prelnroberta.data.batches.buckets import bucket_lengths, bucketed_eval_batches, find_bucket
-from prelnroberta.data.features.base import PADDING_INDEX, padded
+from prelnroberta.data.features.base import PADDING_INDEX, pad_rows
 from prelnroberta.errors import InputError
 
 
@@ -90,7 +90,7 @@ def test_nothing_to_evaluate():
 def test_padding():
     rows = [np.array([1, 2]), np.array([3])]
     expected = [[3, 9, 9], [9, 9, 9], [1, 2, 9]]
-    assert padded(rows, np.array([1, PADDING_INDEX, 0]), 3, 9).tolist() == expected
+    assert pad_rows(rows, np.array([1, PADDING_INDEX, 0]), 3, 9).tolist() == expected
 
 
 def test_data_and_metrics_load_no_jax():

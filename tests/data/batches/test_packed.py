@@ -46,10 +46,10 @@ def ragged(n, seed=0):
 def test_every_token_of_a_batch_is_there_once(lengths, B, multiple):
     features = Rows(lengths)
     loader = PackedBatches(features, B, 0, steps=8, multiple=multiple, pool=2)
-    assert loader.rows % multiple == 0
+    assert loader.num_rows % multiple == 0
     for step in range(8):
         indices, batch = loader.indices(step), loader.batch(step)
-        assert batch["input_ids"].shape == (loader.rows, loader.length)
+        assert batch["input_ids"].shape == (loader.num_rows, loader.length)
         count, tokens = np.unique(batch["input_ids"][batch["segment_ids"] > 0], return_counts=True)
         expected = sorted((10 + i, lengths[i]) for i in indices)
         assert list(zip(count.tolist(), tokens.tolist(), strict=True)) == expected
@@ -100,7 +100,7 @@ def test_hosts_share_a_batch_without_overlap():
     loader = PackedBatches(ragged(61), 8, 0, 20, multiple=4, pool=2)
     for step in range(20):
         whole = loader.batch(step)
-        hosts = np.arange(loader.rows).reshape(2, -1)
+        hosts = np.arange(loader.num_rows).reshape(2, -1)
         parts = [loader.batch(step, rows) for rows in hosts]
         for name, array in whole.items():
             np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
@@ -109,9 +109,9 @@ def test_hosts_share_a_batch_without_overlap():
 def test_pools_fill_rows_and_still_shuffle():
     features = ragged(2000)
     loader, plain = (PackedBatches(features, 16, 0, 250, pool=pool) for pool in (50, 1))
-    assert loader.fill > 0.8 > 0.6 > plain.fill
+    assert loader.fill_ratio > 0.8 > 0.6 > plain.fill_ratio
     filled = [(loader.batch(step)["segment_ids"] > 0).mean() for step in range(125)]
-    np.testing.assert_allclose(loader.fill, np.mean(filled), rtol=1e-6)
+    np.testing.assert_allclose(loader.fill_ratio, np.mean(filled), rtol=1e-6)
     assert min(filled) > 0.7, "no step has much less to do than others"
     # A pool is a random draw: the first holds examples from all over the file.
     first = np.concatenate([loader.indices(step) for step in range(50)])
@@ -188,7 +188,7 @@ def test_packed_sums_and_gradients_are_those_of_padded_examples(kind, settings):
         return jax.grad(loss, has_aux=True)(params)
 
     full = "question_answering", "causal_lm"  # windows and blocks: most fill a row each
-    assert loader.rows < 11 or kind in full
+    assert loader.num_rows < 11 or kind in full
     for step in (0, 5):
         indices = loader.indices(step)
         packed = sums(params, loader.batch(step))

@@ -39,8 +39,8 @@ def test_every_kind_of_features_goes_through_both_loaders(tokenizer):
         for step in range(loader.steps_per_epoch):
             batch = loader.batch(step)
             seen += loader.indices(step).tolist()
-            assert batch["input_ids"].shape == (loader.rows, loader.length)
-            assert {a.shape[0] for a in batch.values()} == {loader.rows}
+            assert batch["input_ids"].shape == (loader.num_rows, loader.length)
+            assert {a.shape[0] for a in batch.values()} == {loader.num_rows}
         assert sorted(seen) == list(range(n)), name
         found = [i for indices, _ in bucketed_eval_batches(features, buckets, 256) for i in indices]
         assert sorted(i for i in found if i >= 0) == list(range(n)), name

@@ -12,6 +12,7 @@ from prelnroberta.errors import InputError
 from tests.helpers.random_texts import random_text
 
 
+@pytest.mark.oracle
 def test_blocks_as_transformers_group_texts(tokenizer, theirs):
     rng = np.random.default_rng(5)
     documents = [random_text(rng, 40) for _ in range(120)]
@@ -64,7 +65,7 @@ def test_blocks_are_rows_for_the_masking_loader(tokenizer):
     )
     wanted = {blocks[i].input_ids.tobytes() for i in range(len(blocks))}
     assert all(row.tobytes() in wanted for row in restored)
-    assert 0.9 < blocks.fill <= 1 and stream[0] == BOS_ID
+    assert 0.9 < blocks.fill_ratio <= 1 and stream[0] == BOS_ID
     for length, overlap in ((1, 0), (8, 8), (8, -1)):
         with pytest.raises(InputError, match="rows of"):
             TokenBlocks(stream, length, overlap)

@@ -10,6 +10,7 @@ from prelnroberta.data.tokenizer import PAD_ID
 from tests.helpers.random_texts import assert_same_ids, random_text
 
 
+@pytest.mark.oracle
 def test_choices_as_transformers(tokenizer, theirs):
     rng = np.random.default_rng(4)
     given = [
@@ -28,7 +29,7 @@ def test_choices_as_transformers(tokenizer, theirs):
     expected = iter(theirs(firsts, seconds, truncation=True, max_length=40)["input_ids"])
     for rows, example in zip(features.input_ids, given, strict=True):
         assert_same_ids(rows, [next(expected) for _ in example.choices])
-    assert features.choices == 5 and features.truncated > 0
+    assert features.num_choices == 5 and features.num_truncated > 0
 
     batch = features.batch(np.array([0, -1, 7]), 40)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, 5, 40)

@@ -35,15 +35,16 @@ def reference_positions(given, offsets, sequence_ids):
     return left - 1, right + 1
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("max_length, stride", [(384, 128), (48, 10), (40, 0), (36, 7)])
 def test_questions_as_transformers(tokenizer, theirs, max_length, stride):
     rng = np.random.default_rng(max_length)
     bad = RowErrors(skip=True)
     features = question_features(
-        list(random_questions(rng, 600, 30)), tokenizer, max_length, stride, bad=bad
+        list(random_questions(rng, 600, 30)), tokenizer, max_length, stride, row_errors=bad
     )
     given = features.examples
-    assert len(given) + len(bad.bad) == 600 and len(given) > 450
+    assert len(given) + len(bad.problems) == 600 and len(given) > 450
     expected = theirs(
         [question.question.lstrip() for question in given],
         [question.context for question in given],
@@ -54,9 +55,9 @@ def test_questions_as_transformers(tokenizer, theirs, max_length, stride):
         return_offsets_mapping=True,
     )
     assert_same_ids(features.input_ids, expected["input_ids"])
-    np.testing.assert_array_equal(features.owners, expected["overflow_to_sample_mapping"])
+    np.testing.assert_array_equal(features.example_indices, expected["overflow_to_sample_mapping"])
     inside = 0
-    for row, owner in enumerate(features.owners):
+    for row, owner in enumerate(features.example_indices):
         sequence_ids = expected.sequence_ids(row)
         offsets = expected["offset_mapping"][row]
         context = [offset for offset, s in zip(offsets, sequence_ids, strict=True) if s == 1]
@@ -64,7 +65,7 @@ def test_questions_as_transformers(tokenizer, theirs, max_length, stride):
         if context:
             assert features.context_starts[row] == sequence_ids.index(1)
         wanted = reference_positions(given[owner], offsets, sequence_ids)
-        assert tuple(features.positions[row]) == wanted
+        assert tuple(features.answer_positions[row]) == wanted
         inside += wanted != (0, 0)
     assert inside > 200
 
@@ -84,19 +85,19 @@ def test_an_answer_cut_by_windows_is_whole_in_one_or_in_none(tokenizer):
             )
         )
     features = question_features(given, tokenizer, 128, 20)
-    positions = features.positions.reshape(300, -1, 2)
+    positions = features.answer_positions.reshape(300, -1, 2)
     found = (positions[:, :, 0] > 0).sum(axis=1)
     assert (found[1::2] >= 1).all() and (found[::2] == 0).all()
     # What a row marks is the answer, up to the tokens' own edges.
-    for row in np.flatnonzero(features.positions[:, 0])[::7]:
-        answer = given[features.owners[row]].answers[0]
-        first, last = features.positions[row] - features.context_starts[row]
+    for row in np.flatnonzero(features.answer_positions[:, 0])[::7]:
+        answer = given[features.example_indices[row]].answers[0]
+        first, last = features.answer_positions[row] - features.context_starts[row]
         start, end = features.offsets[row][first, 0], features.offsets[row][last, 1]
         assert start <= answer.start and end >= answer.start + len(answer.text)
         assert answer.text in context[start:end] and end - start < len(answer.text) + 30
     # Every token of the context stands in some row.
     covered = np.zeros(len(context), bool)
-    for row in np.flatnonzero(features.owners == 0):
+    for row in np.flatnonzero(features.example_indices == 0):
         covered[features.offsets[row][0, 0] : features.offsets[row][-1, 1]] = True
     assert covered.all()
 
@@ -110,7 +111,7 @@ def test_question_batches_and_questions_that_are_too_long(tokenizer):
     with pytest.raises(InputError, match=r"1 of 3 rows are bad: f:3: the question has \d+ tokens"):
         question_features(given, tokenizer, 64, 16)
     bad = RowErrors(skip=True)
-    features = question_features(given, tokenizer, 64, 16, bad=bad)
+    features = question_features(given, tokenizer, 64, 16, row_errors=bad)
     batch = features.batch(np.array([0, 1, -1]), 48)
     assert batch["start_positions"][0] > 0 and batch["start_positions"][1] == 0
     assert batch["end_positions"].tolist()[2] == IGNORE_INDEX and batch["weights"].tolist() == [
@@ -127,7 +128,7 @@ def reference_answers(features, logits, n_best_size, longest, version_2, thresho
     """utils_qa.postprocess_qa_predictions, in other words."""
     for number, question in enumerate(features.examples):
         candidates, null = [], None
-        for row in np.flatnonzero(features.owners == number):
+        for row in np.flatnonzero(features.example_indices == number):
             length = len(features.input_ids[row])
             start_logits, end_logits = logits[row][:length].T
             first = features.context_starts[row]
@@ -160,7 +161,7 @@ def reference_answers(features, logits, n_best_size, longest, version_2, thresho
 def test_answers_as_transformers(tokenizer, version_2, threshold):
     rng = np.random.default_rng(3)
     given = [q for q in random_questions(rng, 400, 25) if q.context.strip()]
-    features = question_features(given, tokenizer, 48, 4, bad=RowErrors(skip=True))
+    features = question_features(given, tokenizer, 48, 4, row_errors=RowErrors(skip=True))
     # Rows are as long as their batch, pads and all.
     logits = [3 * rng.standard_normal((48, 2)) for _ in features.input_ids]
     settings = (5, 6, version_2, threshold)

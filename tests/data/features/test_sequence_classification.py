@@ -15,6 +15,7 @@ from prelnroberta.errors import InputError
 from tests.helpers.random_texts import assert_same_ids, random_text
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("max_length", [4, 9, 16, 40, 512])
 def test_texts_and_pairs_as_transformers(tokenizer, theirs, max_length):
     rng = np.random.default_rng(max_length)
@@ -30,7 +31,7 @@ def test_texts_and_pairs_as_transformers(tokenizer, theirs, max_length):
             theirs(firsts, pairs, truncation=True, max_length=max_length)["input_ids"],
         )
         full = [len(ids) for ids in theirs(firsts, pairs)["input_ids"]]
-        assert features.truncated == sum(length > max_length for length in full)
+        assert features.num_truncated == sum(length > max_length for length in full)
         assert features.labels is None and "labels" not in features.batch(np.array([0]), 512)
 
 
@@ -53,6 +54,7 @@ def test_what_the_callers_tokenizer_pads_or_cuts_is_not_read_and_stays(tokenizer
     assert tokenizer.encode("one").ids == before, "no space before the first word"
 
 
+@pytest.mark.oracle
 def test_a_text_that_spells_pads_out_is_seen(tokenizer, theirs):
     features = text_features(
         [TextExample("f:1", "a <pad> b"), TextExample("f:2", "a")], tokenizer, 16
@@ -91,8 +93,10 @@ def test_labels_outside_the_map_are_named_and_counted(tokenizer):
     ):
         text_features(examples, tokenizer, 8, labels=["yes", "no"])
     bad = RowErrors(skip=True)
-    features = text_features(examples, tokenizer, 8, labels=["yes", "no"], bad=bad)
-    assert [e.place for e in features.examples] == ["f.csv:0", "f.csv:2"] and len(bad.bad) == 2
+    features = text_features(examples, tokenizer, 8, labels=["yes", "no"], row_errors=bad)
+    assert [e.location for e in features.examples] == ["f.csv:0", "f.csv:2"] and len(
+        bad.problems
+    ) == 2
     assert len(features.input_ids) == len(features.labels) == 2
     for label in ("high", "nan", None, True):
         with pytest.raises(InputError, match="expected a number as label"):

@@ -11,6 +11,7 @@ from prelnroberta.errors import InputError
 from tests.helpers.random_texts import TAGS, WORDS, assert_same_ids, random_sentences
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("max_length, stride", [(512, None), (12, 0), (16, 5), (9, 6)])
 def test_words_as_transformers(tokenizer, folder, max_length, stride):
     from transformers import AutoTokenizer
@@ -27,13 +28,13 @@ def test_words_as_transformers(tokenizer, folder, max_length, stride):
         return_overflowing_tokens=True,
     )
     assert_same_ids(features.input_ids, expected["input_ids"])
-    np.testing.assert_array_equal(features.owners, expected["overflow_to_sample_mapping"])
+    np.testing.assert_array_equal(features.example_indices, expected["overflow_to_sample_mapping"])
 
     asked = [set() for _ in given]
-    for row, owner in enumerate(features.owners):
+    for row, owner in enumerate(features.example_indices):
         word_ids = expected.word_ids(row)
         wanted = np.full(len(word_ids), IGNORE_INDEX)
-        for position, word in features.asked[row]:
+        for position, word in features.word_positions[row]:
             assert word_ids[position] == word and word not in asked[owner]
             asked[owner].add(int(word))
             wanted[position] = TAGS.index(given[owner].tags[word])
@@ -53,7 +54,9 @@ def test_later_tokens_of_a_word_have_inside_tags(tokenizer):
     given = list(random_sentences(np.random.default_rng(2), 200, 12))
     first = token_features(given, tokenizer, 512, TAGS)
     every = token_features(given, tokenizer, 512, TAGS, label_all_tokens=True)
-    for sentence, a, b, asked in zip(given, first.labels, every.labels, first.asked, strict=True):
+    for sentence, a, b, asked in zip(
+        given, first.labels, every.labels, first.word_positions, strict=True
+    ):
         np.testing.assert_array_equal(b[a != IGNORE_INDEX], a[a != IGNORE_INDEX])
         assert b[0] == b[-1] == IGNORE_INDEX and (b[1:-1] != IGNORE_INDEX).all()
         word = -1
@@ -101,7 +104,10 @@ def test_unknown_tags_and_impossible_strides(tokenizer):
     with pytest.raises(InputError, match=r"1 of 2 rows are bad: f:2: word 1: label 'B-q' is not"):
         token_features(given, tokenizer, 16, TAGS)
     bad = RowErrors(skip=True)
-    assert len(token_features(given, tokenizer, 16, TAGS, bad=bad).examples) == 1 and bad.bad
+    assert (
+        len(token_features(given, tokenizer, 16, TAGS, row_errors=bad).examples) == 1
+        and bad.problems
+    )
     with pytest.raises(InputError, match="doc_stride=14"):
         token_features(given[:1], tokenizer, 16, TAGS, doc_stride=14)
 

@@ -128,7 +128,7 @@ def test_packed_row_counts_real_tokens():
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("split", [(0.8, 0.1, 0.1), (1, 0, 0), (0, 0.5, 0.5)])
 def test_split_and_replacements(unit, split):
-    masking = make(rate=0.4, unit=unit, **dict(zip(("mask", "random", "same"), split, strict=True)))
+    masking = make(rate=0.4, unit=unit, **dict(zip(("mask", "random", "keep"), split, strict=True)))
     before, after = [], []
     for i in range(2200):
         example = row(128, seed=i % 50)
@@ -337,7 +337,7 @@ def test_stream_is_pinned():
         ({"sampling": "poisson"}, "sampling='poisson'"),
         ({"unit": "line"}, "unit='line'"),
         ({"mask": 0.9}, r"mask=0\.9.*sum to 1"),
-        ({"mask": 1.2, "random": -0.2, "same": 0.0}, r"random=-0\.2"),
+        ({"mask": 1.2, "random": -0.2, "keep": 0.0}, r"random=-0\.2"),
         ({"mask": math.nan}, "mask=nan"),
         ({"unit": "word", "word_start_mask": None}, "word_start_mask"),
         ({"unit": "span", "word_start_mask": np.ones(7, bool)}, r"\(7,\)"),

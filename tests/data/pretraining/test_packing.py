@@ -103,7 +103,7 @@ def test_packed_rows_hold_every_piece_once(tmp_path_factory, documents, length, 
     assert all(packed), "no row is empty"
     assert sorted(segment for row in packed for segment in row) == expected
     real = sum(map(len, expected))
-    assert rows.fill == pytest.approx(real / (len(rows) * length))
+    assert rows.fill_ratio == pytest.approx(real / (len(rows) * length))
 
 
 @settings(max_examples=30, deadline=None)
@@ -131,7 +131,7 @@ def test_best_fit_leaves_little_padding(tmp_path):
     generator = np.random.default_rng(0)
     documents = [[5] * n for n in generator.geometric(1 / 90, 30_000)]
     rows = open_rows(corpus(tmp_path, documents), 128, "documents")
-    assert rows.fill > 0.99
+    assert rows.fill_ratio > 0.99
 
 
 def test_long_document_is_cut_and_only_its_end_is_closed(tmp_path):

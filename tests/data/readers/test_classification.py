@@ -8,9 +8,9 @@ from tests.helpers.raw_files import error_message
 def test_labels_in_several_columns(write):
     path = write("toxic.csv", "text,rude,loud\na,1,0\nb,0,0\nc,1.0,true\nd,2,0\n")
     bad = RowErrors(skip=True)
-    examples = read_text_examples(path, text="text", label=["rude", "loud"], bad=bad)
+    examples = read_text_examples(path, text="text", label=["rude", "loud"], row_errors=bad)
     assert [e.label for e in examples] == [["rude"], [], ["rude", "loud"]]
-    assert bad.bad == {f"{path}:5": "expected 0 or 1 under 'rude', found '2'"}
+    assert bad.problems == {f"{path}:5": "expected 0 or 1 under 'rude', found '2'"}
 
 
 def test_text_files_are_a_text_a_line(write):

@@ -24,13 +24,13 @@ def test_conll_2003_with_documents_and_iob1(write):
         ),
     )
     found = read_sentences(path)
-    assert found.scheme == "IOB1" and found.repaired == 0
+    assert found.scheme == "IOB1" and found.num_repaired == 0
     first, second = found.examples
     assert first.words == ["EU", "rejects", "German", "Boers"]
     assert first.tags == ["B-ORG", "O", "B-MISC", "B-MISC"]
     assert second.tags == ["B-PER", "I-PER"]
     assert [first.document, second.document] == [1, 2]
-    assert [first.place, second.place] == [f"{path}:3", f"{path}:11"]
+    assert [first.location, second.location] == [f"{path}:3", f"{path}:11"]
     names = ("O", "B-MISC", "I-MISC", "B-ORG", "I-ORG", "B-PER", "I-PER")
     assert tag_names(found.examples) == names
     chunks = read_sentences(path, tag=2)
@@ -50,7 +50,7 @@ def test_bioes_and_bilou_become_iob2_and_what_breaks_them_is_counted(write):
     good = lines("a S-X", "b B-Y", "c I-Y", "d E-Y", "e O", "")
     path = write("bioes.conll", good + lines("a I-X", "b E-X", "", "c B-X", "d O"))
     found = read_sentences(path)
-    assert found.scheme == "IOBES" and found.repaired == 2
+    assert found.scheme == "IOBES" and found.num_repaired == 2
     assert [s.tags for s in found.examples] == [
         ["B-X", "B-Y", "I-Y", "I-Y", "O"],
         ["B-X", "I-X"],
@@ -58,7 +58,7 @@ def test_bioes_and_bilou_become_iob2_and_what_breaks_them_is_counted(write):
     ]
     bilou = write("bilou.conll", good.replace("S-", "U-").replace("E-", "L-"))
     found = read_sentences(bilou)
-    assert (found.scheme, found.repaired) == ("IOBES", 0)
+    assert (found.scheme, found.num_repaired) == ("IOBES", 0)
     assert found.examples[0].tags == ["B-X", "B-Y", "I-Y", "I-Y", "O"]
 
 
@@ -98,7 +98,7 @@ def test_bad_sentences_go_whole_and_are_counted(write):
     assert f"2 of 4 rows are bad: {path}:4: expected at least 2 columns, found 1" in message
     assert f"{path}:7: no word in column 0" in message
     bad = RowErrors(skip=True)
-    assert [s.words for s in read_sentences(path, bad=bad).examples] == [["good"], ["x"]]
+    assert [s.words for s in read_sentences(path, row_errors=bad).examples] == [["good"], ["x"]]
     assert "no sentences" in error_message(read_sentences, write("empty.conll", "\n\n"))
     assert "expected numbers" in error_message(read_sentences, path, word="form")
 
@@ -116,9 +116,9 @@ def test_sentences_as_json_lines(write):
         ),
     )
     bad = RowErrors(skip=True)
-    found = read_sentences(path, bad=bad)
+    found = read_sentences(path, row_errors=bad)
     assert found.scheme == "IOB1" and found.examples[0].tags == ["B-ORG", "O"]
-    assert bad.total == 6 and len(bad.bad) == 5
-    assert bad.bad[f"{path}:2"] == "expected 2 tags under 'ner_tags', found 1 tags"
+    assert bad.num_rows == 6 and len(bad.problems) == 5
+    assert bad.problems[f"{path}:2"] == "expected 2 tags under 'ner_tags', found 1 tags"
     numbers = write("b.jsonl", json_lines({"tokens": ["a", "b"], "ner_tags": [0, 3]}))
     assert read_sentences(numbers).examples[0].tags == ["0", "3"]

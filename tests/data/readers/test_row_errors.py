@@ -9,8 +9,8 @@ def test_one_collector_over_several_files_tells_all_at_once(write):
     first = write("a.tsv", "text\tlabel\nx\n")
     second = write("b.tsv", "text\tlabel\ny\nfine\t1\n")
     bad = RowErrors()
-    read_text_examples(first, text="text", label="label", bad=bad)
-    read_text_examples(second, text="text", label="label", bad=bad)
+    read_text_examples(first, text="text", label="label", row_errors=bad)
+    read_text_examples(second, text="text", label="label", row_errors=bad)
     message = error_message(bad.raise_if_any)
     assert "2 of 3 rows are bad" in message and str(first) in message and str(second) in message
     assert RowErrors().summary == "0 of 0 rows are bad"

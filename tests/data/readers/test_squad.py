@@ -30,7 +30,7 @@ def test_squad_of_both_versions(write):
     first, second, third = read_questions(path)
     assert first.answers == [Answer("cat", 4), Answer("The cat", 0)] and first.id == "a"
     assert second.answers == [] and third.answers == []
-    assert first.place == f"{path}: data[0].paragraphs[0].qas[0]"
+    assert first.location == f"{path}: data[0].paragraphs[0].qas[0]"
     flat = write(
         "dev.jsonl",
         json_lines(
@@ -64,9 +64,9 @@ def test_bad_questions_are_named(write):
     ]
     path = write("bad.json", squad(*rows))
     bad = RowErrors(skip=True)
-    assert [q.id for q in read_questions(path, bad=bad)] == ["good"]
-    assert bad.total == 11 and len(bad.bad) == 10
-    problems = [problem for _, problem in bad.bad.items()]
+    assert [q.id for q in read_questions(path, row_errors=bad)] == ["good"]
+    assert bad.num_rows == 11 and len(bad.problems) == 10
+    problems = [problem for _, problem in bad.problems.items()]
     assert "answer 'cat' does not stand at character 5 of the context, but 'at '" in problems[0]
     assert "second time" in problems[5]
     assert "10 of 11 rows are bad" in error_message(read_questions, path)

@@ -24,7 +24,7 @@ def test_rows_come_as_they_are_read_from_any_stream():
     examples = stream_text_examples("stdin.txt", "text", bad, file=source)
     assert next(examples) == ("stdin.txt:1", "line 0", None, None)
     assert source.given < len(data) / 4, "not read to the end"
-    assert sum(1 for _ in examples) == 499_999 == bad.total - 1
+    assert sum(1 for _ in examples) == 499_999 == bad.num_rows - 1
     assert not source.closed, "the caller's to close"
 
     rows = json_lines({"text": "a", "tokens": ["a"]}, {"text": 3, "tokens": []}).encode()
@@ -32,7 +32,7 @@ def test_rows_come_as_they_are_read_from_any_stream():
     named = list(
         stream_text_examples("in.jsonl.gz", "text", bad, file=CountingStream(gzip.compress(rows)))
     )
-    assert [e.text for e in named] == ["a"] and list(bad.bad) == ["in.jsonl.gz:2"]
+    assert [e.text for e in named] == ["a"] and list(bad.problems) == ["in.jsonl.gz:2"]
     bad = RowErrors(skip=True)
     words = list(stream_sentences("in.jsonl", bad, tagged=False, file=CountingStream(rows)))
     assert [s.words for s in words] == [["a"]] and words[0].tags is None
@@ -43,7 +43,7 @@ def test_rows_come_as_they_are_read_from_any_stream():
     assert question.answers is None and question.id == "1"
     choice = json_lines({"sent1": "a", "endings": ["b", "c"]}).encode()
     (example,) = stream_choices("in.jsonl", bad, label=None, file=CountingStream(choice))
-    assert example.choices == ["b", "c"] and example.place == "in.jsonl:1"
+    assert example.choices == ["b", "c"] and example.location == "in.jsonl:1"
     (csv_row,) = stream_table("in.csv", ["a"], bad, file=CountingStream(b"\xef\xbb\xbfa,b\n1,2\n"))
     assert csv_row.values == {"a": "1"}
 
@@ -66,17 +66,17 @@ CONTENTS = (
     | JSON_VALUES.map(lambda value: json.dumps({"data": [value, value]}).encode())
 )
 READERS = {
-    ".csv": lambda path, bad: read_text_examples(path, 0, label=1, bad=bad),
-    ".tsv": lambda path, bad: read_text_examples(path, "a", label="b", bad=bad),
-    ".txt": lambda path, bad: read_text_examples(path, 0, bad=bad),
-    ".jsonl": lambda path, bad: read_text_examples(path, "text", label="label", bad=bad),
-    "words.jsonl": lambda path, bad: read_sentences(path, bad=bad).examples,
-    ".conll": lambda path, bad: read_sentences(path, bad=bad).examples,
-    ".conllu": lambda path, bad: read_sentences(path, bad=bad).examples,
-    ".json": lambda path, bad: read_questions(path, bad=bad),
-    "asked.jsonl": lambda path, bad: read_questions(path, bad=bad),
-    "mc.jsonl": lambda path, bad: read_choices(path, bad=bad),
-    "mc.csv": lambda path, bad: read_choices(path, bad=bad),
+    ".csv": lambda path, bad: read_text_examples(path, 0, label=1, row_errors=bad),
+    ".tsv": lambda path, bad: read_text_examples(path, "a", label="b", row_errors=bad),
+    ".txt": lambda path, bad: read_text_examples(path, 0, row_errors=bad),
+    ".jsonl": lambda path, bad: read_text_examples(path, "text", label="label", row_errors=bad),
+    "words.jsonl": lambda path, bad: read_sentences(path, row_errors=bad).examples,
+    ".conll": lambda path, bad: read_sentences(path, row_errors=bad).examples,
+    ".conllu": lambda path, bad: read_sentences(path, row_errors=bad).examples,
+    ".json": lambda path, bad: read_questions(path, row_errors=bad),
+    "asked.jsonl": lambda path, bad: read_questions(path, row_errors=bad),
+    "mc.jsonl": lambda path, bad: read_choices(path, row_errors=bad),
+    "mc.csv": lambda path, bad: read_choices(path, row_errors=bad),
 }
 
 
@@ -94,7 +94,7 @@ def test_whatever_a_file_holds_each_row_is_read_or_named(name, tmp_path_factory)
         except InputError as error:
             assert str(path) in str(error)
             return
-        assert len(found) + len(bad.bad) == bad.total > 0, "lost, or counted twice"
-        assert all(str(path) in place for place in bad.bad)
+        assert len(found) + len(bad.problems) == bad.num_rows > 0, "lost, or counted twice"
+        assert all(str(path) in place for place in bad.problems)
 
     check()

@@ -47,9 +47,9 @@ def test_bad_choices_are_named(write):
         ),
     )
     bad = RowErrors(skip=True)
-    assert len(read_choices(path, bad=bad)) == 1
-    assert bad.total == 12
-    problems = {int(place.rsplit(":", 1)[1]): problem for place, problem in bad.bad.items()}
+    assert len(read_choices(path, row_errors=bad)) == 1
+    assert bad.num_rows == 12
+    problems = {int(place.rsplit(":", 1)[1]): problem for place, problem in bad.problems.items()}
     assert sorted(problems) == list(range(2, 13))
     assert problems[2] == "label 2 is not among its 2 choices, 0 to 1"
     assert "expected the number of a choice" in problems[3]

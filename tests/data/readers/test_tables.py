@@ -21,7 +21,7 @@ def test_glue_tsv_has_no_quotes_and_may_have_a_mark_and_crlf(write):
         {"sentence": 'the 5" disk "spins', "label": "1"},
         {"sentence": '"unbalanced', "label": "0"},
     ]
-    assert [r.place for r in records] == [f"{path}:2", f"{path}:3"]
+    assert [r.location for r in records] == [f"{path}:2", f"{path}:3"]
 
 
 def test_files_without_a_header_have_numbered_columns(write):
@@ -44,7 +44,7 @@ def test_csv_quotes_enclose_anything(write):
     path = write("a.csv.gz", 'text,label\n"one, ""two""\nthree",x\r\n\nfour,y\n')
     records = read_table(path, ["text", "label"])
     assert [r.values["text"] for r in records] == ['one, "two"\nthree', "four"]
-    assert [r.place for r in records] == [f"{path}:2", f"{path}:5"]
+    assert [r.location for r in records] == [f"{path}:2", f"{path}:5"]
 
 
 @settings(max_examples=200, deadline=None)
@@ -91,9 +91,9 @@ def test_bad_rows_are_all_named_with_their_number(write):
         f"{path}:8: expected 2 columns as in the header, found 3"
     )
     bad = RowErrors(skip=True)
-    assert len(read_table(path, ["text", "label"], bad=bad)) == 6
+    assert len(read_table(path, ["text", "label"], row_errors=bad)) == 6
     bad.raise_if_any()
-    assert bad.total == 8 and len(bad.bad) == 2 and "2 of 8 rows" in bad.summary
+    assert bad.num_rows == 8 and len(bad.problems) == 2 and "2 of 8 rows" in bad.summary
 
     many = write("many.tsv", lines("text\tlabel", *["short"] * 1200))
     message = error_message(read_table, many, ["text"])
@@ -103,12 +103,15 @@ def test_bad_rows_are_all_named_with_their_number(write):
 def test_a_quote_that_never_closes_is_found_and_reading_goes_on(write):
     inside = write("a.csv", 'text,label\n"good",1\n"bad" tail,0\ngood,1\n')
     bad = RowErrors(skip=True)
-    assert [r.values["text"] for r in read_table(inside, ["text"], bad=bad)] == ["good", "good"]
-    assert list(bad.bad) == [f"{inside}:3"] and bad.total == 3
+    assert [r.values["text"] for r in read_table(inside, ["text"], row_errors=bad)] == [
+        "good",
+        "good",
+    ]
+    assert list(bad.problems) == [f"{inside}:3"] and bad.num_rows == 3
     # What it swallows may be good rows: that is never skipped.
     for tail in ("", '"x" y,2\n'):
         open_ = write("b.csv", 'text,label\ngood,1\n"never closed,0\nswallowed,1\n' + tail)
-        message = error_message(read_table, open_, ["text"], bad=RowErrors(skip=True))
+        message = error_message(read_table, open_, ["text"], row_errors=RowErrors(skip=True))
         assert (
             f"{open_}:3: a quotation mark out of place" in message
             and "goes on to line 5" in message
@@ -146,13 +149,13 @@ def test_json_lines(write):
         ),
     )
     bad = RowErrors(skip=True)
-    examples = read_text_examples(path, text="text", label="label", bad=bad)
-    assert [(e.place, e.text, e.label) for e in examples] == [
+    examples = read_text_examples(path, text="text", label="label", row_errors=bad)
+    assert [(e.location, e.text, e.label) for e in examples] == [
         (f"{path}:1", "a", 1),
         (f"{path}:9", "c", True),
     ]
-    problems = {int(place.rsplit(":", 1)[1]): problem for place, problem in bad.bad.items()}
-    assert bad.total == 8 and list(problems) == [2, 3, 4, 6, 7, 8]
+    problems = {int(place.rsplit(":", 1)[1]): problem for place, problem in bad.problems.items()}
+    assert bad.num_rows == 8 and list(problems) == [2, 3, 4, 6, 7, 8]
     assert "not a line of JSON" in problems[2] and "expected a JSON object" in problems[3]
     assert problems[4] == "no key 'text' among 'label'"
     assert problems[6] == "expected text under 'text', found null"

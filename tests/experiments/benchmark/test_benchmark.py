@@ -5,9 +5,17 @@ import json
 import numpy as np
 import pytest
 
-from experiments.benchmark import race, report
-from experiments.benchmark.cases import TASKS, Case, all_cases, checked, read, write, write_weights
-from experiments.benchmark.race import Result
+from experiments.benchmark import report, runner
+from experiments.benchmark.cases import (
+    Case,
+    all_cases,
+    comparison_batch,
+    read_case,
+    write_case,
+    write_weights,
+)
+from experiments.benchmark.runner import Result
+from experiments.tasks.names import TASK_NAMES
 from prelnroberta.errors import InputError
 from tests.helpers.programs import call
 
@@ -15,7 +23,7 @@ TEXTS = [[0, *np.random.default_rng(i).integers(5, 400, 3 + 7 * i % 23), 2] for 
 RAGGED = {"preset": "tiny", "B": 3, "L": 24, "ragged": True}
 CASES = [
     Case("train", "masked_lm", **RAGGED),
-    *(Case("train", model, **RAGGED, steps=2) for model in TASKS if model != "masked_lm"),
+    *(Case("train", model, **RAGGED, steps=2) for model in TASK_NAMES if model != "masked_lm"),
 ]
 
 
@@ -26,29 +34,29 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(race, "_LEAST_SECONDS", 0.0)
-    monkeypatch.setattr(race, "_CASE_SECONDS", 0.0)
+    monkeypatch.setattr(runner, "_MIN_SECONDS", 0.0)
+    monkeypatch.setattr(runner, "_CASE_SECONDS", 0.0)
 
 
 def run(case, folder, names, rounds=1):
-    weights, work = folder / f"{case.work}-{case.model}", folder / case.name
+    weights, work = folder / f"{case.operation}-{case.model}", folder / case.name
     if not weights.exists():
         write_weights(case, weights)
-    write(case, work, TEXTS)
-    return race.race(case, weights, work, rounds, names)
+    write_case(case, work, TEXTS)
+    return runner.run_case(case, weights, work, rounds, names)
 
 
 def test_names_are_unique_and_every_task_is_there():
     names = [case.name for case in all_cases()]
     assert len(set(names)) == len(names)
-    assert {case.model for case in all_cases() if case.work == "train"} == set(TASKS)
+    assert {case.model for case in all_cases() if case.operation == "train"} == set(TASK_NAMES)
 
 
 @pytest.mark.slow
 def test_all_contenders_agree(folder):
-    """race itself refuses what differs."""
+    """`run_case` itself refuses contenders that differ."""
     results = {result.name: result for result in run(CASES[0], folder, None)}
-    assert len(results) == 9 and {"ours packed", race.FLAX, race.TORCH_SDPA} <= results.keys()
+    assert len(results) == 9 and {"ours packed", runner.FLAX, runner.TORCH_SDPA} <= results.keys()
     for result in results.values():
         assert result.difference < 1e-5 and len(result.seconds) == 1 and result.seconds[0] > 0
 
@@ -57,32 +65,32 @@ def test_all_contenders_agree(folder):
 @pytest.mark.parametrize("model", ["question_answering", "multiple_choice"])
 def test_losses_of_tasks_agree(folder, model):
     [case] = [case for case in CASES if case.model == model]
-    results = run(case, folder, {"ours packed", race.TORCH_SDPA})
-    assert {"ours packed", "ours padded", race.TORCH_SDPA} <= {r.name for r in results}
+    results = run(case, folder, {"ours packed", runner.TORCH_SDPA})
+    assert {"ours packed", "ours padded", runner.TORCH_SDPA} <= {r.name for r in results}
 
 
 def test_first_seconds_hold_the_compiling_and_short_cases_get_more_rounds(folder, monkeypatch):
-    monkeypatch.setattr(race, "_CASE_SECONDS", 1e9)
+    monkeypatch.setattr(runner, "_CASE_SECONDS", 1e9)
     for result in run(Case("forward", "base", **RAGGED), folder, {"ours packed"}, rounds=2):
         assert len(result.seconds) == 5 * 2
-        assert result.first > 10 * result.seconds[0]
+        assert result.first_seconds > 10 * result.seconds[0]
 
 
 def test_another_function_is_refused(folder, monkeypatch):
-    monkeypatch.setattr(race, "_LARGEST_DIFFERENCE", -1.0)
+    monkeypatch.setattr(runner, "_MAX_DIFFERENCE", -1.0)
     with pytest.raises(InputError, match="ours packed differs from ours by"):
         run(CASES[0], folder, {"ours packed"})
 
 
 def test_every_real_token_is_worked_on_and_no_pad_is_counted(folder):
-    from experiments.benchmark.ours_flax import _batches
+    from experiments.benchmark.contenders.prelnroberta_flax import _training_batches
 
     for case in CASES:
-        write(case, folder / "rows", TEXTS)
-        case, batch = read(folder / "rows")
+        write_case(case, folder / "rows", TEXTS)
+        case, batch = read_case(folder / "rows")
         ids = batch["input_ids"][batch["attention_mask"] == 1]
         for mode in ("packed", "padded"):
-            parts = _batches(case, batch, mode)
+            parts = _training_batches(case, batch, mode)
             found = np.concatenate(
                 [
                     part["input_ids"][part.get("segment_ids", part.get("attention_mask")) > 0]
@@ -93,21 +101,21 @@ def test_every_real_token_is_worked_on_and_no_pad_is_counted(folder):
 
 
 def test_packed_answers_are_those_of_the_case_and_the_check_has_no_pads(folder):
-    from experiments.benchmark.ours_flax import _batches
+    from experiments.benchmark.contenders.prelnroberta_flax import _training_batches
 
     [case] = [case for case in CASES if case.model == "question_answering"]
-    write(case, folder / "answers", TEXTS)
-    case, batch = read(folder / "answers")
+    write_case(case, folder / "answers", TEXTS)
+    case, batch = read_case(folder / "answers")
     for side in ("start_positions", "end_positions"):
         expected = np.take_along_axis(batch["input_ids"], batch[side][:, None], 1)
         found = []
-        for part in _batches(case, batch, "packed"):
+        for part in _training_batches(case, batch, "packed"):
             rows, places = np.nonzero(part[side] >= 0)
             at = part[side][rows, places]
             np.testing.assert_array_equal(part["segment_ids"][rows, at], 1 + places)
             found.extend(part["input_ids"][rows, at])
         np.testing.assert_array_equal(np.sort(found), np.sort(expected[:, 0]))
-    first = checked(case, batch)
+    first = comparison_batch(case, batch)
     assert len(first["input_ids"]) == case.B and first["attention_mask"].all()
     assert (first["end_positions"] < first["input_ids"].shape[1]).all()
 
@@ -116,16 +124,22 @@ def test_ratios_are_taken_within_rounds():
     slow_machine = np.array([0.5, 1.0, 10.0])
     ours = Result("ours", False, 0.0, 1.0, 1.0, None, list(1.0 * slow_machine))
     theirs = Result("theirs", True, 0.0, 1.0, 1.0, 2**30, list(1.5 * slow_machine))
-    np.testing.assert_allclose(race.ratios(ours, theirs), 1.5)
-    flax = Result(race.FLAX, True, 0.0, 1.0, 1.0, None, [0.1] * 3)
+    np.testing.assert_allclose(runner.speedups(ours, theirs), 1.5)
+    flax = Result(runner.FLAX, True, 0.0, 1.0, 1.0, None, [0.1] * 3)
     lucky = Result("faster by the clock alone", True, 0.0, 1.0, 1.0, None, [1.4, 1.6, 1.0])
-    assert race.best_peer(ours, [ours, lucky, theirs, flax]) is theirs
+    assert runner.best_peer(ours, [ours, lucky, theirs, flax]) is theirs
 
 
 def test_tables_and_picture(tmp_path):
-    names = ["ours", race.FLAX, race.TORCH_SDPA, "transformers 4.57 TF XLA", "our PyTorch"]
+    names = ["ours", runner.FLAX, runner.TORCH_SDPA, "transformers 4.57 TF XLA", "our PyTorch"]
     results = [
-        {"name": n, "peer": "transformers" in n, "difference": 1e-7, "first": 2.0, "imported": 1.0}
+        {
+            "name": n,
+            "is_peer": "transformers" in n,
+            "difference": 1e-7,
+            "first_seconds": 2.0,
+            "import_seconds": 1.0,
+        }
         | {"peak_bytes": 2**30, "seconds": [0.1 * (i + 1)] * 3}
         for i, n in enumerate(names)
     ]
@@ -137,21 +151,22 @@ def test_tables_and_picture(tmp_path):
         "matrix_product_gflops": 300.0,
         "results": results,
     }
-    lines = report.table(record).splitlines()
+    lines = report.format_case(record).splitlines()
     assert lines[1].split()[:4] == ["ours", "100.0", "10,000", "300"] and "3.00x" in lines[3]
-    row = report.summary([record]).splitlines()[-1]
+    row = report.summary_table([record]).splitlines()[-1]
     assert row.split("|")[2:7] == [" 10,000 ", " 2.00 ", " 3.00 ", " 5 torch SDPA ", " 0.60 "]
-    assert report.draw(tmp_path / "speed.png", [json.loads(json.dumps(record))]).stat().st_size
+    plot = report.draw_speedups(tmp_path / "speed.png", [json.loads(json.dumps(record))])
+    assert plot.stat().st_size
 
 
 def test_a_run_goes_on_with_its_own_results_alone(tmp_path):
-    run = {"machine": "a", "rounds": 5, "code": report.digest()}
-    found = report.begun(tmp_path, run)
+    run = {"machine": "a", "rounds": 5, "code": report.code_digest()}
+    found = report.load_results(tmp_path, run)
     assert found["cases"] == [] and found["code"] == run["code"]
-    report.save(tmp_path, found | {"compiled": [{"what": "x"}]})
-    assert report.begun(tmp_path, run)["compiled"] == [{"what": "x"}]
+    report.save_results(tmp_path, found | {"compiled": [{"what": "x"}]})
+    assert report.load_results(tmp_path, run)["compiled"] == [{"what": "x"}]
     with pytest.raises(InputError, match="this is 'other': give another"):
-        report.begun(tmp_path, run | {"code": "other"})
+        report.load_results(tmp_path, run | {"code": "other"})
 
 
 def test_an_unknown_case_is_answered_with_their_names(tmp_path):

@@ -1,16 +1,16 @@
-"""`pretrain --rehearse`: a step compiled for a TPU slice, its report and its advice.
+"""`pretrain --compile_topology`: a step compiled for a TPU slice, its report and its advice.
 
 The collectives that a strategy must have are stated here: fsdp gathers each kernel twice a step, in
 bfloat16, and scatters its gradient; tensor sums activations four times a layer; nothing is moved
 from all to all.
 """
 
-import dataclasses
 import math
 
 import pytest
 
-from experiments.common import compile_topology as rehearse
+from experiments.common.compile_topology import format_report
+from experiments.flags.programs import PretrainSettings
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.distributed.hardware import CHIP_SPECS
@@ -21,7 +21,7 @@ from prelnroberta.distributed.topology_compile import (
 from tests.helpers.programs import ROOT, call, tiny_flags
 
 
-def rehearsal(**changes):
+def report(**changes):
     [v5e] = [chip for chip in CHIP_SPECS if chip.name == "v5e"]
     values = {
         "chip": v5e,
@@ -39,8 +39,8 @@ def rehearsal(**changes):
     return CompileReport(**values | changes)
 
 
-def test_what_is_told():
-    text = rehearse.tell(rehearsal())
+def test_report_of_a_step_that_fits():
+    text = format_report(report(), PretrainSettings(run_dir="x"))
     assert "in all 7.00 of 16 GiB: fits" in text and "try" not in text
     # A second of matrix products, two of links.
     assert "a step takes at least 2.000 s, for its links" in text and "MFU at most 50%" in text
@@ -50,32 +50,25 @@ def test_what_is_told():
 @pytest.mark.parametrize(
     ("changes", "advice"),
     [
-        ({"total": 20 << 30}, "--remat=dots, --dtype=bfloat16, --accumulate=2"),
+        ({"total": 20 << 30}, "--remat=dots, --dtype=bfloat16, --gradient_accumulation_steps=2"),
         (
             {"params": 8 << 30, "optimizer": 16 << 30, "total": None, "needed": "Used 30G of 16G"},
             "--mesh_fsdp=8 (parameters and optimizer fill the chip), --remat=dots",
         ),
     ],
 )
-def test_what_is_advised_where_it_does_not_fit(changes, advice, monkeypatch):
-    flags = dataclasses.make_dataclass(
-        "Flags",
-        [
-            ("mesh_fsdp", int, 1),
-            ("remat", str, "none"),
-            ("dtype", str, "float32"),
-            ("accumulate", int, 1),
-        ],
-    )
-    monkeypatch.setattr(rehearse, "FLAGS", flags())
-    text = rehearse.tell(rehearsal(**changes))
+def test_advice_for_a_step_that_does_not_fit(changes, advice):
+    text = format_report(report(**changes), PretrainSettings(run_dir="x"))
     assert "not fit" in text and f"try, in this order: {advice}" in text
 
 
+@pytest.mark.libtpu
 @pytest.mark.parametrize(("slice_name", "kind"), [("v5e:2x2", "v5 lite"), ("v4:2x2x1", "v4")])
-def test_a_rehearsal_writes_nothing(slice_name, kind, tmp_path):
+def test_compile_topology_writes_nothing(slice_name, kind, tmp_path):
     run_dir = tmp_path / "run"
-    done = call("pretrain", *tiny_flags(), f"--run_dir={run_dir}", f"--rehearse={slice_name}")
+    done = call(
+        "pretrain", *tiny_flags(), f"--run_dir={run_dir}", f"--compile_topology={slice_name}"
+    )
     assert done.returncode == 0, done.stderr
     assert f"4 devices (TPU {kind}), jit, mesh data 4" in done.stdout
     assert ": fits" in done.stdout and "all-reduce" in done.stdout
@@ -91,7 +84,7 @@ def large(slice_name, *flags):
         "pretrain",
         f"--flagfile={ROOT / 'experiments/recipes/efficient_mlm_large.flags'}",
         "--run_dir=none",
-        f"--rehearse={slice_name}",
+        f"--compile_topology={slice_name}",
         *flags,
         timeout=1200,
     )
@@ -110,6 +103,7 @@ def kernels():
     return sum(math.prod(shapes[p]) for p, r in rows.items() if r.is_stacked and r.kind == "kernel")
 
 
+@pytest.mark.libtpu
 @pytest.mark.slow
 def test_the_large_recipe_fits_a_v5e_pod_by_fsdp():
     found, said = large("v5e:16x16", "--mesh_fsdp=16")
@@ -125,16 +119,20 @@ def test_the_large_recipe_fits_a_v5e_pod_by_fsdp():
     assert "all-to-all" not in found and "collective-permute" not in said
 
 
+@pytest.mark.libtpu
 @pytest.mark.slow
 def test_the_large_recipe_fits_v5p_by_tensor_and_fsdp():
     found, said = large("v5p:4x4x4", "--mesh_fsdp=4", "--mesh_tensor=4")
     assert "mesh data 4 x fsdp 4 x tensor 4" in said and ": fits" in said
-    assert "vocab_size=50,265 does not divide by mesh_tensor=4: it stays whole" in said
+    assert "vocab_size=50,265 is not divisible by mesh_tensor=4: it is not sharded" in said
     assert found["all-reduce"][0] >= 4 * LARGE.num_hidden_layers
     assert "all-to-all" not in found
 
 
+@pytest.mark.libtpu
 def test_the_same_command_is_refused_before_anything_is_compiled():
-    done = call("pretrain", *tiny_flags(batch_size=10), "--run_dir=none", "--rehearse=v5e:2x2")
+    done = call(
+        "pretrain", *tiny_flags(batch_size=10), "--run_dir=none", "--compile_topology=v5e:2x2"
+    )
     assert done.returncode == 2, done.stdout
-    assert "batch_size=10 does not divide by 4 devices" in done.stderr
+    assert "batch_size=10 is not divisible by 4 devices" in done.stderr

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.common.loop import Cadence, resume, train
+from experiments.common.loop import Cadence, restore_latest, train
 from experiments.common.report import Report, read_records
 from prelnroberta.errors import InputError
 from prelnroberta.model.losses import Scores
@@ -131,7 +131,7 @@ def test_a_save_that_fails_is_told_and_gone_on_from_if_asked(tmp_path, capsys):
         (tmp_path / "checkpoints").symlink_to(disk.path)
         disk.path.mkdir()
         state, stopped = loop(
-            tmp_path, batches=filling(), save_every=1, eval_every=40, failed_save="continue"
+            tmp_path, batches=filling(), save_every=1, eval_every=40, on_save_error="continue"
         )
         assert stopped is None and int(state.step) == 20
         steps = [int(p.name) for p in disk.path.iterdir() if p.name.isdigit()]
@@ -149,12 +149,12 @@ def test_a_damaged_step_is_set_aside_on_request_alone(tmp_path, capsys):
     largest.write_bytes(b"")
     checkpoints = CheckpointManager(tmp_path / "checkpoints", keep=20)
     with pytest.raises(
-        CheckpointError, match=r"20: the checkpoint is damaged.*--set_damaged_aside"
+        CheckpointError, match=r"20: the checkpoint is damaged.*--skip_corrupt_checkpoints"
     ):
-        resume(checkpoints, state, set_damaged_aside=False)
+        restore_latest(checkpoints, state, skip_corrupt=False)
     assert checkpoints.latest_step() == 20
-    assert int(resume(checkpoints, state, set_damaged_aside=True).step) == 16
-    assert "set aside: " in capsys.readouterr().err
+    assert int(restore_latest(checkpoints, state, skip_corrupt=True).step) == 16
+    assert "moved aside: " in capsys.readouterr().err
     assert (tmp_path / "checkpoints/damaged/20").is_dir() and checkpoints.latest_step() == 16
     checkpoints.save(state, {})  # the step comes again
     checkpoints.close()
