@@ -1,4 +1,4 @@
-"""What is measured: each case one piece of work, with the very arrays that all contenders get."""
+"""The cases of the benchmark; all contenders get the same arrays."""
 
 from __future__ import annotations
 
@@ -9,35 +9,25 @@ from typing import Any
 
 import numpy as np
 
-from prelnroberta.config import IGNORE_INDEX, RobertaPreLayerNormConfig
-
-# What fine-tuning learns -> the model that stands for it.
-TASKS = {
-    "sequence_classification": "ForSequenceClassification",
-    "multiple_choice": "ForMultipleChoice",
-    "token_classification": "ForTokenClassification",
-    "question_answering": "ForQuestionAnswering",
-    "masked_lm": "ForMaskedLM",
-    "causal_lm": "ForCausalLM",
-}
+from prelnroberta.config import ARCHITECTURES, IGNORE_INDEX, RobertaPreLayerNormConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One piece of work.
+    """A computation that is timed.
 
     Attributes:
-        work: train (forward, backward and AdamW, dropout 0.1), forward, or generate.
-        model: of the parameter table.
-        preset: the architecture.
-        B, L: sequences, and the length that padding brings them to.
-        ragged: lengths of real documents, cut at L, instead of full rows.
+        operation: train (forward, backward and AdamW, dropout 0.1), forward, or generate.
+        model: name in the parameter table.
+        preset: name of the architecture.
+        B, L: sequences in a batch, and the length to which they are padded.
+        ragged: sequences have the lengths of real documents, truncated to L, not all L.
         mask_rate: of masked language models.
-        steps: batches of B sequences that one measurement trains on.
-        new_tokens: of generation, after prompts of L.
+        steps: batches that one run trains on.
+        new_tokens: tokens to generate after prompts of length L.
     """
 
-    work: str
+    operation: str
     model: str
     preset: str
     B: int
@@ -49,43 +39,48 @@ class Case:
 
     @property
     def name(self) -> str:
-        what = {
+        kind = {
             ("train", "masked_lm"): "pretrain",
             ("forward", "base"): "encoder",
             ("forward", "masked_lm"): "logits",
             ("generate", "causal_lm"): "generate",
-        }.get((self.work, self.model), f"finetune-{self.model}")
-        rate = f"-{self.mask_rate:.0%}" if what == "pretrain" else ""
+        }.get((self.operation, self.model), f"finetune-{self.model}")
+        rate = f"-{self.mask_rate:.0%}" if kind == "pretrain" else ""
         ragged = "-ragged" if self.ragged else ""
-        return f"{what}-{self.preset.removeprefix('roberta-')}-{self.B}x{self.L}{ragged}{rate}"
+        return f"{kind}-{self.preset.removeprefix('roberta-')}-{self.B}x{self.L}{ragged}{rate}"
 
     @property
     def config(self) -> RobertaPreLayerNormConfig:
         changes: dict[str, Any] = {"is_decoder": self.model == "causal_lm"}
         if self.model in ("token_classification", "sequence_classification"):
             changes["num_labels"] = 5
-        if self.work == "generate":
+        if self.operation == "generate":
             changes |= {"eos_token_id": None, "pad_token_id": 1}
         return RobertaPreLayerNormConfig.preset(self.preset, **changes)
 
     @property
     def architecture(self) -> str:
-        """transformers' name, without the framework's prefix."""
-        return "RobertaPreLayerNorm" + {"base": "Model", **TASKS}[self.model]
+        """Name of the class in transformers, without the framework's prefix."""
+        return ARCHITECTURES[self.model]
 
-    def flops(self, lengths: np.ndarray, read: np.ndarray | int | None = None) -> float:
-        """FLOPs that the real tokens need: products over pads are nobody's work."""
-        vocab = self.model.endswith("_lm")
-        times = 3 if self.work == "train" else 1
-        reads = np.broadcast_to(-1 if read is None else read, lengths.shape)
-        return times * sum(
-            self.config.forward_flops(int(n), None if m < 0 else int(m), vocab)
-            for n, m in zip(lengths, reads, strict=True)
+    def flops(self, lengths: np.ndarray, num_masked: np.ndarray | None = None) -> float:
+        """FLOPs for the real tokens, without padding.
+
+        Args:
+            lengths: [n], tokens of each sequence.
+            num_masked: [n], positions whose logits are computed; None: all.
+        """
+        is_language_model = self.model.endswith("_lm")
+        passes = 3 if self.operation == "train" else 1
+        masked = [None] * len(lengths) if num_masked is None else map(int, num_masked)
+        return passes * sum(
+            self.config.forward_flops(int(n), m, is_language_model)
+            for n, m in zip(lengths, masked, strict=True)
         )
 
 
 def all_cases() -> list[Case]:
-    """In the order of the report: pretraining, forward, fine-tuning, generation."""
+    """All cases, in the order of the report: pretraining, forward, fine-tuning, generation."""
 
     def pretrain(preset: str, B: int, L: int, rate: float = 0.15, ragged: bool = False) -> Case:
         return Case("train", "masked_lm", preset, B, L, ragged, rate)
@@ -108,19 +103,19 @@ def all_cases() -> list[Case]:
         forward(base, "base", 4, 512),
         forward(base, "base", 16, 128, ragged=True),
         forward(small, "base", 32, 128, ragged=True),
-        *(Case("train", model, small, 16, 128, ragged=True, steps=4) for model in _TUNED),
+        *(Case("train", model, small, 16, 128, ragged=True, steps=4) for model in _FINETUNED),
         Case("train", "multiple_choice", small, 4, 128, ragged=True, steps=4),
         Case("generate", "causal_lm", small, 8, 16, new_tokens=48),
     ]
 
 
-_TUNED = ["sequence_classification", "token_classification", "question_answering", "causal_lm"]
+_FINETUNED = ["sequence_classification", "token_classification", "question_answering", "causal_lm"]
 
 
-def documents(count: int, cache: Path) -> list[list[int]]:
-    """Token ids of real documents, `<s> .. </s>`, any length: the installed packages' docstrings.
+def tokenized_documents(count: int, cache: Path) -> list[list[int]]:
+    """Token ids of documents of any length, `<s> ... </s>`: docstrings of the installed packages.
 
-    Tokenized with 8,192 pieces, which every preset has.
+    The tokenizer has 8,192 tokens, no more than the vocabulary of any preset.
     """
     from prelnroberta.data.pretraining.docstrings import DocstringCorpus
     from prelnroberta.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
@@ -129,29 +124,37 @@ def documents(count: int, cache: Path) -> list[list[int]]:
     if not (cache / "tokenizer").exists():
         save_tokenizer(train_tokenizer(texts, 8192), cache / "tokenizer", 512)
     tokenizer = load_tokenizer(cache / "tokenizer")
-    chosen = np.random.default_rng(0).permutation(len(texts))[:count]
-    return [encoding.ids for encoding in tokenizer.encode_batch([texts[i] for i in chosen])]
+    order = np.random.default_rng(0).permutation(len(texts))[:count]
+    return [encoding.ids for encoding in tokenizer.encode_batch([texts[i] for i in order])]
 
 
-def write(case: Case, folder: Path, texts: list[list[int]]) -> None:
-    """Makes the case's folder: case.json, and batch.npz with what transformers' models take:
-    rows padded on the right to L, and targets."""
+def write_case(case: Case, folder: Path, documents: list[list[int]]) -> None:
+    """Writes `case.json`, and `batch.npz` with the inputs of transformers' models: rows padded on
+    the right to L, and labels."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "case.json").write_text(json.dumps(dataclasses.asdict(case)))
-    np.savez(folder / "batch.npz", **_batch(case, texts))
+    np.savez(folder / "batch.npz", **_make_batch(case, documents))
 
 
-def read(folder: Path) -> tuple[Case, dict[str, np.ndarray]]:
-    """What `write` wrote."""
+def read_case(folder: Path) -> tuple[Case, dict[str, np.ndarray]]:
+    """Reads the files of `write_case`."""
     with np.load(folder / "batch.npz") as batch:
         return Case(**json.loads((folder / "case.json").read_text())), dict(batch)
 
 
-def checked(case: Case, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The B examples whose loss all contenders must agree on.
+def split_batches(case: Case, batch: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """The batches of B examples that one run trains on."""
+    return [
+        {name: rows[start : start + case.B] for name, rows in batch.items()}
+        for start in range(0, len(batch["input_ids"]), case.B)
+    ]
 
-    Of question answering they are cut to the shortest, answers too: transformers' loss takes pads
-    for possible answers, ours of packed rows does not.
+
+def comparison_batch(case: Case, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The first B examples, on whose loss all contenders must agree.
+
+    In question answering they and their answers are truncated to the shortest example: padding
+    competes in transformers' loss, and packed rows have none.
     """
     first = {name: rows[: case.B] for name, rows in batch.items()}
     if case.model != "question_answering":
@@ -164,8 +167,8 @@ def checked(case: Case, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def write_weights(case: Case, folder: Path) -> None:
-    """config.json and weights that every contender starts from: initial values, for none of this
-    depends on what a model has learnt."""
+    """Writes the config.json and the initial weights of all contenders. Trained weights would give
+    the same times."""
     import jax
 
     from prelnroberta import params as parameters
@@ -175,38 +178,38 @@ def write_weights(case: Case, folder: Path) -> None:
     save_pretrained(folder, tree, case.config, case.model)
 
 
-def _batch(case: Case, texts: list[list[int]]) -> dict[str, np.ndarray]:
+def _make_batch(case: Case, documents: list[list[int]]) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
     choices = 4 if case.model == "multiple_choice" else 1
     n, L = case.steps * case.B * choices, case.L
     rows = np.full((n, L), case.config.pad_token_id, np.int32)
     if case.ragged:
-        for row, text in zip(rows, texts[:n], strict=True):
-            kept = text if len(text) <= L else text[: L - 1] + text[-1:]
-            row[: len(kept)] = kept
+        for row, ids in zip(rows, documents[:n], strict=True):
+            ids = ids if len(ids) <= L else ids[: L - 1] + ids[-1:]
+            row[: len(ids)] = ids
     else:
-        stream = np.array([token for text in texts for token in text], np.int32)
+        stream = np.array([token for ids in documents for token in ids], np.int32)
         rows[:] = np.resize(stream, (n, L))
     mask = (rows != case.config.pad_token_id).astype(np.int32)
     batch = {"input_ids": rows, "attention_mask": mask}
-    if case.work == "train":
-        batch |= _targets(case, rows, mask, rng)
+    if case.operation == "train":
+        batch |= _make_labels(case, rows, mask, rng)
     if choices > 1:
         for name in ("input_ids", "attention_mask"):
             batch[name] = batch[name].reshape(-1, choices, L)
     return batch
 
 
-def _targets(
+def _make_labels(
     case: Case, rows: np.ndarray, mask: np.ndarray, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
     lengths = mask.sum(1)
     if case.model == "masked_lm":
         labels = np.full(rows.shape, IGNORE_INDEX, np.int32)
         for row, length, out in zip(rows, lengths, labels, strict=True):
-            at = rng.choice(length, max(1, round(case.mask_rate * length)), replace=False)
-            out[at] = row[at]
-            row[at] = case.config.vocab_size - 1
+            positions = rng.choice(length, max(1, round(case.mask_rate * length)), replace=False)
+            out[positions] = row[positions]
+            row[positions] = case.config.vocab_size - 1
         return {"labels": labels}
     if case.model == "causal_lm":
         return {"labels": np.where(mask == 1, rows, IGNORE_INDEX).astype(np.int32)}

@@ -1,4 +1,4 @@
-"""Tables and a picture of what was measured."""
+"""Tables and a plot of the benchmark's results."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmark.race import FLAX, Result, best_peer, ratios
+from experiments.benchmark.runner import FLAX, TORCH_SDPA, Result, best_peer, speedups
 from prelnroberta.errors import InputError
 from prelnroberta.files import atomic_write
 
 Record = dict[str, Any]
 
 
-def machine() -> str:
-    """What this ran on, in a line."""
+def describe_machine() -> str:
+    """CPU and versions, in a line."""
     name = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []:
         if line.startswith("model name"):
@@ -30,85 +30,90 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} CPUs; {versions}"
 
 
-def digest() -> str:
-    """Of our code: what was measured of other code says nothing of this."""
-    top = Path(__file__).parents[2]
-    sources = [top / "experiments" / "training.py"]  # whose `compiled` makes the step
+def code_digest() -> str:
+    """Digest of the timed code: results of other code must not enter the same table."""
+    root = Path(__file__).parents[2]
+    sources = [root / "experiments" / "common" / "loop.py"]  # has `compile_step`
     for name in ("prelnroberta", "bridges", "experiments/benchmark"):
-        sources += sorted(top.joinpath(name).rglob("*.py"))
+        sources += sorted(root.joinpath(name).rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
-def begun(output: Path, run: Record) -> Record:
-    """What results.json holds of this very run, or nothing yet; InputError if it is another's."""
+def load_results(output: Path, run: Record) -> Record:
+    """Reads results.json, or returns new results.
+
+    Raises:
+        InputError: results.json is of another machine, code or number of rounds than `run`.
+    """
     path = output / "results.json"
     if not path.exists():
         return {**run, "cases": [], "compiled": []}
-    found = json.loads(path.read_text(encoding="utf-8"))
+    results = json.loads(path.read_text(encoding="utf-8"))
     for name, value in run.items():
-        if found.get(name) != value:
+        if results.get(name) != value:
             raise InputError(
-                f"{path} was measured with {name} {found.get(name)!r}, this is {value!r}: give "
+                f"{path} was measured with {name} {results.get(name)!r}, this is {value!r}: give "
                 "another --output"
             )
-    return found
+    return results
 
 
-def save(output: Path, found: Record) -> None:
+def save_results(output: Path, results: Record) -> None:
     with atomic_write(output / "results.json") as partial:
-        partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     with atomic_write(output / "table.md") as partial:
-        partial.write_text(summary(found["cases"]) + "\n", encoding="utf-8")
+        partial.write_text(summary_table(results["cases"]) + "\n", encoding="utf-8")
 
 
-def results(record: Record) -> list[Result]:
+def case_results(record: Record) -> list[Result]:
     return [Result(**result) for result in record["results"]]
 
 
-def table(record: Record) -> str:
-    """One case: every contender, and how much faster the first, ours, is."""
-    found = results(record)
-    ours = found[0]
-    head = (
+def format_case(record: Record) -> str:
+    """A table of one case: every contender, and how many times as fast the first, ours, is."""
+    results = case_results(record)
+    ours = results[0]
+    header = (
         "",
         "ms",
         "tokens/s",
         "GFLOP/s",
-        "first ours is",
+        "ours speedup",
         "quartiles",
         "import s",
         "first s",
         "peak MiB",
     )
-    lines = [_columns(head)]
-    for result in found:
+    lines = [_align(header)]
+    for result in results:
         seconds = float(np.median(result.seconds))
-        ratio = np.percentile(ratios(ours, result), (25, 50, 75))
+        low, median, high = np.percentile(speedups(ours, result), (25, 50, 75))
         gflops = record["gflop"] and f"{record['gflop'] / seconds:,.0f}"
         lines.append(
-            _columns(
+            _align(
                 (
                     result.name,
                     f"{1e3 * seconds:,.1f}",
                     f"{record['tokens'] / seconds:,.0f}",
                     gflops or "",
-                    f"{ratio[1]:.2f}x",
-                    f"{ratio[0]:.2f}-{ratio[2]:.2f}",
-                    f"{result.imported:.1f}",
-                    f"{result.first:.1f}",
+                    f"{median:.2f}x",
+                    f"{low:.2f}-{high:.2f}",
+                    f"{result.import_seconds:.1f}",
+                    f"{result.first_seconds:.1f}",
                     f"{result.peak_bytes / 2**20:,.0f}" if result.peak_bytes else "",
                 )
             )
         )
-    limit = record["matrix_product_gflops"]
+    peak = record["matrix_product_gflops"]
+    difference = max(result.difference for result in results)
     lines.append(
         f"{len(ours.seconds)} rounds; {record['fill']:.0%} of the rows are tokens; matrix products "
-        f"reach {limit:,.0f} GFLOP/s here; numbers agree to {max(r.difference for r in found):.0e}"
+        f"reach {peak:,.0f} GFLOP/s here; outputs agree to {difference:.0e}"
     )
     return "\n".join(lines)
 
 
-def _columns(texts: tuple[str, ...]) -> str:
+def _align(texts: tuple[str, ...]) -> str:
     widths = (29, 9, 9, 8, 13, 10, 8, 8, 9)
     name, *others = (
         text.rjust(width) if at else text.ljust(width)
@@ -117,57 +122,55 @@ def _columns(texts: tuple[str, ...]) -> str:
     return "  ".join([name, *others])
 
 
-def summary(records: list[Record]) -> str:
-    """All cases as a markdown table: ratios of speed, ours over theirs."""
+def summary_table(records: list[Record]) -> str:
+    """All cases as a markdown table of speedups, ours over others."""
     lines = [
         "| case | ours, tokens/s | over transformers Flax | over the best other peer | that peer | "
         "PyTorch twin over SDPA | TF twin over best TF |",
         "|---|---|---|---|---|---|---|",
+        *(f"| {' | '.join(_summary_cells(record))} |" for record in records),
     ]
-    for record in records:
-        found = {r.name: r for r in results(record)}
-        ours = next(iter(found.values()))
-        best = best_peer(ours, list(found.values()))
-        rate = record["tokens"] / float(np.median(ours.seconds))
-        padded = found.get("ours padded")
-        beside = f" (padded {_ratio(padded, best)})" if padded and padded is not ours else ""
-        cells = [
-            record["case"],
-            f"{rate:,.0f}",
-            _ratio(ours, found.get(FLAX)),
-            _ratio(ours, best) + beside,
-            best.name.removeprefix("transformers "),
-            _ratio(
-                found.get("our PyTorch, padding skipped", found.get("our PyTorch")),
-                found.get("transformers 5 torch SDPA"),
-            ),
-            _ratio(
-                _fastest(found, "our TensorFlow"),
-                _fastest(found, "transformers 4.57 TF"),
-            )
-            if "our TensorFlow" in found
-            else "",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _fastest(found: dict[str, Result], prefix: str) -> Result:
-    some = [r for name, r in found.items() if name.startswith(prefix)]
-    return min(some, key=lambda r: float(np.median(r.seconds)))
+def _summary_cells(record: Record) -> list[str]:
+    results = case_results(record)
+    ours, best = results[0], best_peer(results[0], results)
+    by_name = {result.name: result for result in results}
+    tokens_per_second = record["tokens"] / float(np.median(ours.seconds))
+    padded = by_name.get("ours padded")
+    if padded is ours:
+        padded = None
+    torch_twin = by_name.get("our PyTorch, padding skipped", by_name.get("our PyTorch"))
+    tf_twin, tf = _fastest(results, "our TensorFlow"), _fastest(results, "transformers 4.57 TF")
+    return [
+        record["case"],
+        f"{tokens_per_second:,.0f}",
+        _median_speedup(ours, by_name.get(FLAX)),
+        _median_speedup(ours, best)
+        + (f" (padded {_median_speedup(padded, best)})" if padded else ""),
+        best.name.removeprefix("transformers "),
+        _median_speedup(torch_twin, by_name.get(TORCH_SDPA)),
+        _median_speedup(tf_twin, tf),
+    ]
 
 
-def _ratio(of: Result | None, over: Result | None) -> str:
-    return f"{np.median(ratios(of, over)):.2f}" if of and over else ""
+def _fastest(results: list[Result], prefix: str) -> Result | None:
+    matching = [result for result in results if result.name.startswith(prefix)]
+    return min(matching, key=lambda r: float(np.median(r.seconds)), default=None)
 
 
-def lines_of(measured: list[dict[str, Any]]) -> list[str]:
-    """Memory and compile time of our step."""
-    return [f"{m['what']}: {m['value']} ({m['detail']})" for m in measured]
+def _median_speedup(ours: Result | None, other: Result | None) -> str:
+    return f"{np.median(speedups(ours, other)):.2f}" if ours and other else ""
 
 
-def draw(path: Path, records: list[Record]) -> Path:
-    """speed.png: ours over every peer, case by case, with quartiles."""
+def format_compile_costs(costs: list[dict[str, Any]]) -> list[str]:
+    """A line for each result of `compile_cost.measure`."""
+    return [f"{cost['what']}: {cost['value']} ({cost['detail']})" for cost in costs]
+
+
+def draw_speedups(path: Path, records: list[Record]) -> Path:
+    """Draws speed.png: the speedup over every peer in every case, with quartiles."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -176,14 +179,14 @@ def draw(path: Path, records: list[Record]) -> Path:
     figure, axes = pyplot.subplots(figsize=(9, 1 + 0.42 * len(records)), layout="constrained")
     colours = {FLAX: "tab:orange", "torch": "tab:red", "TF": "tab:blue"}
     for row, record in enumerate(records):
-        ours, *others = results(record)
+        ours, *others = case_results(record)
         for result in others:
-            if not result.peer:
+            if not result.is_peer:
                 continue
-            low, middle, high = np.percentile(ratios(ours, result), (25, 50, 75))
+            low, median, high = np.percentile(speedups(ours, result), (25, 50, 75))
             colour = next(c for name, c in colours.items() if name in result.name)
             axes.errorbar(
-                middle, row, xerr=[[middle - low], [high - middle]], fmt="o", color=colour
+                median, row, xerr=[[median - low], [high - median]], fmt="o", color=colour
             )
     for name, colour in colours.items():
         axes.plot([], [], "o", color=colour, label=name)

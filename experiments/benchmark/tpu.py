@@ -1,11 +1,11 @@
-"""What each way to compute costs in a TPU's program, which is compiled here and not run.
+"""Memory, FLOPs and bytes of the training step on a TPU, which is compiled here but not run.
 
-    python -m experiments.benchmark.tpu        # needs `make rehearsal`; a minute a line
+    python -m experiments.benchmark.tpu        # needs `make libtpu`; a minute a line
 
-roberta-base, 16 rows of 512 at 15 % masks, bfloat16, no dropout of attention, on one v5e chip.
-Temporaries are the whole step's. FLOPs and bytes are the compiler's count, in which the body of a
-loop stands once: two layers (a turn of the loop, and the last), the head, the optimizer. FLOPs and
-bytes inside a kernel it does not see, only what goes in and out.
+roberta-base, 16 rows of 512 at 15 % masks, bfloat16, no attention dropout, on one v5e chip.
+Temporaries are of the whole step. The compiler counts the FLOPs and bytes of a loop's body once:
+two layers (one iteration of the loop, and the last layer), the head, the optimizer. It does not
+see inside a kernel, only its inputs and outputs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from prelnroberta.errors import InputError
 
-WAYS: dict[str, dict[str, Any]] = {
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "scan": {},
     "logits_chunk_size=11": {"logits_chunk_size": 11},
     "remat=dots": {"remat": "dots"},
@@ -33,7 +33,7 @@ def main() -> None:
     import jax
     import jax.numpy as jnp
 
-    from experiments.benchmark.compiled import masked_lm_step
+    from experiments.benchmark.compile_cost import masked_lm_step
     from prelnroberta.config import RobertaPreLayerNormConfig
     from prelnroberta.distributed.sharding import Layout, Parallelism
     from prelnroberta.model.encoder import Execution
@@ -43,21 +43,23 @@ def main() -> None:
         "roberta-base", vocab_size=50265, attention_probs_dropout_prob=0.0
     )
     layout = Layout(Parallelism(), config, devices=devices)
-    print("| way | temporaries, GiB | GFLOPs | GB accessed |\n|---|---|---|---|", flush=True)
+    print(
+        "| configuration | temporaries, GiB | GFLOPs | GB accessed |\n|---|---|---|---|", flush=True
+    )
     first: list[float] = []
-    for name, options in WAYS.items():
+    for name, options in CONFIGURATIONS.items():
         execution = Execution(dtype=jnp.bfloat16, scan_layers=True, **options)
         with layout.use_mesh():
             step, *shapes = masked_lm_step(config, execution, layout, B, L)
             compiled = step.lower(*shapes).compile()
         cost = compiled.cost_analysis()
-        found = [
+        costs = [
             compiled.memory_analysis().temp_size_in_bytes / 2**30,
             cost["flops"] / 1e9,
             cost["bytes accessed"] / 1e9,
         ]
-        first = first or found
-        cells = (f"{x:,.2f} ({x / y:.2f})" for x, y in zip(found, first, strict=True))
+        first = first or costs
+        cells = (f"{x:,.2f} ({x / y:.2f})" for x, y in zip(costs, first, strict=True))
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

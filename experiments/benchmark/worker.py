@@ -1,5 +1,7 @@
-"""A contender in a process of its own: `python -m experiments.benchmark.worker` is started and
-spoken to by `race.py`, a line of JSON each way."""
+"""Runs the contenders of one group in a process of their own.
+
+`runner.py` starts `python -m experiments.benchmark.worker` and exchanges lines of JSON with it.
+"""
 
 from __future__ import annotations
 
@@ -12,54 +14,56 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.benchmark.work import Work
+from experiments.benchmark.contenders.workload import Workload
 
 
-def main(module: str, weights: str, case_folder: str, *modes: str) -> None:
-    # Libraries print what they like; what race.py reads is ours alone.
+def main(module: str, weights: str, case_folder: str, *variants: str) -> None:
+    # runner.py reads the answers from stdout; what libraries print there goes to stderr.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     begin = time.perf_counter()
-    contender = importlib.import_module(f"experiments.benchmark.{module}")
-    imported = time.perf_counter() - begin
+    contender = importlib.import_module(f"experiments.benchmark.contenders.{module}")
+    import_seconds = time.perf_counter() - begin
 
-    from experiments.benchmark.cases import read
+    from experiments.benchmark.cases import read_case
 
-    case, batch = read(Path(case_folder))
-    if not modes:  # only what makes its weights readable to it
-        contender.prepare(Path(weights), case)
+    case, batch = read_case(Path(case_folder))
+    if not variants:
+        contender.convert_weights(Path(weights), case)
         return
-    works = contender.build(Path(weights), case, batch, list(modes))
-    # Before any trains: modes may share one model.
-    checked = {mode: Path(case_folder) / f"{module}-{mode}.npy" for mode in works}
-    checking = {}
-    for mode, work in works.items():
+    workloads = contender.make_workloads(Path(weights), case, batch, list(variants))
+    # All outputs before any training, since variants may share a model.
+    outputs = {variant: Path(case_folder) / f"{module}-{variant}.npy" for variant in workloads}
+    output_seconds = {}
+    for variant, workload in workloads.items():
         begin = time.perf_counter()
-        np.save(checked[mode], np.asarray(work.check()))
-        checking[mode] = time.perf_counter() - begin
-    for number, (mode, work) in enumerate(works.items()):
-        first, again = _seconds(work, 1), _seconds(work, 1)
+        np.save(outputs[variant], np.asarray(workload.outputs()))
+        output_seconds[variant] = time.perf_counter() - begin
+    for number, (variant, workload) in enumerate(workloads.items()):
+        first_run, second_run = _seconds_per_run(workload, 1), _seconds_per_run(workload, 1)
         peak = _peak_bytes()
         print(
             json.dumps(
                 {
-                    "checked": str(checked[mode]),
-                    "imported": imported,
-                    "first": checking[mode] + first,
-                    "again": again,
-                    # Of a process that ran this mode alone.
+                    "outputs": str(outputs[variant]),
+                    "import_seconds": import_seconds,
+                    # A forward pass is compiled by the first, a training step by the second.
+                    "first_seconds": output_seconds[variant] + first_run,
+                    "run_seconds": second_run,
+                    # Known only of the variant that ran first.
                     "peak_bytes": None if number else peak,
                 }
             ),
             file=answers,
         )
     for line in sys.stdin:
-        asked = json.loads(line)
-        print(json.dumps(_seconds(works[asked["mode"]], asked["times"])), file=answers)
+        request = json.loads(line)
+        seconds = _seconds_per_run(workloads[request["variant"]], request["repeats"])
+        print(json.dumps(seconds), file=answers)
 
 
 def _peak_bytes() -> int | None:
-    """Of this process alone; getrusage would begin with what its parent held. None but on Linux."""
+    """Peak memory of this process; None except on Linux. (getrusage includes the parent's.)"""
     status = Path("/proc/self/status")
     if not status.exists():
         return None
@@ -67,12 +71,11 @@ def _peak_bytes() -> int | None:
     return int(line.split()[1]) * 1024
 
 
-def _seconds(work: Work, times: int) -> float:
-    """Of one run, by `times` of them."""
+def _seconds_per_run(workload: Workload, repeats: int) -> float:
     begin = time.perf_counter()
-    for _ in range(times):
-        work.run()
-    return (time.perf_counter() - begin) / times
+    for _ in range(repeats):
+        workload.run()
+    return (time.perf_counter() - begin) / repeats
 
 
 if __name__ == "__main__":

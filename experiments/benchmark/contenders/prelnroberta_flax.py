@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.benchmark.cases import Case, checked
-from experiments.benchmark.work import Work
-from experiments.common.loop import compiled
+from experiments.benchmark.cases import Case, comparison_batch, split_batches
+from experiments.benchmark.contenders.workload import Workload
+from experiments.common.loop import compile_step
 from prelnroberta.config import IGNORE_INDEX
 from prelnroberta.data.batches.packed import PackedBatches
 from prelnroberta.data.features.base import Features
@@ -29,13 +29,15 @@ from prelnroberta.training.train_step import TrainState, compile_train_step, mak
 Batch = dict[str, np.ndarray]
 
 
-def build(weights: Path, case: Case, batch: Batch, modes: list[str]) -> dict[str, Work]:
-    """modes: padded, as peers do it; and where the case is ragged, packed."""
-    make = {"train": _train, "forward": _forward, "generate": _generate}[case.work]
-    return {mode: make(weights, case, batch, mode) for mode in modes}
+def make_workloads(
+    weights: Path, case: Case, batch: Batch, variants: list[str]
+) -> dict[str, Workload]:
+    """A workload for each variant: padded, as the peers; packed, of ragged cases."""
+    make = {"train": _train, "forward": _forward, "generate": _generate}[case.operation]
+    return {variant: make(weights, case, batch, variant) for variant in variants}
 
 
-def _train(weights: Path, case: Case, batch: Batch, mode: str) -> Work:
+def _train(weights: Path, case: Case, batch: Batch, variant: str) -> Workload:
     params, config = load_pretrained(weights, case.model)[:2]
     module = MODULES[case.model](config)
     optimizer = adamw(OptimizerConfig(steps=10_000, learning_rate=1e-4), config, case.model)
@@ -45,25 +47,24 @@ def _train(weights: Path, case: Case, batch: Batch, mode: str) -> Work:
 
     layout = Layout(Parallelism(), config, case.model)
     step = compile_train_step(make_train_step(score, optimizer, seed=0), layout)
-    state = layout.init_sharded(lambda given: TrainState.create(given, optimizer), params)
-    batches = [layout.shard_batch(part) for part in _batches(case, batch, mode)]
-    programs: dict[int, Callable] = {}  # by rows, which packed language models' batches differ in
+    state = layout.init_sharded(lambda params: TrainState.create(params, optimizer), params)
+    batches = [layout.shard_batch(batch) for batch in _training_batches(case, batch, variant)]
+    compiled: dict[int, Callable] = {}  # by rows: batches of packed language models differ in them
 
-    def check() -> float:
-        part = jax.device_put(_batches(case, checked(case, batch), mode)[0])
-        scores = jax.jit(score)(state.params, part, None)
-        return float(scores.mean)
+    def outputs() -> float:
+        first = _training_batches(case, comparison_batch(case, batch), variant)[0]
+        return float(jax.jit(score)(state.params, jax.device_put(first), None).mean)
 
     def run() -> None:
         nonlocal state
-        for part in batches:
-            rows = len(part["input_ids"])
-            if rows not in programs:
-                programs[rows], _ = compiled(step, state, part)
-            state, _ = programs[rows](state, part)
+        for batch in batches:
+            rows = len(batch["input_ids"])
+            if rows not in compiled:
+                compiled[rows], _ = compile_step(step, state, batch)
+            state, _ = compiled[rows](state, batch)
         jax.block_until_ready(state)
 
-    return Work(check, run)
+    return Workload(outputs, run)
 
 
 def _scores(
@@ -72,7 +73,7 @@ def _scores(
     if model == "masked_lm":
         return losses.masked_lm_scores(module, params, batch, dropout_rngs)
     names = ["input_ids", "attention_mask", "segment_ids", "position_ids"]
-    if model in ("sequence_classification", "multiple_choice"):  # the others read every token
+    if model in ("sequence_classification", "multiple_choice"):  # the others need all positions
         names.append("read_positions")
     inputs = {name: batch[name] for name in names if name in batch}
     logits, _ = module.apply({"params": params}, **inputs, dropout_rngs=dropout_rngs)
@@ -84,19 +85,17 @@ def _scores(
     return score(logits, batch["labels"])
 
 
-def _batches(case: Case, batch: Batch, mode: str) -> list[Batch]:
-    """The case's examples as the mode trains on them."""
-    n = len(batch["input_ids"])
-    language = case.model in ("masked_lm", "causal_lm")
-    if mode == "packed" and not language:
-        steps = n // case.B
+def _training_batches(case: Case, batch: Batch, variant: str) -> list[Batch]:
+    """The batches of a variant: padded or packed."""
+    is_language_model = case.model in ("masked_lm", "causal_lm")
+    if variant == "packed" and not is_language_model:
+        steps = len(batch["input_ids"]) // case.B
         packed = PackedBatches(_Examples(batch), case.B, seed=0, steps=steps)
         return [packed.batch(step) for step in range(steps)]
-    parts = [
-        {name: values[at : at + case.B] for name, values in batch.items()}
-        for at in range(0, n, case.B)
-    ]
-    return [_language_model_rows(case, part, mode) for part in parts] if language else parts
+    batches = split_batches(case, batch)
+    if is_language_model:
+        return [_language_model_batch(case, batch, variant) for batch in batches]
+    return batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,62 +105,66 @@ class _Examples(Features):
     arrays: Batch
 
     @property
-    def by_token(self) -> tuple[str, ...]:
+    def per_token_arrays(self) -> tuple[str, ...]:
         return tuple(name for name, values in self.arrays.items() if values.ndim > 1)
 
     @property
-    def choices(self) -> int:
-        return self._counts.shape[1]
+    def num_choices(self) -> int:
+        return self._choice_lengths.shape[1]
 
     @property
     def lengths(self) -> np.ndarray:
-        return self._counts.max(1)
+        return self._choice_lengths.max(1)
 
     @property
-    def sizes(self) -> np.ndarray:
-        return self._counts.sum(1)
+    def total_lengths(self) -> np.ndarray:
+        return self._choice_lengths.sum(1)
 
     @property
-    def _counts(self) -> np.ndarray:
-        """[n, C]: tokens of each choice; one, where there are none to choose from."""
+    def _choice_lengths(self) -> np.ndarray:
+        """[n, C]: tokens of each choice; C is 1 in tasks without choices."""
         return self.arrays["attention_mask"].sum(-1).reshape(len(self.arrays["input_ids"]), -1)
 
     def batch(self, indices: np.ndarray, length: int) -> Batch:
         return {
-            name: values[indices, ..., :length] if name in self.by_token else values[indices]
+            name: values[indices, ..., :length]
+            if name in self.per_token_arrays
+            else values[indices]
             for name, values in self.arrays.items()
         }
 
 
-def _language_model_rows(case: Case, batch: Batch, mode: str) -> Batch:
-    packed, labels = _rows(case, batch, mode)
+def _language_model_batch(case: Case, batch: Batch, variant: str) -> Batch:
+    rows, labels = _rows_and_labels(case, batch, variant)
     if case.model == "causal_lm":
-        # Nothing predicts the first token of a segment.
-        first = np.diff(packed.inputs["segment_ids"], axis=1, prepend=0) != 0
-        return {**packed.inputs, "labels": np.where(first, IGNORE_INDEX, labels)}
+        # The first token of a segment is not predicted.
+        first = np.diff(rows.inputs["segment_ids"], axis=1, prepend=0) != 0
+        return {**rows.inputs, "labels": np.where(first, IGNORE_INDEX, labels)}
     masked = labels != IGNORE_INDEX
     M = int(masked.sum(1).max())
     positions = np.argsort(~masked, axis=1, kind="stable")[:, :M].astype(np.int32)
-    counted = np.take_along_axis(masked, positions, axis=1)
-    chosen = np.take_along_axis(labels, positions, axis=1)
+    is_masked = np.take_along_axis(masked, positions, axis=1)
+    token_ids = np.take_along_axis(labels, positions, axis=1)
     return {
-        **packed.inputs,
+        **rows.inputs,
         "masked_positions": positions,
-        "masked_labels": np.where(counted, chosen, 0).astype(np.int32),
-        "masked_weights": counted.astype(np.float32),
+        "masked_labels": np.where(is_masked, token_ids, 0).astype(np.int32),
+        "masked_weights": is_masked.astype(np.float32),
     }
 
 
-def _rows(case: Case, batch: Batch, mode: str) -> tuple[PackedBatch, np.ndarray]:
-    """The batch's sequences, several a row if packed, else one a row; and their labels."""
+def _rows_and_labels(case: Case, batch: Batch, variant: str) -> tuple[PackedBatch, np.ndarray]:
+    """Sequences and labels of a batch: several in a row if packed, else one in a row."""
     lengths = batch["attention_mask"].sum(1)
     sequences = [row[:n] for row, n in zip(batch["input_ids"], lengths, strict=True)]
-    rows = pack_sequences(sequences, case.L) if mode == "packed" else _one_a_row(batch, lengths)
+    rows = (
+        pack_sequences(sequences, case.L) if variant == "packed" else _one_per_row(batch, lengths)
+    )
     labels = [row[:n] for row, n in zip(batch["labels"], lengths, strict=True)]
     return rows, rows.pack_values(labels, IGNORE_INDEX, np.int32)
 
 
-def _one_a_row(batch: Batch, lengths: np.ndarray) -> PackedBatch:
+def _one_per_row(batch: Batch, lengths: np.ndarray) -> PackedBatch:
     mask = batch["attention_mask"]
     inputs = {
         "input_ids": batch["input_ids"],
@@ -171,15 +174,15 @@ def _one_a_row(batch: Batch, lengths: np.ndarray) -> PackedBatch:
     return PackedBatch(inputs, np.arange(len(mask)), np.zeros(len(mask), int), lengths)
 
 
-def _forward(weights: Path, case: Case, batch: Batch, mode: str) -> Work:
+def _forward(weights: Path, case: Case, batch: Batch, variant: str) -> Workload:
     model = _pretrained(weights, case)
     lengths = batch["attention_mask"].sum(1)
-    if mode == "packed":
+    if variant == "packed":
         sequences = [row[:n] for row, n in zip(batch["input_ids"], lengths, strict=True)]
         rows = pack_sequences(sequences, case.L)
         inputs = rows.inputs
     else:
-        rows, inputs = _one_a_row(batch, lengths), {k: batch[k] for k in batch}
+        rows, inputs = _one_per_row(batch, lengths), dict(batch)
     inputs = jax.device_put(inputs)
     params = model.execution.params_for_inference(model.params)
 
@@ -188,20 +191,20 @@ def _forward(weights: Path, case: Case, batch: Batch, mode: str) -> Work:
         logits, output = model.module.apply({"params": params}, **inputs)
         return output.last_hidden_state if case.model == "base" else logits
 
-    def check() -> np.ndarray:
+    def outputs() -> np.ndarray:
         return np.concatenate(rows.unpack(forward(params, inputs)))
 
-    return Work(check, lambda: jax.block_until_ready(forward(params, inputs)))
+    return Workload(outputs, lambda: jax.block_until_ready(forward(params, inputs)))
 
 
-def _generate(weights: Path, case: Case, batch: Batch, mode: str) -> Work:
+def _generate(weights: Path, case: Case, batch: Batch, variant: str) -> Workload:
     model = _pretrained(weights, case)
 
     def generate() -> np.ndarray:
         output = model.generate(batch["input_ids"], max_new_tokens=case.new_tokens)
         return np.asarray(output.sequences)
 
-    return Work(generate, generate)
+    return Workload(generate, generate)
 
 
 def _pretrained(weights: Path, case: Case) -> Any:
