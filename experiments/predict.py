@@ -36,7 +36,7 @@ from prelnroberta.files import atomic_write
 if TYPE_CHECKING:
     from experiments.tasks import Prediction, Task
     from prelnroberta.data.readers.row_errors import RowErrors
-    from prelnroberta.inference.fill_mask import Guess
+    from prelnroberta.inference.fill_mask import MaskPrediction
 
 _CHUNK = 1024  # examples in memory at the same time
 
@@ -247,13 +247,13 @@ def fill_masks(settings: PredictSettings, folder: Path) -> int:
     def fillable() -> Iterator[str]:
         for line in source.lines():
             next(total)
-            if problem := fill.problem(line.text):
+            if problem := fill.find_problem(line.text):
                 skipped.add(line.place, problem)
             else:
                 waiting.append(line.text)
                 yield line.text
 
-    def filled() -> Iterator[tuple[str, list[list[Guess]]]]:
+    def filled() -> Iterator[tuple[str, list[list[MaskPrediction]]]]:
         # At the keyboard, each text is answered before the next is read.
         batch_size = 1 if source.is_keyboard else settings.batch_size
         top_k = DEFAULT_GUESSES if settings.top_k is None else settings.top_k
@@ -269,7 +269,7 @@ def fill_masks(settings: PredictSettings, folder: Path) -> int:
     return 0
 
 
-def print_guesses(text: str, masks: list[list[Guess]]) -> None:
+def print_guesses(text: str, masks: list[list[MaskPrediction]]) -> None:
     """Prints the text, and the guesses for each mask with their probabilities."""
     print(text)
     for number, guesses in enumerate(masks, 1):
@@ -280,7 +280,7 @@ def print_guesses(text: str, masks: list[list[Guess]]) -> None:
     sys.stdout.flush()
 
 
-def as_json(text: str, masks: list[list[Guess]]) -> dict[str, Any]:
+def as_json(text: str, masks: list[list[MaskPrediction]]) -> dict[str, Any]:
     return {
         "text": text,
         "masks": [[dataclasses.asdict(guess) for guess in mask] for mask in masks],

@@ -214,7 +214,7 @@ class Task:
 
 def truncation_message(features: Features, max_length: int) -> str:
     """How many examples were truncated; empty if none was."""
-    count = getattr(features, "truncated", 0)
+    count = getattr(features, "num_truncated", 0)
     return (
         f"{count:,} of {len(features.lengths):,} truncated to {max_length} tokens" if count else ""
     )

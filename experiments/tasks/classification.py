@@ -75,7 +75,7 @@ class SequenceClassification(Task):
         label = (s.label_columns[0] if len(s.label_columns) == 1 else s.label_columns) or "label"
         text = "text" if s.text_column is None else s.text_column
         return read_text_examples(
-            path, text, s.pair_column, label if labelled else None, bad=row_errors
+            path, text, s.pair_column, label if labelled else None, row_errors=row_errors
         )
 
     def stream_examples(self, path: str, row_errors: RowErrors, file: BinaryIO | None) -> Iterator:
@@ -290,7 +290,7 @@ class MultipleChoice(Task):
     def read_examples(self, path: str | Path, labelled: bool, row_errors: RowErrors) -> list:
         context, prefix, label = self._columns
         return read_choices(
-            path, context, prefix, label=label if labelled else None, bad=row_errors
+            path, context, prefix, label=label if labelled else None, row_errors=row_errors
         )
 
     @property

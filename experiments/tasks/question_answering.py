@@ -118,7 +118,7 @@ class QuestionAnswering(Task):
                 "start": best.start if best else None,
                 "end": best.end if best else None,
                 "probability": best.probability if best else None,
-                "null_difference": answer.null_difference,
+                "null_difference": answer.null_score_diff,
                 "candidates": [c._asdict() for c in answer.candidates],
             }
 

@@ -1,13 +1,9 @@
-"""Evaluation: batches of examples of different lengths in a handful of shapes.
+"""Evaluation batches: examples of different lengths, padded to a small set of bucket lengths.
 
-jit compiles a program for each shape, and a padded position costs as much as a real one. So a few
-lengths are chosen for the examples at hand, every batch is padded to one of them, and examples of
-like length share batches. (`training_batches.py` packs: there, no one asks for numbers that are
-the same whatever else is in the batch.)
-
-Features of every task have `lengths` [n] int and `batch(indices, length)`, which pads the examples
-of `indices` to one dict of arrays; index -1 stands for a row that fills the batch up and counts
-nowhere.
+jit compiles one program per shape, and a padded position costs as much as a real one. So a few
+lengths are chosen for the given examples, examples of similar length share batches, and each batch
+is padded to one of the lengths. (Training packs instead, see packed.py: there, the numbers need not
+be independent of the other examples in a batch.)
 """
 
 from __future__ import annotations
@@ -22,10 +18,11 @@ from prelnroberta.errors import InputError
 
 
 def bucket_lengths(lengths: np.ndarray, count: int = 6, multiple: int = 8) -> tuple[int, ...]:
-    """At most `count` lengths, multiples of `multiple`, that pad the examples least; ascending.
+    """At most `count` bucket lengths that minimize the padding of the examples, ascending.
 
-    Exact, by dynamic programming over the rounded lengths. The last one holds the longest example,
-    and is its true length if rounding would add more than there is (a model's limit is met).
+    The optimum, by dynamic programming over the lengths rounded up to `multiple`. All buckets are
+    multiples of `multiple`, except that the last one is at most the longest example's true length
+    (or `multiple`), so that the limit of a model is kept.
 
     Args:
         lengths: int [n], tokens of each example.
@@ -38,28 +35,32 @@ def bucket_lengths(lengths: np.ndarray, count: int = 6, multiple: int = 8) -> tu
     longest = int(max(lengths))
     rounded = -(-np.asarray(lengths) // multiple) * multiple
     sizes, counts = np.unique(rounded, return_counts=True)
-    upto = np.concatenate([[0], np.cumsum(counts)])
-    # best[j]: fewest positions for the j shortest sizes in the buckets used so far.
+    cumulative = np.concatenate([[0], np.cumsum(counts)])
+    # best[j]: the fewest positions for the j shortest sizes with the buckets used so far.
     best = np.concatenate([[0.0], np.full(len(sizes), np.inf)])
-    choices = []
+    split_points = []
     for _ in range(min(count, len(sizes))):
-        cost = best[:-1, None] + (upto[None, 1:] - upto[:-1, None]) * sizes[None, :]
+        cost = best[:-1, None] + (cumulative[None, 1:] - cumulative[:-1, None]) * sizes[None, :]
         cost[np.tril_indices(len(sizes), -1)] = np.inf
-        choices.append(cost.argmin(axis=0))
+        split_points.append(cost.argmin(axis=0))
         best = np.concatenate([[0.0], cost.min(axis=0)])
-    found = []
+    buckets = []
     end = len(sizes)
-    for choice in reversed(choices):
+    for splits in reversed(split_points):
         if end == 0:
             break
-        found.append(int(sizes[end - 1]))
-        end = int(choice[end - 1])
-    *shorter, last = sorted(found)
+        buckets.append(int(sizes[end - 1]))
+        end = int(splits[end - 1])
+    *shorter, last = sorted(buckets)
     return (*shorter, min(last, max(longest, multiple)))
 
 
 def find_bucket(length: int, buckets: Sequence[int]) -> int:
-    """The smallest of the ascending `buckets` that holds `length`. Raises InputError if none."""
+    """The smallest of the ascending `buckets` that holds `length`.
+
+    Raises:
+        InputError: no bucket is long enough.
+    """
     for bucket in buckets:
         if length <= bucket:
             return bucket
@@ -67,17 +68,18 @@ def find_bucket(length: int, buckets: Sequence[int]) -> int:
 
 
 def bucketed_eval_batches(
-    features: Features, buckets: Sequence[int], tokens: int, multiple: int = 1
+    features: Features, buckets: Sequence[int], tokens_per_batch: int, multiple: int = 1
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Every example once, shortest bucket first: (indices int [B], -1 where filled up; the batch).
+    """Yields every example once, shortest bucket first: (int [B] example indices, batch).
 
-    A bucket of length L comes in batches of `tokens // L` rows, down to a multiple of `multiple`,
-    so there is one shape a bucket. What does not fill a batch moves on to the next bucket; only the
-    last is filled up.
+    Batches of bucket L have `tokens_per_batch // L` rows, rounded down to a multiple of `multiple`,
+    so there is one shape per bucket. Examples that do not fill a batch move on to the next bucket;
+    only the last batch is filled up, with rows at `PADDING_INDEX`.
 
     Args:
-        tokens: positions of a batch. Bounds memory, whatever the lengths.
-        multiple: of what the rows of a batch are, and at least that many: the devices, say.
+        tokens_per_batch: positions of a batch. Bounds memory whatever the lengths.
+        multiple: the number of rows is a multiple of this and at least this, for example the
+            number of devices.
     """
     lengths = np.asarray(features.lengths)
     if len(lengths):
@@ -85,13 +87,13 @@ def bucketed_eval_batches(
     order = np.argsort(lengths, kind="stable")
     start = 0
     for bucket in buckets:
-        rows = max(tokens // bucket // multiple, 1) * multiple
+        rows = max(tokens_per_batch // bucket // multiple, 1) * multiple
         end = int(np.searchsorted(lengths[order], bucket, side="right"))
-        last = end == len(order)
-        while start < end and (last or end - start >= rows):
-            chosen = order[start : start + rows]
-            start += len(chosen)
-            indices = np.concatenate([chosen, np.full(rows - len(chosen), PADDING_INDEX)])
+        is_last = end == len(order)
+        while start < end and (is_last or end - start >= rows):
+            examples = order[start : start + rows]
+            start += len(examples)
+            indices = np.concatenate([examples, np.full(rows - len(examples), PADDING_INDEX)])
             yield indices, features.batch(indices, bucket)
-        if last:
+        if is_last:
             return

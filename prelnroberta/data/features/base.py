@@ -1,4 +1,4 @@
-"""What the features of every task share: examples as token ids, padded to batches on request."""
+"""Base class of every task's features: examples as token ids, padded to batches on request."""
 
 from __future__ import annotations
 
@@ -11,38 +11,48 @@ import numpy as np
 from prelnroberta.data.shuffle import Batch
 from prelnroberta.data.tokenizer import PAD_ID
 
-PADDING_INDEX = -1  # the index of a row that only fills a batch up
+PADDING_INDEX = -1  # the example index of a row that only fills up a batch
 
 
 class Features(abc.ABC):
-    """Examples as token ids, read at random.
+    """Examples as token ids, with random access.
 
     Attributes:
-        by_token: which arrays of a batch have a value for each token, beside the ids.
+        per_token_arrays: names of the arrays of a batch, other than the ids, that have one value
+            for each token.
+        num_choices: A, the largest number of choices of an example; 1 for tasks without choices.
     """
 
-    by_token: ClassVar[tuple[str, ...]] = ()
+    per_token_arrays: ClassVar[tuple[str, ...]] = ()
+    num_choices = 1
 
     @property
     @abc.abstractmethod
     def lengths(self) -> np.ndarray:
-        """int [n]: tokens of each example, specials included (the longest choice, of choices)."""
+        """int [n]: tokens of each example, specials included; of its longest choice, if any."""
 
     @property
-    def sizes(self) -> np.ndarray:
-        """int [n]: all tokens of each example: those of its choices together."""
+    def total_lengths(self) -> np.ndarray:
+        """int [n]: tokens of each example, summed over its choices."""
         return self.lengths
 
     @abc.abstractmethod
     def batch(self, indices: np.ndarray, length: int) -> Batch:
-        """The examples of `indices` [B], padded to `length`; -1 is a row without weight."""
+        """The examples at `indices` [B], padded to `length`.
+
+        A row at `PADDING_INDEX` is padding with weight 0.
+        """
 
 
-def padded(
-    rows: Sequence[np.ndarray], indices: np.ndarray, length: int, fill: int, dtype: type = np.int32
+def pad_rows(
+    rows: Sequence[np.ndarray],
+    indices: np.ndarray,
+    length: int,
+    fill_value: int,
+    dtype: type = np.int32,
 ) -> np.ndarray:
-    """`rows` at `indices` as one array [B, length], `fill` behind each and in rows of index -1."""
-    out = np.full((len(indices), length), fill, dtype)
+    """`rows` at `indices`, padded with `fill_value`: [B, length]; all padding at PADDING_INDEX."""
+    out = np.full((len(indices), length), fill_value, dtype)
     for i, index in enumerate(indices):
         if index != PADDING_INDEX:
             row = rows[index]
@@ -51,15 +61,16 @@ def padded(
 
 
 def collate_tokens(rows: Sequence[np.ndarray], indices: np.ndarray, length: int) -> Batch:
-    """Token ids `rows` at `indices` [B] as what every task's batch begins with.
+    """Pads the token ids `rows` at `indices` [B] to the arrays that every task's batch has.
 
     Returns:
-        input_ids, attention_mask int32 [B, length]; weights float32 [B], 0 where index is -1.
+        input_ids, attention_mask: int32 [B, length].
+        weights: float32 [B], 0 at PADDING_INDEX, otherwise 1.
     """
     sizes = np.array([0 if index == PADDING_INDEX else len(rows[index]) for index in indices])
     return {
-        "input_ids": padded(rows, indices, length, PAD_ID),
-        # By length: a text may spell <pad> out.
+        "input_ids": pad_rows(rows, indices, length, PAD_ID),
+        # From the lengths, not from the ids: a text may spell out <pad>.
         "attention_mask": (np.arange(length) < sizes[:, None]).astype(np.int32),
         "weights": (np.asarray(indices) != PADDING_INDEX).astype(np.float32),
     }

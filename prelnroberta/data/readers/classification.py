@@ -16,7 +16,7 @@ class TextExample(NamedTuple):
     Of several labels, `label` is a list of names.
     """
 
-    place: str
+    location: str
     text: str
     pair: str | None = None
     label: Any = None
@@ -28,24 +28,24 @@ def read_text_examples(
     pair: Column | None = None,
     label: Column | Sequence[Column] | None = None,
     header: bool | None = None,
-    bad: RowErrors | None = None,
+    row_errors: RowErrors | None = None,
 ) -> list[TextExample]:
     """Every example of a file; arguments as of `stream_text_examples`.
 
     Raises:
         InputError: the file's, and bad rows where `bad` is None.
     """
-    bad, own = ensure_collector(bad)
-    found = list(stream_text_examples(path, text, bad, pair, label, header))
-    if own:
-        bad.raise_if_any()
+    row_errors, is_owner = ensure_collector(row_errors)
+    found = list(stream_text_examples(path, text, row_errors, pair, label, header))
+    if is_owner:
+        row_errors.raise_if_any()
     return found
 
 
 def stream_text_examples(
     path: str | Path,
     text: Column,
-    bad: RowErrors,
+    row_errors: RowErrors,
     pair: Column | None = None,
     label: Column | Sequence[Column] | None = None,
     header: bool | None = None,
@@ -62,8 +62,8 @@ def stream_text_examples(
     several = label is not None and not isinstance(label, str | int)
     wanted = [text] + ([] if pair is None else [pair])
     label_columns = list(label) if several else [] if label is None else [label]
-    records = stream_table(path, [*wanted, *label_columns], bad, header=header, file=file)
-    for place, values in records:
+    records = stream_table(path, [*wanted, *label_columns], row_errors, header=header, file=file)
+    for location, values in records:
         problem = next(filter(None, (text_problem(name, values[name]) for name in wanted)), None)
         value = None if label is None else values[label_columns[0]]
         if several:
@@ -77,10 +77,10 @@ def stream_text_examples(
         elif label is not None and value is None:
             problem = problem or f"no label under {label!r}"
         if problem:
-            bad.add(place, problem)
+            row_errors.add(location, problem)
         else:
             second = None if pair is None else values[pair]
-            yield TextExample(place, values[text], second, value)
+            yield TextExample(location, values[text], second, value)
 
 
 _SIDES = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}

@@ -31,7 +31,7 @@ _DOCUMENT = "-DOCSTART-"
 class Sentence(NamedTuple):
     """Words and, unless they are to be predicted, their tags; `document` counts marks before it."""
 
-    place: str
+    location: str
     words: list[str]
     tags: list[str] | None
     document: int = 0
@@ -54,7 +54,7 @@ def read_sentences(
     word: int | str | None = None,
     tag: int | str | None = None,
     tagged: bool = True,
-    bad: RowErrors | None = None,
+    row_errors: RowErrors | None = None,
 ) -> Sentences:
     """The sentences of a file, entity tags turned to IOB2 whatever their scheme.
 
@@ -64,10 +64,10 @@ def read_sentences(
     Raises:
         InputError: the file cannot be read or has no sentences; or, where `bad` is None, bad ones.
     """
-    bad, own = ensure_collector(bad)
-    sentences = list(stream_sentences(path, bad, word, tag, tagged))
-    if own:
-        bad.raise_if_any()
+    row_errors, is_owner = ensure_collector(row_errors)
+    sentences = list(stream_sentences(path, row_errors, word, tag, tagged))
+    if is_owner:
+        row_errors.raise_if_any()
     scheme = detect_scheme(sentence.tags for sentence in sentences) if tagged else None
     if scheme is None:
         return Sentences(sentences, None, 0)
@@ -76,7 +76,7 @@ def read_sentences(
 
 def stream_sentences(
     path: str | Path,
-    bad: RowErrors,
+    row_errors: RowErrors,
     word: int | str | None = None,
     tag: int | str | None = None,
     tagged: bool = True,
@@ -97,16 +97,16 @@ def stream_sentences(
     """
     path = Path(path).expanduser()
     suffix = Path(path.name.removesuffix(".gz")).suffix
-    before = bad.total
+    before = row_errors.num_rows
     if suffix in (".jsonl", ".ndjson", ".json"):
         names = ("tokens" if word is None else word, "ner_tags" if tag is None else tag)
-        yield from _from_json(path, *names, tagged, bad, file)
+        yield from _from_json(path, *names, tagged, row_errors, file)
         return
     universal = suffix == ".conllu"
     default = (1, 3) if universal else (0, -1)
     columns = (default[0] if word is None else word, default[1] if tag is None else tag)
-    yield from _from_columns(path, *columns, tagged, bad, universal, file)
-    if bad.total == before:
+    yield from _from_columns(path, *columns, tagged, row_errors, universal, file)
+    if row_errors.num_rows == before:
         raise InputError(f"{path}: no sentences: expected a word a line and blank lines between")
 
 
@@ -141,7 +141,7 @@ def _from_columns(
     word: int | str,
     tag: int | str,
     tagged: bool,
-    bad: RowErrors,
+    row_errors: RowErrors,
     universal: bool,
     file: BinaryIO | None,
 ) -> Iterator[Sentence]:
@@ -169,9 +169,9 @@ def _from_columns(
             rows.append((number, cells))
         if not rows and problem is None:
             continue
-        bad.seen()
+        row_errors.count_rows()
         if problem:
-            bad.add(f"{path}:{problem[0]}", problem[1])
+            row_errors.add(f"{path}:{problem[0]}", problem[1])
             continue
         yield Sentence(
             f"{path}:{rows[0][0]}",
@@ -204,22 +204,22 @@ def _from_json(
     word: int | str,
     tag: int | str,
     tagged: bool,
-    bad: RowErrors,
+    row_errors: RowErrors,
     file: BinaryIO | None,
 ) -> Iterator[Sentence]:
     keys = [word, tag] if tagged else [word]
-    for place, values in stream_table(path, keys, bad, file=file):
+    for location, values in stream_table(path, keys, row_errors, file=file):
         words = values[word]
         tags = values[tag] if tagged else None
         if not isinstance(words, list) or not words:
-            bad.add(place, f"expected a list of words under {word!r}")
+            row_errors.add(location, f"expected a list of words under {word!r}")
         elif problem := next(filter(None, map(_word_problem, words)), None):
-            bad.add(place, problem)
+            row_errors.add(location, problem)
         elif tagged and (not isinstance(tags, list) or len(tags) != len(words)):
             found = f"{len(tags)} tags" if isinstance(tags, list) else "no list of tags"
-            bad.add(place, f"expected {len(words)} tags under {tag!r}, found {found}")
+            row_errors.add(location, f"expected {len(words)} tags under {tag!r}, found {found}")
         else:
-            yield Sentence(place, words, [label_to_name(t) for t in tags] if tagged else None)
+            yield Sentence(location, words, [label_to_name(t) for t in tags] if tagged else None)
 
 
 def _word_problem(word: Any) -> str | None:

@@ -1,65 +1,76 @@
-"""Rows of the user's files that cannot be used: named, counted, and refused all at once.
+"""Collects rows of the user's files that cannot be used, to report all of them in one message.
 
-Readers and feature builders never drop a row in silence. What they cannot use they add here, and
-go on to the next, so that one message tells all. By default the message is an InputError; a caller
-who would rather go on without those rows says so, and has their number and places to report.
+Readers and feature builders never drop a row silently. They add an unusable row to a `RowErrors`
+and continue with the next. By default the collected rows become one InputError; with `skip=True`
+the caller goes on without them and can report how many there were, and where.
 """
 
 from __future__ import annotations
 
 from prelnroberta.errors import InputError
 
-_SHOWN = 5
+_MAX_SHOWN = 5
 
 
 class RowErrors:
-    """Collects bad rows over one or several files and stages.
+    """Unusable rows of one or several files and processing stages.
 
-    A function that takes `bad=None` refuses at its own end. Given one, it only adds to it, and the
-    caller settles when all stages have spoken:
+    A function called with `row_errors=None` raises at its own end. A function that is given a
+    collector only adds to it, and the caller raises after the last stage:
 
-        bad = RowErrors(skip=True)
-        examples = read_sentences("train.conll", bad=bad)
-        bad.raise_if_any()  # raises unless skip
-        print(bad.summary)
+        row_errors = RowErrors(skip=True)
+        examples = read_sentences("train.conll", row_errors=row_errors)
+        row_errors.raise_if_any()  # does nothing with skip=True
+        print(row_errors.summary)
 
     Args:
-        skip: go on without the bad rows instead of refusing them.
+        skip: continue without the unusable rows instead of raising.
+
+    Attributes:
+        num_rows: number of rows read, usable or not.
+        problems: location of each unusable row -> the first problem found there.
     """
 
     def __init__(self, skip: bool = False):
         self.skip = skip
-        self.total = 0
-        self.bad: dict[str, str] = {}  # place -> what is wrong there first
+        self.num_rows = 0
+        self.problems: dict[str, str] = {}
 
-    def seen(self, rows: int = 1) -> None:
-        """Counts rows, good or bad, that a reader meets."""
-        self.total += rows
+    def count_rows(self, rows: int = 1) -> None:
+        """Counts rows that were read, usable or not."""
+        self.num_rows += rows
 
     def ensure_row_count(self, rows: int) -> None:
-        """Of a later stage: the same rows again, unless what read them did not count here."""
-        self.total = max(self.total, rows)
+        """Raises the count to `rows`, for a later stage whose reader may have counted already."""
+        self.num_rows = max(self.num_rows, rows)
 
-    def add(self, place: str, problem: str) -> None:
-        self.bad.setdefault(place, problem)
+    def add(self, location: str, problem: str) -> None:
+        """Records a problem; of several at one location, the first is kept."""
+        self.problems.setdefault(location, problem)
 
     @property
     def summary(self) -> str:
         """'3 of 1,200 rows are bad: a.tsv:17: expected 4 columns, found 3; ...'"""
-        if not self.bad:
-            return f"0 of {self.total:,} rows are bad"
-        shown = [f"{place}: {problem}" for place, problem in list(self.bad.items())[:_SHOWN]]
-        if len(self.bad) > _SHOWN:
-            shown.append(f"and {len(self.bad) - _SHOWN:,} more")
-        verb = "row is" if self.total == 1 else "rows are"
-        return f"{len(self.bad):,} of {self.total:,} {verb} bad: " + "; ".join(shown)
+        if not self.problems:
+            return f"0 of {self.num_rows:,} rows are bad"
+        shown = [
+            f"{location}: {problem}"
+            for location, problem in list(self.problems.items())[:_MAX_SHOWN]
+        ]
+        if len(self.problems) > _MAX_SHOWN:
+            shown.append(f"and {len(self.problems) - _MAX_SHOWN:,} more")
+        verb = "row is" if self.num_rows == 1 else "rows are"
+        return f"{len(self.problems):,} of {self.num_rows:,} {verb} bad: " + "; ".join(shown)
 
     def raise_if_any(self) -> None:
-        """Raises InputError with the summary, unless there are none or they are to be skipped."""
-        if self.bad and not self.skip:
-            raise InputError(self.summary + " (mend them, or ask to skip bad rows)")
+        """Raises InputError with the summary if there are problems and `skip` is False."""
+        if self.problems and not self.skip:
+            raise InputError(self.summary + " (fix them, or pass --skip_bad_rows)")
 
 
-def ensure_collector(bad: RowErrors | None) -> tuple[RowErrors, bool]:
-    """The caller's collector, or a new one that the callee must settle itself (True)."""
-    return (RowErrors(), True) if bad is None else (bad, False)
+def ensure_collector(row_errors: RowErrors | None) -> tuple[RowErrors, bool]:
+    """Returns (collector, is_owner): the caller's collector, or a new one that the callee owns.
+
+    The owner has to call `raise_if_any`.
+    """
+    return (RowErrors(), True) if row_errors is None else (row_errors, False)

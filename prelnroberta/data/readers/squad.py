@@ -27,7 +27,7 @@ class Answer(NamedTuple):
 class Question(NamedTuple):
     """`answers` is empty where the context has none, and None where they are not known."""
 
-    place: str
+    location: str
     id: str
     question: str
     context: str
@@ -35,22 +35,22 @@ class Question(NamedTuple):
 
 
 def read_questions(
-    path: str | Path, answered: bool = True, bad: RowErrors | None = None
+    path: str | Path, answered: bool = True, row_errors: RowErrors | None = None
 ) -> list[Question]:
     """Every question of a file; arguments as of `stream_questions`.
 
     Raises:
         InputError: the file's, and bad questions where `bad` is None.
     """
-    bad, own = ensure_collector(bad)
-    found = list(stream_questions(path, bad, answered))
-    if own:
-        bad.raise_if_any()
+    row_errors, is_owner = ensure_collector(row_errors)
+    found = list(stream_questions(path, row_errors, answered))
+    if is_owner:
+        row_errors.raise_if_any()
     return found
 
 
 def stream_questions(
-    path: str | Path, bad: RowErrors, answered: bool = True, file: BinaryIO | None = None
+    path: str | Path, row_errors: RowErrors, answered: bool = True, file: BinaryIO | None = None
 ) -> Iterator[Question]:
     """Questions in the file's order, as they are read where the file is JSON lines.
 
@@ -65,29 +65,31 @@ def stream_questions(
         InputError: the file cannot be read, is no such JSON or has no questions.
     """
     path = Path(path).expanduser()
-    before = bad.total
+    before = row_errors.num_rows
     suffix = Path(path.name.removesuffix(".gz")).suffix
     if suffix in (".jsonl", ".ndjson"):
-        records = _from_lines(path, answered, bad, file)
+        records = _from_lines(path, answered, row_errors, file)
     elif suffix == ".json":
-        records = _from_squad(path, bad, file)
+        records = _from_squad(path, row_errors, file)
     else:
         raise InputError(f"{path}: expected .json in SQuAD's format, or .jsonl")
-    seen: set[str] = set()
-    for place, record in records:
-        question, problem = _question(place, record, answered)
-        if problem is None and question.id in seen:
+    count_rows: set[str] = set()
+    for location, record in records:
+        question, problem = _question(location, record, answered)
+        if problem is None and question.id in count_rows:
             problem = f"id {question.id!r} stands there for the second time"
         if problem:
-            bad.add(place, problem)
+            row_errors.add(location, problem)
         else:
-            seen.add(question.id)
+            count_rows.add(question.id)
             yield question
-    if bad.total == before:
+    if row_errors.num_rows == before:
         raise InputError(f"{path}: no questions")
 
 
-def _from_squad(path: Path, bad: RowErrors, file: BinaryIO | None) -> Iterator[tuple[str, dict]]:
+def _from_squad(
+    path: Path, row_errors: RowErrors, file: BinaryIO | None
+) -> Iterator[tuple[str, dict]]:
     try:
         content = json.loads("".join(iter_text_chunks(path, file)))
     except (ValueError, RecursionError) as error:
@@ -95,29 +97,31 @@ def _from_squad(path: Path, bad: RowErrors, file: BinaryIO | None) -> Iterator[t
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise InputError(f"{path}: not SQuAD's format: expected an object with a list 'data'")
     for a, article in enumerate(content["data"]):
-        place = f"{path}: data[{a}]"
-        for p, paragraph in enumerate(_items(article, "paragraphs", place, bad)):
-            inside = f"{place}.paragraphs[{p}]"
-            for q, qa in enumerate(_items(paragraph, "qas", inside, bad)):
-                bad.seen()
+        location = f"{path}: data[{a}]"
+        for p, paragraph in enumerate(_items(article, "paragraphs", location, row_errors)):
+            inside = f"{location}.paragraphs[{p}]"
+            for q, qa in enumerate(_items(paragraph, "qas", inside, row_errors)):
+                row_errors.count_rows()
                 record = qa if isinstance(qa, dict) else {}
                 yield f"{inside}.qas[{q}]", {**record, "context": paragraph.get("context")}
 
 
-def _items(holder: Any, name: str, place: str, bad: RowErrors) -> list:
+def _items(holder: Any, name: str, location: str, row_errors: RowErrors) -> list:
     if isinstance(holder, dict) and isinstance(holder.get(name), list):
         return holder[name]
-    bad.seen()
-    bad.add(place, f"expected an object with a list {name!r}")
+    row_errors.count_rows()
+    row_errors.add(location, f"expected an object with a list {name!r}")
     return []
 
 
 def _from_lines(
-    path: Path, answered: bool, bad: RowErrors, file: BinaryIO | None
+    path: Path, answered: bool, row_errors: RowErrors, file: BinaryIO | None
 ) -> Iterator[tuple[str, dict]]:
     needed = ["question", "context", *(["answers"] if answered else [])]
-    for place, values in stream_table(path, needed, bad, ["id", "is_impossible"], file=file):
-        line = place.rsplit(":", 1)[1]
+    for location, values in stream_table(
+        path, needed, row_errors, ["id", "is_impossible"], file=file
+    ):
+        line = location.rsplit(":", 1)[1]
         answers = values.get("answers")
         if isinstance(answers, dict):
             texts, starts = answers.get("text"), answers.get("answer_start")
@@ -127,10 +131,10 @@ def _from_lines(
                     {"text": text, "answer_start": start}
                     for text, start in zip(texts, starts, strict=True)
                 ]
-        yield place, {"id": line, **values, "answers": answers}
+        yield location, {"id": line, **values, "answers": answers}
 
 
-def _question(place: str, record: dict, answered: bool) -> tuple[Question | None, str | None]:
+def _question(location: str, record: dict, answered: bool) -> tuple[Question | None, str | None]:
     """The question, or what is wrong with it."""
     for name in ("question", "context"):
         if problem := text_problem(name, record.get(name)):
@@ -141,7 +145,7 @@ def _question(place: str, record: dict, answered: bool) -> tuple[Question | None
     if not question.strip():
         return None, "an empty question"
     if not answered:
-        return Question(place, str(record["id"]), question, context, None), None
+        return Question(location, str(record["id"]), question, context, None), None
     answers = record.get("answers")
     if record.get("is_impossible"):
         answers = []
@@ -160,4 +164,4 @@ def _question(place: str, record: dict, answered: bool) -> tuple[Question | None
                 f"but {stands[:40]!r}"
             )
         found.append(Answer(text, start))
-    return Question(place, str(record["id"]), question, context, found), None
+    return Question(location, str(record["id"]), question, context, found), None

@@ -19,7 +19,7 @@ _ENDINGS = [f"ending{i}" for i in range(MAX_CHOICES + 1)]
 class ChoiceExample(NamedTuple):
     """`choices` follow `context`, each after `prefix`; `label` is the right one's number."""
 
-    place: str
+    location: str
     context: str
     prefix: str
     choices: list[str]
@@ -32,23 +32,23 @@ def read_choices(
     prefix: str | None = "sent2",
     choices: str = "endings",
     label: str | None = "label",
-    bad: RowErrors | None = None,
+    row_errors: RowErrors | None = None,
 ) -> list[ChoiceExample]:
     """Every example of a file; arguments as of `stream_choices`.
 
     Raises:
         InputError: the file's, and bad rows where `bad` is None.
     """
-    bad, own = ensure_collector(bad)
-    found = list(stream_choices(path, bad, context, prefix, choices, label))
-    if own:
-        bad.raise_if_any()
+    row_errors, is_owner = ensure_collector(row_errors)
+    found = list(stream_choices(path, row_errors, context, prefix, choices, label))
+    if is_owner:
+        row_errors.raise_if_any()
     return found
 
 
 def stream_choices(
     path: str | Path,
-    bad: RowErrors,
+    row_errors: RowErrors,
     context: str = "sent1",
     prefix: str | None = "sent2",
     choices: str = "endings",
@@ -70,7 +70,7 @@ def stream_choices(
     """
     optional = [*([prefix] if prefix else []), choices, *_ENDINGS]
     needed = [context, *([label] if label else [])]
-    for place, values in stream_table(path, needed, bad, optional, True, file):
+    for location, values in stream_table(path, needed, row_errors, optional, True, file):
         found, problem = _choices(values, choices)
         number = None
         before = values.get(prefix, "") if prefix else ""
@@ -79,9 +79,9 @@ def stream_choices(
         if label and not problem:
             number, problem = _number(values[label], len(found))
         if problem:
-            bad.add(place, problem)
+            row_errors.add(location, problem)
         else:
-            yield ChoiceExample(place, values[context], before, found, number)
+            yield ChoiceExample(location, values[context], before, found, number)
 
 
 def _choices(values: dict[Any, Any], key: str) -> tuple[list[str], str | None]:

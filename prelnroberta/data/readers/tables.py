@@ -36,7 +36,7 @@ Column = str | int  # a name of the header or a key, or a place counted from 0
 class Record(NamedTuple):
     """A row: its place as 'file:line' and the values of the columns asked for."""
 
-    place: str
+    location: str
     values: dict[Column, Any]
 
 
@@ -45,7 +45,7 @@ def read_table(
     columns: Sequence[Column],
     optional: Sequence[Column] = (),
     header: bool | None = None,
-    bad: RowErrors | None = None,
+    row_errors: RowErrors | None = None,
 ) -> list[Record]:
     """The given columns of every row, in the file's order; arguments as of `stream_table`.
 
@@ -53,17 +53,17 @@ def read_table(
         InputError: the file cannot be read, has no rows or no such columns; or, where `bad` is
             None, bad rows.
     """
-    bad, own = ensure_collector(bad)
-    found = list(stream_table(path, columns, bad, optional, header))
-    if own:
-        bad.raise_if_any()
+    row_errors, is_owner = ensure_collector(row_errors)
+    found = list(stream_table(path, columns, row_errors, optional, header))
+    if is_owner:
+        row_errors.raise_if_any()
     return found
 
 
 def stream_table(
     path: str | Path,
     columns: Sequence[Column],
-    bad: RowErrors,
+    row_errors: RowErrors,
     optional: Sequence[Column] = (),
     header: bool | None = None,
     file: BinaryIO | None = None,
@@ -91,18 +91,18 @@ def stream_table(
         raise InputError(f"{path}: expected a file named {', '.join(FORMATS)}, plain or .gz")
     kind = FORMATS[suffix]
     chunks = iter_text_chunks(path, file)
-    before = bad.total
+    before = row_errors.num_rows
     if kind == "jsonl":
-        yield from _json_records(path, chunks, columns, optional, bad)
+        yield from _json_records(path, chunks, columns, optional, row_errors)
     else:
         if header is None:
             header = any(isinstance(column, str) for column in [*columns, *optional])
         if kind == "txt":
             rows, header = _split_text(path, chunks), True
         else:
-            rows = (_split_csv if kind == "csv" else _split_tsv)(path, chunks, bad)
-        yield from _table_records(path, rows, columns, optional, header, bad)
-    if bad.total == before:
+            rows = (_split_csv if kind == "csv" else _split_tsv)(path, chunks, row_errors)
+        yield from _table_records(path, rows, columns, optional, header, row_errors)
+    if row_errors.num_rows == before:
         raise InputError(f"{path}: no rows; expected columns {_names(columns)}")
 
 
@@ -112,22 +112,24 @@ def _table_records(
     columns: Sequence[Column],
     optional: Sequence[Column],
     header: bool,
-    bad: RowErrors,
+    row_errors: RowErrors,
 ) -> Iterator[Record]:
     names: list[str] | None = None
     where: dict[Column, int] = {}
-    for place, cells in rows:
+    for location, cells in rows:
         if names is None:
             names = [cell.strip() for cell in cells] if header else [""] * len(cells)
             where = _places(path, names, columns, optional, header)
             if header:
                 continue
-        bad.seen()
+        row_errors.count_rows()
         if len(cells) != len(names):
             like = "the header" if header else "the first row"
-            bad.add(place, f"expected {len(names)} columns as in {like}, found {len(cells)}")
+            row_errors.add(
+                location, f"expected {len(names)} columns as in {like}, found {len(cells)}"
+            )
             continue
-        yield Record(place, {column: cells[at] for column, at in where.items()})
+        yield Record(location, {column: cells[at] for column, at in where.items()})
 
 
 def _places(
@@ -163,7 +165,7 @@ def _split_text(path: Path, chunks: Iterable[str]) -> Iterator[tuple[str, list[s
 
 
 def _split_tsv(
-    path: Path, chunks: Iterable[str], bad: RowErrors
+    path: Path, chunks: Iterable[str], row_errors: RowErrors
 ) -> Iterator[tuple[str, list[str]]]:
     for number, line in enumerate(iter_lines(chunks), 1):
         if line.strip(" "):  # a row of empty cells is no blank line
@@ -171,7 +173,7 @@ def _split_tsv(
 
 
 def _split_csv(
-    path: Path, chunks: Iterable[str], bad: RowErrors
+    path: Path, chunks: Iterable[str], row_errors: RowErrors
 ) -> Iterator[tuple[str, list[str]]]:
     reader = csv.reader((line + "\n" for line in iter_lines(chunks)), strict=True)
     while True:
@@ -190,8 +192,8 @@ def _split_csv(
                     f"{path}:{start}: {problem}; it opens a cell that goes on to line "
                     f"{reader.line_num} ({error})"
                 ) from error
-            bad.seen()
-            bad.add(f"{path}:{start}", f"{problem} ({error})")
+            row_errors.count_rows()
+            row_errors.add(f"{path}:{start}", f"{problem} ({error})")
             continue
         finally:
             csv.field_size_limit(limit)
@@ -204,7 +206,7 @@ def _json_records(
     chunks: Iterable[str],
     columns: Sequence[Column],
     optional: Sequence[Column],
-    bad: RowErrors,
+    row_errors: RowErrors,
 ) -> Iterator[Record]:
     numbers = [column for column in [*columns, *optional] if isinstance(column, int)]
     if numbers:
@@ -212,22 +214,22 @@ def _json_records(
     for number, line in enumerate(iter_lines(chunks), 1):
         if not line.strip():
             continue
-        place = f"{path}:{number}"
-        bad.seen()
+        location = f"{path}:{number}"
+        row_errors.count_rows()
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            bad.add(place, f"not a line of JSON: {error}")
+            row_errors.add(location, f"not a line of JSON: {error}")
             continue
         if not isinstance(row, dict):
-            bad.add(place, f"expected a JSON object, found {line.strip()[:40]}")
+            row_errors.add(location, f"expected a JSON object, found {line.strip()[:40]}")
             continue
         missing = [column for column in columns if column not in row]
         if missing:
-            bad.add(place, f"no key {_names(missing)} among {_names(list(row)[:12])}")
+            row_errors.add(location, f"no key {_names(missing)} among {_names(list(row)[:12])}")
             continue
         wanted = [column for column in [*columns, *optional] if column in row]
-        yield Record(place, {column: row[column] for column in wanted})
+        yield Record(location, {column: row[column] for column in wanted})
 
 
 def text_problem(name: Column, value: Any) -> str | None:
