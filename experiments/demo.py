@@ -1,8 +1,8 @@
-"""The five-minute tour: pretrains a small model on real English and fills masks with it.
+"""A tour of a few minutes: pretrains a small model on English text and fills masks with it.
 
     make demo        (or: python -m experiments.demo --run_dir=runs/demo)
 
-Interrupted, it goes on where it stopped; finished, it goes straight to the masks.
+The same command resumes an interrupted run; after a complete one it only fills the masks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from prelnroberta.data.pretraining.corpus import Document
 
 RECIPE = Path(__file__).parent / "recipes" / "demo.flags"
-SENTENCES = 10
+NUM_SENTENCES = 10
 
 
 def main(settings: DemoSettings) -> int:
@@ -35,12 +35,12 @@ def main(settings: DemoSettings) -> int:
     print(f"pretraining on the English of the installed packages' documentation, in {run_dir}")
     pretrain = [sys.executable, "-m", "experiments.pretrain", f"--flagfile={RECIPE}"]
     process = subprocess.Popen([*pretrain, f"--run_dir={run_dir}"])
-    # Whoever presses Ctrl-C reaches the child as well, which saves: it is waited for, not killed.
-    before = signal.signal(signal.SIGINT, lambda *_: None)
+    # Ctrl-C also signals the child, which saves a checkpoint: wait for it to exit.
+    previous_handler = signal.signal(signal.SIGINT, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     if code := process.wait():
         return code
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, previous_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     from experiments.common.report import format_validation, read_records
@@ -55,56 +55,59 @@ def main(settings: DemoSettings) -> int:
 
 
 def fill_masks(run_dir: Path) -> None:
-    """Hides a word in each of some sentences that training never saw, and shows the guesses."""
+    """Masks a word in each of a few held-out sentences, and prints the guesses."""
     from prelnroberta.data.pretraining.docstrings import DocstringCorpus
     from prelnroberta.data.tokenizer import load_tokenizer
     from prelnroberta.inference.fill_mask import FillMask
     from prelnroberta.pretrained.hf_checkpoint import load_pretrained
 
-    print("\nlooking for sentences in the documentation that was held out", flush=True)
+    print("\nlooking for sentences in held-out documentation", flush=True)
     params, config = load_pretrained(run_dir / "model")
     tokenizer = load_tokenizer(run_dir / "model")
     fill = FillMask(params, config, tokenizer)
     manifest = json.loads((run_dir / "corpus.json").read_text())
     fraction = manifest["validation"]["validation_fraction"]
-    riddles = held_out_riddles(DocstringCorpus().documents(), fraction, tokenizer)
-    first = among = 0
-    print(f"\n{len(riddles)} masks in held-out sentences, five guesses each (* is the true word):")
-    for (text, answer), [guesses] in zip(riddles, fill(text for text, _ in riddles), strict=True):
+    examples = masked_held_out_sentences(DocstringCorpus().documents(), fraction, tokenizer)
+    num_first = num_in_five = 0
+    print(f"\n{len(examples)} masks in held-out sentences, five guesses each (* is the true word):")
+    for (text, answer), [guesses] in zip(examples, fill(text for text, _ in examples), strict=True):
         words = [guess.text.strip() for guess in guesses]
-        first += words[0] == answer
-        among += answer in words
-        shown = (
+        num_first += words[0] == answer
+        num_in_five += answer in words
+        formatted = (
             f"{'*' if word == answer else ''}{word or repr(guess.text)} {guess.probability:.0%}"
             for word, guess in zip(words, guesses, strict=True)
         )
-        print(f"\n  {text}   [{answer}]\n    {'   '.join(shown)}")
-    print(f"\nthe true word came first in {first} of {len(riddles)}, among the five in {among}")
+        print(f"\n  {text}   [{answer}]\n    {'   '.join(formatted)}")
+    print(
+        f"\nthe true word came first in {num_first} of {len(examples)}, among the five in "
+        f"{num_in_five}"
+    )
 
 
-def held_out_riddles(
+def masked_held_out_sentences(
     documents: Iterator[Document], fraction: float, tokenizer: tokenizers.Tokenizer
 ) -> list[tuple[str, str]]:
-    """(sentence with a mask, the hidden word), chosen by hash: by neither hand nor model."""
+    """Pairs of a sentence with a mask and the masked word; both are chosen by hash."""
     from prelnroberta.data.pretraining.corpus import in_validation_split
 
-    def shuffled(text: str) -> str:
+    def digest(text: str) -> str:
         return hashlib.sha256(text.encode()).hexdigest()
 
     sentences = set()
     for document in documents:
         if in_validation_split(document.key, fraction):
             sentences.update(re.findall(r"(?<![^\n])[A-Z][\w ,'-]{40,90}\.(?=\s|$)", document.text))
-    riddles = []
-    for sentence in sorted(sentences, key=shuffled):
+    examples = []
+    for sentence in sorted(sentences, key=digest):
         words = re.finditer(r"(?<= )[a-z]{3,}\b", sentence)
-        single = [w for w in words if tokenizer.token_to_id(f"Ġ{w.group()}") is not None]
-        if single:
-            word = min(single, key=lambda w: shuffled(sentence + w.group()))
-            # The mask token takes the space before it along, as in RoBERTa.
+        single_tokens = [w for w in words if tokenizer.token_to_id(f"Ġ{w.group()}") is not None]
+        if single_tokens:
+            word = min(single_tokens, key=lambda w: digest(sentence + w.group()))
+            # The mask token includes the space before it, as in RoBERTa.
             masked = sentence[: word.start()] + "<mask>" + sentence[word.end() :]
-            riddles.append((masked, word.group()))
-    return riddles[:SENTENCES]
+            examples.append((masked, word.group()))
+    return examples[:NUM_SENTENCES]
 
 
 def print_next_steps(run_dir: Path) -> None:

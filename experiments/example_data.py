@@ -1,19 +1,20 @@
-"""Makes labelled data for all six tasks from the documentation that every installation brings.
+"""Makes labelled data for all six tasks from the documentation of the installed packages.
 
     python -m experiments.example_data --output=runs/data
 
-One train and one dev file a task, in the formats that people have their own data in. Labels are
-what the authors of the documentation wrote, and nobody's guess:
+Each task has a train and a dev file in a common format. The labels come from the documentation
+itself:
 
-    sequence_classification/{train,dev}.csv     text,label: which package a sentence comes from
-    token_classification/{train,dev}.conll      the words set as code, functions or classes (BIO)
-    question_answering/{train,dev}.json         "What happens if x is None?", in prose
-    multiple_choice/{train,dev}.csv             how a sentence ends, of four (SWAG's columns)
+    sequence_classification/{train,dev}.csv     text,label: the package that a sentence is from
+    token_classification/{train,dev}.conll      words marked as code, functions or classes (BIO)
+    question_answering/{train,dev}.json         "What happens if x is None?", on prose
+    multiple_choice/{train,dev}.csv             the end of a sentence, out of four (SWAG's columns)
     language_modeling/{train,dev}.txt           prose
-    language_modeling/pretraining.txt           all the prose that is not dev's
+    language_modeling/pretraining.txt           all prose that is not dev
 
-A fifth of the modules is dev, as in `experiments.pretrain --validation_fraction=0.2`, without what
-stands in a train module as well: a model pretrained so has seen nothing of it.
+A fifth of the modules is dev, the same as in `experiments.pretrain --validation_fraction=0.2`.
+Examples that also occur in a train module are left out of dev, so a model pretrained in this way
+has not seen them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiments.flags.checks import check_new_folder, check_positive
 from experiments.flags.launch import launch
@@ -35,7 +36,7 @@ from experiments.flags.programs import ExampleDataSettings
 if TYPE_CHECKING:
     from prelnroberta.data.pretraining.corpus import Document
 
-DEV = 0.2  # of the modules; to be held out of pretraining, too
+VALIDATION_FRACTION = 0.2  # of the modules; hold them out of pretraining, too
 PRETRAINING = "language_modeling/pretraining.txt"
 PACKAGES = ("python", "numpy", "scipy", "jax", "huggingface_hub", "rich")
 
@@ -50,49 +51,57 @@ def main(settings: ExampleDataSettings) -> int:
 
     corpus = DocstringCorpus()
     documents, strings = list(corpus.documents()), list(corpus.strings())
-    most = {"train": settings.train_examples, "dev": settings.dev_examples}
+    max_examples = {"train": settings.train_examples, "dev": settings.dev_examples}
     with atomic_write(settings.output) as partial:
-        for name, (find, write, from_strings) in FILES.items():
+        for name, (find, format_file, from_strings) in FILES.items():
             task, _, suffix = name.partition(".")
             (partial / task).mkdir(parents=True)
-            modules = divided(strings if from_strings else documents)
-            found = {split: set(find(inside)) for split, inside in modules.items()}
-            found["dev"] -= found["train"]
-            for split, examples in found.items():
-                kept = chosen(examples, most[split])
-                (partial / task / f"{split}.{suffix}").write_text(write(kept), encoding="utf-8")
-                print(f"{task}/{split}.{suffix}: {len(kept):,} examples")
-        texts = list(paragraphs(divided(documents)["train"]))
-        (partial / PRETRAINING).write_text(write_paragraphs(texts), encoding="utf-8")
+            splits = split_documents(strings if from_strings else documents)
+            examples = {split: set(find(documents)) for split, documents in splits.items()}
+            examples["dev"] -= examples["train"]
+            for split in examples:
+                sample = sample_by_hash(examples[split], max_examples[split])
+                path = partial / task / f"{split}.{suffix}"
+                path.write_text(format_file(sample), encoding="utf-8")
+                print(f"{task}/{split}.{suffix}: {len(sample):,} examples")
+        texts = list(find_paragraphs(split_documents(documents)["train"]))
+        (partial / PRETRAINING).write_text(format_paragraphs(texts), encoding="utf-8")
         print(f"{PRETRAINING}: {len(texts):,} documents")
     print(f"written: {settings.output}")
     return 0
 
 
-def divided(documents: Iterable[Document]) -> dict[str, list[Document]]:
+def split_documents(documents: Iterable[Document]) -> dict[str, list[Document]]:
+    """Splits documents into train and dev by module."""
     from prelnroberta.data.pretraining.corpus import in_validation_split
 
     splits: dict[str, list[Document]] = {"train": [], "dev": []}
     for document in documents:
-        splits["dev" if in_validation_split(document.key, DEV) else "train"].append(document)
+        splits["dev" if in_validation_split(document.key, VALIDATION_FRACTION) else "train"].append(
+            document
+        )
     return splits
 
 
-def chosen(examples: Iterable, most: int) -> list:
-    """At most so many different ones, in an order of their hashes: no one's choice."""
-    return sorted(set(examples), key=lambda e: hashlib.sha256(repr(e).encode()).hexdigest())[:most]
+def sample_by_hash(examples: Iterable, max_examples: int) -> list:
+    """At most `max_examples` different examples, in the order of their hashes."""
+
+    def digest(example: Any) -> str:
+        return hashlib.sha256(repr(example).encode()).hexdigest()
+
+    return sorted(set(examples), key=digest)[:max_examples]
 
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 
-def sentences(text: str) -> list[str]:
-    """Whole sentences of one line, 30 to 250 characters."""
-    found = _SENTENCE_END.split(text)
-    return [s for s in found if 30 <= len(s) <= 250 and s[0].isupper() and s[-1] == "."]
+def split_sentences(text: str) -> list[str]:
+    """The complete sentences of a line, of 30 to 250 characters."""
+    parts = _SENTENCE_END.split(text)
+    return [s for s in parts if 30 <= len(s) <= 250 and s[0].isupper() and s[-1] == "."]
 
 
-def table(rows: Iterable[tuple], *columns: str) -> str:
+def format_csv(rows: Iterable[tuple], *columns: str) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
@@ -100,17 +109,17 @@ def table(rows: Iterable[tuple], *columns: str) -> str:
     return file.getvalue()
 
 
-def packages(documents: list[Document]) -> Iterator[tuple[str, str]]:
-    """(sentence, package)"""
+def find_packages(documents: list[Document]) -> Iterator[tuple[str, str]]:
+    """Yields (sentence, package)."""
     for document in documents:
         package = document.key.partition("/")[0]
         if package in PACKAGES:
             for line in document.text.split("\n"):
-                yield from ((sentence, package) for sentence in sentences(line))
+                yield from ((sentence, package) for sentence in split_sentences(line))
 
 
-def write_packages(examples: list[tuple]) -> str:
-    return table(examples, "text", "label")
+def format_packages(examples: list[tuple]) -> str:
+    return format_csv(examples, "text", "label")
 
 
 _MARKUP = re.compile(r":(?P<role>func|meth|class):`~?(?P<role_text>[\w.]+)`|``(?P<code>[\w.]+)``")
@@ -118,62 +127,72 @@ _KINDS = {"func": "function", "meth": "function", "class": "class", None: "code"
 _WORD = re.compile(r"\w+(?:[.']\w+)*|[^\w\s]")
 
 
-def markup(strings: list[Document]) -> Iterator[tuple[tuple[str, str], ...]]:
-    """A sentence's words, each with its label."""
+def find_markup(strings: list[Document]) -> Iterator[tuple[tuple[str, str], ...]]:
+    """Yields the words of a sentence, each with its label."""
     for string in strings:
         for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(string.text)):
             if ">>>" in paragraph:
                 continue
-            for text in filter(_MARKUP.search, sentences(" ".join(paragraph.split()))):
-                words, end = [], 0
-                for match in [*_MARKUP.finditer(text), None]:
-                    plain = text[end : match.start() if match else len(text)]
-                    words += [(word, "O") for word in _WORD.findall(plain)]
-                    if match:
-                        end = match.end()
-                        name = match["role_text"] or match["code"]
-                        label = f"B-{_KINDS[match['role']]}"
-                        words.append((name.rpartition(".")[2] or name, label))
+            for text in filter(_MARKUP.search, split_sentences(" ".join(paragraph.split()))):
+                words = _labelled_words(text)
                 if not any(word in "`*_" for word, _ in words):
                     yield tuple(words)
 
 
-def write_markup(examples: list[tuple]) -> str:
+def _labelled_words(text: str) -> list[tuple[str, str]]:
+    words, end = [], 0
+    for match in [*_MARKUP.finditer(text), None]:
+        plain = text[end : match.start() if match else len(text)]
+        words += [(word, "O") for word in _WORD.findall(plain)]
+        if match:
+            end = match.end()
+            name = match["role_text"] or match["code"]
+            words.append((name.rpartition(".")[2] or name, f"B-{_KINDS[match['role']]}"))
+    return words
+
+
+def format_markup(examples: list[tuple]) -> str:
     lines = ("\n".join(f"{word}\t{label}" for word, label in words) for words in examples)
     return "\n\n".join(lines) + "\n"
 
 
 _CONDITION = re.compile(r"((?:If|When) [^,;:()]{4,40}), (?:then )?(.{10,150})\.")
-_CONTEXT = 180  # characters: nine of ten fit a row of 64 tokens, question and all
+_MAX_CONTEXT = 180  # characters: with the question, 90 % fit into a row of 64 tokens
 
 
-def conditions(documents: list[Document]) -> Iterator[tuple[str, str, str, int]]:
-    """(context, question, answer, where the answer begins): what follows from a condition.
+def find_conditions(documents: list[Document]) -> Iterator[tuple[str, str, str, int]]:
+    """Yields (context, question, answer, start of the answer): what follows from a condition.
 
-    The context is the sentence that says it among others of its docstring: whoever does not look
-    for the condition has several to choose from.
+    The context has the sentence with the condition and others of its docstring, so that the
+    answer cannot be found without reading the condition.
     """
     for document in documents:
         texts = [text for line in document.text.split("\n") for text in _SENTENCE_END.split(line)]
-        for place, text in enumerate(texts):
+        for index, text in enumerate(texts):
             match = _CONDITION.fullmatch(text)
             if not match or match[2].startswith(("and ", "or ", "but ")):  # the condition goes on
                 continue
-            first, end = place, place + 1
-            while end < len(texts) and len(" ".join(texts[first : end + 1])) <= _CONTEXT:
-                end += 1
-            while first > 0 and len(" ".join(texts[first - 1 : end])) <= _CONTEXT:
-                first -= 1
+            first, end = _context_window(texts, index)
             context = " ".join(texts[first:end])
             condition = match[1][0].lower() + match[1][1:]
-            # "If True" may stand there of two parameters, and has two answers then.
+            # A docstring may say "If True" of two parameters: the question has two answers then.
             if end - first > 1 and context.lower().count(f"{condition.lower()},") == 1:
-                start = len(" ".join([*texts[first:place], ""])) + match.start(2)
+                start = len(" ".join([*texts[first:index], ""])) + match.start(2)
                 yield context, f"What happens {condition}?", match[2], start
 
 
-def write_conditions(examples: list[tuple]) -> str:
-    """SQuAD 1.1"""
+def _context_window(texts: list[str], index: int) -> tuple[int, int]:
+    """(first, end) of the sentences around `index` that fit into a context."""
+    first, end = index, index + 1
+    while end < len(texts) and len(" ".join(texts[first : end + 1])) <= _MAX_CONTEXT:
+        end += 1
+    while first > 0 and len(" ".join(texts[first - 1 : end])) <= _MAX_CONTEXT:
+        first -= 1
+    return first, end
+
+
+def format_conditions(examples: list[tuple]) -> str:
+    """JSON as of SQuAD 1.1."""
     by_context = defaultdict(list)
     for context, question, answer, start in examples:
         by_context[context].append(
@@ -190,12 +209,12 @@ def write_conditions(examples: list[tuple]) -> str:
     return json.dumps({"version": "1.1", "data": entries}, indent=1) + "\n"
 
 
-def endings(documents: list[Document]) -> Iterable[tuple[str, str]]:
-    """(second half of a sentence, first half); no second half comes twice."""
+def find_endings(documents: list[Document]) -> Iterable[tuple[str, str]]:
+    """(second half of a sentence, first half); every second half occurs once."""
     halves = {}
     for document in documents:
         for line in document.text.split("\n"):
-            for sentence in sentences(line):
+            for sentence in split_sentences(line):
                 words = sentence.split()
                 if 8 <= len(words) <= 16:
                     middle = len(words) // 2
@@ -203,34 +222,36 @@ def endings(documents: list[Document]) -> Iterable[tuple[str, str]]:
     return halves.items()
 
 
-def write_endings(examples: list[tuple]) -> str:
-    """Each ending is right once and wrong three times: read alone, it tells nothing.
+def format_endings(examples: list[tuple]) -> str:
+    """CSV with SWAG's columns.
 
-    The wrong ones end other sentences; hashes say which, and the place of the right one.
+    Each ending is correct once and wrong three times, so that it cannot be judged without its
+    beginning. The wrong endings are of other sentences; a hash decides the correct one's column.
     """
     rows = []
-    for number, (true, beginning) in enumerate(examples):
-        others = [examples[(number + step) % len(examples)][0] for step in (1, 2, 3)]
+    for number, (ending, beginning) in enumerate(examples):
+        others = [examples[(number + offset) % len(examples)][0] for offset in (1, 2, 3)]
         label = int(hashlib.sha256(beginning.encode()).hexdigest(), 16) % 4
-        rows.append(("", beginning, *others[:label], true, *others[label:], label))
-    return table(rows, "sent1", "sent2", "ending0", "ending1", "ending2", "ending3", "label")
+        rows.append(("", beginning, *others[:label], ending, *others[label:], label))
+    return format_csv(rows, "sent1", "sent2", "ending0", "ending1", "ending2", "ending3", "label")
 
 
-def paragraphs(documents: list[Document]) -> Iterator[str]:
+def find_paragraphs(documents: list[Document]) -> Iterator[str]:
     return (document.text for document in documents)
 
 
-def write_paragraphs(examples: list[str]) -> str:
+def format_paragraphs(examples: list[str]) -> str:
     return "\n\n".join(examples) + "\n"
 
 
-# File of a task -> how examples are found and written, and whether they need the strings' markup.
+# File of a task -> functions that find and format its examples, and whether they take the raw
+# strings, with markup, instead of the documents.
 FILES = {
-    "sequence_classification.csv": (packages, write_packages, False),
-    "token_classification.conll": (markup, write_markup, True),
-    "question_answering.json": (conditions, write_conditions, False),
-    "multiple_choice.csv": (endings, write_endings, False),
-    "language_modeling.txt": (paragraphs, write_paragraphs, False),
+    "sequence_classification.csv": (find_packages, format_packages, False),
+    "token_classification.conll": (find_markup, format_markup, True),
+    "question_answering.json": (find_conditions, format_conditions, False),
+    "multiple_choice.csv": (find_endings, format_endings, False),
+    "language_modeling.txt": (find_paragraphs, format_paragraphs, False),
 }
 
 

@@ -73,12 +73,12 @@ def test_interrupted_by_the_keyboard_it_saves_and_then_finishes(tmp_path):
     assert (run_dir / "model" / "model.safetensors").exists()
 
 
-def test_riddles_come_from_held_out_text_alone():
+def test_masked_sentences_come_from_held_out_text_alone():
     sentence = "Returns the {} of a rather long array of numbers along the given axis."
     words = ("sum", "mean", "size", "shape", "norm", "rank", "trace", "order")
     documents = [Document(sentence.format(word), f"module{i}") for i, word in enumerate(words)]
     tokenizer = train_tokenizer([d.text for d in documents] * 50, 400)
     held_out = [d.text for d in documents if in_validation_split(d.key, 0.5)]
-    riddles = demo.held_out_riddles(iter(documents), 0.5, tokenizer)
-    assert sorted(text.replace("<mask>", word) for text, word in riddles) == sorted(held_out)
+    examples = demo.masked_held_out_sentences(iter(documents), 0.5, tokenizer)
+    assert sorted(text.replace("<mask>", word) for text, word in examples) == sorted(held_out)
     assert 0 < len(held_out) < len(words)

@@ -3,7 +3,7 @@
 import csv
 from collections import Counter
 
-from experiments.example_data import conditions
+from experiments.example_data import find_conditions
 from prelnroberta.data.pretraining.corpus import Document
 from prelnroberta.data.readers.squad import read_questions
 from tests.helpers.programs import call
@@ -26,7 +26,7 @@ def test_an_ending_read_alone_tells_nothing():
 def test_a_question_asks_what_one_of_several_sentences_says():
     text = """Axis to sum over. If None, all of them are. If x, y and z are, then none is.
 If negative, it counts from the last, which is -1. Other text."""
-    found = list(conditions([Document(text, "a")]))
+    found = list(find_conditions([Document(text, "a")]))
     context = " ".join(text.split())
     answers = ["all of them are", "it counts from the last, which is -1"]
     assert [(c, q, a) for c, q, a, _ in found] == [
@@ -35,11 +35,13 @@ If negative, it counts from the last, which is -1. Other text."""
     ]
     assert [start for *_, start in found] == [context.index(answer) for answer in answers]
 
-    assert not list(conditions([Document("If None, all of them are.", "a")])), "nothing to choose"
+    assert not list(find_conditions([Document("If None, all of them are.", "a")])), (
+        "nothing to choose"
+    )
     twice = "If None, all of them are. Axis. If None, it is the last."
-    assert not list(conditions([Document(twice, "a")])), "two answers"
+    assert not list(find_conditions([Document(twice, "a")])), "two answers"
     far = f"{'A long sentence. ' * 20}If None, all of them are. {'A long sentence. ' * 20}"
-    [(context, *_)] = conditions([Document(far.strip(), "a")])
+    [(context, *_)] = find_conditions([Document(far.strip(), "a")])
     assert len(context) <= 180 and context.startswith("If None")
 
 

@@ -27,7 +27,7 @@ def example_file(task, count=300):
         for file, how in example_data.FILES.items()
         if file.startswith(name)
     ]
-    examples = example_data.chosen(find(strings if from_strings else documents), count)
+    examples = example_data.sample_by_hash(find(strings if from_strings else documents), count)
     path = SCRATCH / f"{task}-{count}{suffix}"
     path.write_text(write(examples), encoding="utf-8")
     return path
