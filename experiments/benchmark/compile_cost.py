@@ -105,10 +105,9 @@ def masked_lm_step(
     `step.lower(state, batch)` in `layout.use_mesh()`."""
     import jax
     import jax.numpy as jnp
-    from jax.sharding import NamedSharding, PartitionSpec
+    from jax.sharding import NamedSharding
 
     from prelnroberta import params as parameters
-    from prelnroberta.distributed.sharding import BATCH_AXES
     from prelnroberta.model.heads import MaskedLM
     from prelnroberta.model.losses import masked_lm_scores
     from prelnroberta.training.optimizer import OptimizerConfig, adamw
@@ -129,8 +128,7 @@ def masked_lm_step(
     batch = dict.fromkeys(("input_ids", "segment_ids", "position_ids"), rows)
     batch |= {"masked_positions": masked, "masked_labels": masked}
     batch["masked_weights"] = jax.ShapeDtypeStruct(masked.shape, jnp.float32)
-    by_rows = NamedSharding(layout.mesh, PartitionSpec(BATCH_AXES))
-    batch = {name: with_sharding(leaf, by_rows) for name, leaf in batch.items()}
+    batch = {name: with_sharding(leaf, layout.batch_sharding) for name, leaf in batch.items()}
     step = make_train_step(lambda *a: masked_lm_scores(module, *a), optimizer, seed=0)
     return compile_train_step(step, layout), state, batch
 

@@ -38,11 +38,10 @@ def compile_topology(
         flops_per_row: of a forward pass.
     """
     import jax
-    from jax.sharding import NamedSharding, PartitionSpec
+    from jax.sharding import NamedSharding
 
     from prelnroberta import params as parameters
     from prelnroberta.distributed import topology_compile
-    from prelnroberta.distributed.sharding import BATCH_AXES
     from prelnroberta.training.train_step import TrainState, compile_train_step, make_train_step
 
     devices = topology_compile.topology_devices(settings.compile_topology)
@@ -51,14 +50,13 @@ def compile_topology(
     state = jax.eval_shape(
         lambda: TrainState.create(parameters.init(config, jax.random.key(0), model), optimizer)
     )
-    by_rows = NamedSharding(layout.mesh, PartitionSpec(BATCH_AXES))
 
     def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     state = jax.tree.map(placed, state, layout.shardings(state))
     batch = {
-        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=by_rows)
+        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=layout.batch_sharding)
         for name, (shape, dtype) in row.items()
     }
     forward = flops_per_row * batch_size / layout.num_devices

@@ -1,11 +1,11 @@
-"""Where arrays live: the mesh, the rules from shape letters to its axes, and what follows of them.
+"""Sharding: the device mesh, the rules from shape letters to mesh axes, and what follows from them.
 
-One typed place (`SHARDING_RULES`) says which mesh axis cuts which letter of the parameter table; shardings
-of parameters, optimizer state, batches and activations all follow. The model names letters only,
-by `constrain`, which does nothing where no mesh of ours is set.
+`SHARDING_RULES` is the one place that says which mesh axes shard which letter of the parameter
+table. The shardings of parameters, optimizer state, batches and activations follow from it. The
+model only names letters, with `constrain`, which does nothing outside of `Layout.use_mesh`.
 
     data     rows of the batch
-    fsdp     rows of the batch, and the hidden dimension of all that is stored
+    fsdp     rows of the batch, and the hidden dimension of everything that is stored
     tensor   heads, MLP and vocabulary, in storage and in computation
 """
 
@@ -32,30 +32,29 @@ Strategy = Literal["jit", "pmap"]
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """Shape letter -> the mesh axes that cut it. A letter that is not named is never cut.
+    """Shape letter -> the mesh axes that shard it. Other letters are never sharded.
 
     Attributes:
-        stored: of parameters and whatever has their shape. An axis cuts one dimension of an array,
-            the first that asks for it: of DE (a matrix from hidden to hidden), D.
-        computed: of activations, and of weights that are looked up rather than multiplied.
-        may_be_whole: letters that are left whole, with a note, where they do not divide;
-            vocabularies come as they are.
+        parameters: for parameters and everything of their shape. A mesh axis shards one dimension
+            of an array, the first that names it: for DE (a matrix from hidden to hidden), D.
+        activations: for activations, and for weights that are looked up rather than multiplied.
+        may_replicate: letters that are not sharded, with a note, if their size is not divisible.
+            A vocabulary size is given by the tokenizer.
     """
 
-    stored: dict[str, tuple[str, ...]]
-    computed: dict[str, tuple[str, ...]]
-    may_be_whole: str
+    parameters: dict[str, tuple[str, ...]]
+    activations: dict[str, tuple[str, ...]]
+    may_replicate: str
 
 
 _TENSOR = {"H": ("tensor",), "F": ("tensor",), "V": ("tensor",)}
 SHARDING_RULES = ShardingRules(
-    stored={"D": ("fsdp",), "E": ("fsdp",), **_TENSOR},
-    computed={"B": BATCH_AXES, **_TENSOR},
-    may_be_whole="V",
+    parameters={"D": ("fsdp",), "E": ("fsdp",), **_TENSOR},
+    activations={"B": BATCH_AXES, **_TENSOR},
+    may_replicate="V",
 )
 
-# What a user calls a letter.
-_NAMES = {
+_CONFIG_FIELDS = {
     "B": "batch_size",
     "D": "hidden_size",
     "E": "hidden_size",
@@ -67,16 +66,17 @@ _NAMES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parallelism:
-    """How many devices share what.
+    """How a model is distributed over devices.
 
     Attributes:
-        strategy: jit cuts arrays over the mesh; pmap keeps the whole state on every device.
-        data, fsdp, tensor: sizes of the mesh axes; -1 takes what the others leave, in one of them.
-        dcn_axis: the axis that spans slices (TPU), or hosts (GPU), where there are several: their
-            network is slow, and this axis alone crosses it.
+        strategy: jit shards arrays over the mesh; pmap keeps the whole state on every device.
+        data, fsdp, tensor: sizes of the mesh axes. One of them may be -1, which takes the remaining
+            devices.
+        dcn_axis: the axis that spans the slices (TPU) or hosts (GPU) of a job with several. It is
+            the only axis that crosses their slow network.
 
     Raises:
-        InputError: naming the field, its value and what was expected.
+        InputError: names the field, its value and what was expected.
     """
 
     strategy: Strategy = "jit"
@@ -92,143 +92,159 @@ class Parallelism:
                 raise InputError(f"mesh_{axis}={size}, expected 1 or more, or -1 for the rest")
         if [self.data, self.fsdp, self.tensor].count(-1) > 1:
             raise InputError(
-                "of mesh_data, mesh_fsdp and mesh_tensor, expected one -1 at most: it takes what "
-                "the others leave"
+                f"mesh_data={self.data}, mesh_fsdp={self.fsdp}, mesh_tensor={self.tensor}, "
+                "expected at most one -1, which takes the remaining devices"
             )
         if self.strategy == "pmap" and (self.fsdp, self.tensor) != (1, 1):
             raise InputError(
-                f"parallelism=pmap with mesh_fsdp={self.fsdp}, mesh_tensor={self.tensor}: every "
-                "device of a pmap holds the whole model; expected 1 and 1, or parallelism=jit"
+                f"parallelism=pmap with mesh_fsdp={self.fsdp}, mesh_tensor={self.tensor}, expected "
+                "1 and 1, as every device of a pmap holds the whole model, or parallelism=jit"
             )
 
-    def mesh_shape(self, devices: int) -> tuple[int, int, int]:
-        """The mesh of this many devices. Raises InputError where its axes do not fill them."""
+    def mesh_shape(self, num_devices: int) -> tuple[int, int, int]:
+        """Sizes of the mesh axes. Raises InputError if their product is not `num_devices`."""
         sizes = [self.data, self.fsdp, self.tensor]
         known = math.prod(size for size in sizes if size != -1)
-        filled = [devices // known if size == -1 else size for size in sizes]
-        if math.prod(filled) != devices:
+        shape = tuple(num_devices // known if size == -1 else size for size in sizes)
+        if math.prod(shape) != num_devices:
             raise InputError(
                 f"mesh_data={self.data}, mesh_fsdp={self.fsdp}, mesh_tensor={self.tensor} do not "
-                f"make up {devices} devices, expected sizes whose product is {devices}, or one -1"
+                f"make up {num_devices} devices, expected sizes whose product is {num_devices}, or "
+                "one -1"
             )
-        return tuple(filled)
+        return shape
 
 
 def make_mesh(parallelism: Parallelism, devices: list[Any]) -> Mesh:
-    """The mesh data x fsdp x tensor, its inner axes along the fastest links.
+    """Returns the mesh data x fsdp x tensor, with its inner axes along the fastest links.
 
     Raises:
-        InputError: axes that do not fill the devices, or an axis that would have to cross slices.
+        InputError: the axes do not fill the devices, or another axis than `dcn_axis` would cross
+            slices.
     """
     from jax.experimental import mesh_utils
 
     shape = parallelism.mesh_shape(len(devices))
-    if parallelism.strategy == "pmap":  # in its order: a host's devices are neighbours
+    if parallelism.strategy == "pmap":  # pmap's order: the devices of a host are neighbours
         devices = sorted(devices, key=lambda device: (device.process_index, device.id))
         return Mesh(np.array(devices).reshape(shape), MESH_AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if num_slices == 1:
         arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
-        across = MESH_AXES.index(parallelism.dcn_axis)
-        if shape[across] % slices:
-            raise InputError(
-                f"mesh_{parallelism.dcn_axis}={shape[across]} does not divide by {slices} slices: "
-                "it is the axis that spans them (--dcn_axis)"
-            )
-        within = tuple(n // slices if i == across else n for i, n in enumerate(shape))
-        over = tuple(slices if i == across else 1 for i in range(len(shape)))
+        slice_shape, dcn_shape = _split_over_slices(shape, parallelism.dcn_axis, num_slices)
         arranged = mesh_utils.create_hybrid_device_mesh(
-            within, over, devices, allow_split_physical_axes=True
+            slice_shape, dcn_shape, devices, allow_split_physical_axes=True
         )
-    # Linen's and our gathers fail under Explicit, which jax.make_mesh has by default.
+    # Gathers, Linen's and ours, fail with Explicit axes, the default of jax.make_mesh.
     return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def spec(letters: str, axes: dict[str, tuple[str, ...]], cuts: Callable) -> PartitionSpec:
-    """Letters -> the axes that cut them, each axis once, where `cuts(letter, axes)` allows."""
+def _split_over_slices(
+    shape: tuple[int, ...], dcn_axis: str, num_slices: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The mesh of one slice, and the mesh of slices."""
+    dcn = MESH_AXES.index(dcn_axis)
+    if shape[dcn] % num_slices:
+        raise InputError(
+            f"mesh_{dcn_axis}={shape[dcn]} is not divisible by {num_slices} slices, which it spans "
+            "(--dcn_axis)"
+        )
+    slice_shape = tuple(n // num_slices if i == dcn else n for i, n in enumerate(shape))
+    dcn_shape = tuple(num_slices if i == dcn else 1 for i in range(len(shape)))
+    return slice_shape, dcn_shape
+
+
+def partition_spec(
+    letters: str,
+    rules: dict[str, tuple[str, ...]],
+    is_divisible: Callable[[str, tuple[str, ...]], bool],
+) -> PartitionSpec:
+    """Maps letters to the mesh axes that shard them, each axis once, where sizes are divisible."""
     used: set[str] = set()
     entries = []
     for letter in letters:
-        wanted = axes.get(letter, ())
-        if not wanted or used & set(wanted) or not cuts(letter, wanted):
+        axes = rules.get(letter, ())
+        if not axes or used & set(axes) or not is_divisible(letter, axes):
             entries.append(None)
             continue
-        used |= set(wanted)
-        entries.append(wanted if len(wanted) > 1 else wanted[0])
+        used |= set(axes)
+        entries.append(axes if len(axes) > 1 else axes[0])
     while entries and entries[-1] is None:
         entries.pop()
     return PartitionSpec(*entries)
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:
-    """Says how x, its dimensions named by letters, lies on the mesh; x itself where none is set.
+    """Constrains the sharding of x, whose dimensions are named by letters, to the current mesh.
 
-    A dimension that does not divide is left whole; `Layout` has told of those.
+    Returns x itself if no mesh is set. A dimension whose size is not divisible is not sharded.
     """
-    if not _cuts():
+    if not _has_several_devices():
         return x
-    return jax.lax.with_sharding_constraint(x, _computed([x], [letters])[0])
+    return jax.lax.with_sharding_constraint(x, _activation_specs([x], [letters])[0])
 
 
 def apply_per_shard(function: Callable, arrays: list[jax.Array], letters: list[str]) -> jax.Array:
-    """function(*arrays), each device on its part of them: for a kernel that no partitioner can cut.
+    """Runs function(*arrays) on each device's shards, for a kernel that XLA cannot partition.
 
-    Rows and heads must not depend on one another, and the result lies as the first array does.
+    Rows and heads must be independent. The result is sharded as the first array.
     """
-    if not _cuts():
+    if not _has_several_devices():
         return function(*arrays)
-    specs = tuple(_computed(arrays, letters))
+    specs = tuple(_activation_specs(arrays, letters))
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
 
 def target_platform() -> str:
-    """cpu, gpu or tpu: of the mesh that is set, whose devices a rehearsal only describes, or else
-    of this process."""
+    """The platform that the program is compiled for: "cpu", "gpu" or "tpu".
+
+    It is that of the current mesh, whose devices may exist only as a topology description, or else
+    that of this process.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def is_single_cpu() -> bool:
-    """Whether the program is for a CPU that has all of every array."""
-    return target_platform() == "cpu" and not _cuts()
+    """Whether the program is compiled for one CPU device, which holds every array in full."""
+    return target_platform() == "cpu" and not _has_several_devices()
 
 
-def _cuts() -> bool:
-    """Whether a mesh of ours is set, and one of several devices."""
+def _has_several_devices() -> bool:
+    """Whether a mesh of `Layout.use_mesh` with more than one device is set."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.axis_names == MESH_AXES and mesh.size > 1
 
 
-def _computed(arrays: list[jax.Array], letters: list[str]) -> list[PartitionSpec]:
-    """How activations whose dimensions are named so lie on the mesh."""
+def _activation_specs(arrays: list[jax.Array], letters: list[str]) -> list[PartitionSpec]:
     mesh = jax.sharding.get_abstract_mesh()
 
-    def lies(x: jax.Array, names: str) -> PartitionSpec:
-        size = dict(zip(names, x.shape, strict=True))
+    def activation_spec(x: jax.Array, names: str) -> PartitionSpec:
+        sizes = dict(zip(names, x.shape, strict=True))
 
-        def divides(letter: str, axes: tuple[str, ...]) -> bool:
-            return size[letter] % math.prod(mesh.shape[axis] for axis in axes) == 0
+        def is_divisible(letter: str, axes: tuple[str, ...]) -> bool:
+            return sizes[letter] % math.prod(mesh.shape[axis] for axis in axes) == 0
 
-        return spec(names, SHARDING_RULES.computed, divides)
+        return partition_spec(names, SHARDING_RULES.activations, is_divisible)
 
-    return [lies(x, names) for x, names in zip(arrays, letters, strict=True)]
+    return [activation_spec(x, names) for x, names in zip(arrays, letters, strict=True)]
 
 
 class Layout:
-    """Where one model's state and batches live on the devices of all hosts.
+    """The shardings of one model's state and batches on the devices of all hosts.
 
     Args:
-        parallelism: how many devices share what.
-        config, model: whose parameter table is laid out.
-        devices: of all hosts; jax's by default.
+        parallelism: strategy and mesh sizes.
+        config, model: select the parameter table.
+        devices: devices of all hosts; JAX's by default.
 
     Attributes:
-        mesh: data x fsdp x tensor. A pmap has one of data alone, to say where its arrays are.
-        notes: what a user should know of it, a line each.
+        mesh: data x fsdp x tensor. With pmap it has a data axis only.
+        notes: lines for the user about dimensions that are not sharded.
 
     Raises:
-        InputError: one message that names every dimension that does not divide.
+        InputError: one message that names every dimension whose size is not divisible.
     """
 
     def __init__(
@@ -240,34 +256,39 @@ class Layout:
     ):
         self.parallelism = parallelism
         self.mesh = make_mesh(parallelism, jax.devices() if devices is None else devices)
-        self._size = parameters.sizes(config)
+        self._sizes = parameters.letter_sizes(config)
         self._letters = {path: row.shape for path, row in parameters.table(config, model).items()}
         used = {letter for letters in self._letters.values() for letter in letters}
-        undivided = [x for x in sorted(used & SHARDING_RULES.stored.keys()) if not self._divides(x)]
-        # E is D again: one line is enough.
+        sharded = sorted(used & SHARDING_RULES.parameters.keys())
+        indivisible = [
+            letter
+            for letter in sharded
+            if not self._is_divisible(letter, SHARDING_RULES.parameters[letter])
+        ]
+        # E has the size of D, so one line is enough.
         problems = [
-            self._problem(letter)
-            for letter in undivided
-            if letter not in SHARDING_RULES.may_be_whole and letter != "E"
+            self._describe_indivisible(letter)
+            for letter in indivisible
+            if letter not in SHARDING_RULES.may_replicate and letter != "E"
         ]
         if problems:
             raise InputError("the model does not fit the mesh: " + "; ".join(problems))
         self.notes = [
-            f"{self._problem(letter)}: it stays whole on each of them"
-            for letter in undivided
-            if letter in SHARDING_RULES.may_be_whole
+            f"{self._describe_indivisible(letter)}: it is not sharded over this axis"
+            for letter in indivisible
+            if letter in SHARDING_RULES.may_replicate
         ]
 
-    def _divides(self, letter: str, axes: tuple[str, ...] | None = None) -> bool:
-        return self._size[letter] % self._ways(axes or SHARDING_RULES.stored[letter]) == 0
+    def _is_divisible(self, letter: str, axes: tuple[str, ...]) -> bool:
+        return self._sizes[letter] % self._num_shards(axes) == 0
 
-    def _ways(self, axes: tuple[str, ...]) -> int:
+    def _num_shards(self, axes: tuple[str, ...]) -> int:
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
-    def _problem(self, letter: str) -> str:
-        [axis] = SHARDING_RULES.stored[letter]
+    def _describe_indivisible(self, letter: str) -> str:
+        [axis] = SHARDING_RULES.parameters[letter]
         return (
-            f"{_NAMES[letter]}={self._size[letter]:,} does not divide by mesh_{axis}="
+            f"{_CONFIG_FIELDS[letter]}={self._sizes[letter]:,} is not divisible by mesh_{axis}="
             f"{self.mesh.shape[axis]}"
         )
 
@@ -281,107 +302,124 @@ class Layout:
 
     @property
     def num_batch_shards(self) -> int:
-        """How many parts the rows of a batch are cut into."""
-        return self._ways(BATCH_AXES)
+        """How many parts the rows of a batch are sharded into."""
+        return self._num_shards(BATCH_AXES)
 
     def describe(self) -> str:
-        """One line for whoever started the run."""
+        """One line about devices and mesh, for the user."""
         kind = self.mesh.devices.flat[0].device_kind
         if self.num_devices == 1:
             return f"1 device ({kind})"
         axes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1)
-        how = "pmap" if self.is_pmap else "jit"
-        return f"{self.num_devices} devices ({kind}), {how}, mesh {axes}"
+        strategy = self.parallelism.strategy
+        return f"{self.num_devices} devices ({kind}), {strategy}, mesh {axes}"
 
     def check_batch(self, batch_size: int, gradient_accumulation_steps: int = 1) -> None:
-        """Raises InputError where a device would not get the same number of rows as the others."""
+        """Raises InputError unless each device gets the same number of rows per microbatch."""
         if batch_size % (self.num_batch_shards * gradient_accumulation_steps):
+            steps = f" x gradient_accumulation_steps={gradient_accumulation_steps}"
             raise InputError(
-                f"batch_size={batch_size} does not divide by {self.num_batch_shards} devices that share "
-                f"its rows (mesh_data={self.mesh.shape['data']} x mesh_fsdp="
-                f"{self.mesh.shape['fsdp']})" + f" x gradient_accumulation_steps={gradient_accumulation_steps}" * (gradient_accumulation_steps > 1)
+                f"batch_size={batch_size} is not divisible by {self.num_batch_shards} devices that "
+                f"share its rows (mesh_data={self.mesh.shape['data']} x mesh_fsdp="
+                f"{self.mesh.shape['fsdp']})" + steps * (gradient_accumulation_steps > 1)
             )
 
     def use_mesh(self) -> contextlib.AbstractContextManager:
-        """While entered, `constrain` means this mesh. Trace and run the program inside."""
+        """Sets the mesh for `constrain`. Trace and run the program inside this context."""
         return contextlib.nullcontext() if self.is_pmap else jax.set_mesh(self.mesh)
 
     @property
     def replicated(self) -> NamedSharding:
-        """The same on every device."""
+        """The sharding of arrays that every device holds in full."""
         return NamedSharding(self.mesh, PartitionSpec())
 
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """The sharding of arrays [B, ...] by rows."""
+        return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+
     def parameter_spec(self, path: str) -> PartitionSpec:
-        """Of one parameter, or of whatever has its shape."""
+        """The spec of a parameter, and of anything of its shape."""
         if self.is_pmap:
             return PartitionSpec()
-        return spec(self._letters[path], SHARDING_RULES.stored, self._divides)
+        return partition_spec(self._letters[path], SHARDING_RULES.parameters, self._is_divisible)
 
     def shardings(self, state: Any) -> Any:
-        """The shardings of any pytree of arrays or of their shapes: a leaf whose path ends in a
-        parameter's, as an optimizer's moments do, lies as that parameter; the rest is whole."""
+        """Returns the shardings of any pytree of arrays or ShapeDtypeStructs.
+
+        A leaf whose path ends in that of a parameter, such as an optimizer's moments, is sharded as
+        that parameter. Other leaves are replicated.
+        """
 
         def sharding(path: Any, leaf: Any) -> NamedSharding:
             names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
             for start in range(len(names)):
-                letters = self._letters.get(found := "/".join(names[start:]))
+                parameter_path = "/".join(names[start:])
+                letters = self._letters.get(parameter_path)
                 if letters is not None and len(letters) == leaf.ndim:
-                    return NamedSharding(self.mesh, self.parameter_spec(found))
+                    return NamedSharding(self.mesh, self.parameter_spec(parameter_path))
             return self.replicated
 
         return jax.tree_util.tree_map_with_path(sharding, state)
 
-    def init_sharded(self, make: Callable[..., Any], *given: Any) -> Any:
-        """make(*given), each array made where it lies: no host or device holds one it need not."""
-        return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make, *given)))(*given)
+    def init_sharded(self, init: Callable[..., Any], *args: Any) -> Any:
+        """Runs init(*args) under jit with output shardings, so that no array is materialized
+        unsharded."""
+        return jax.jit(init, out_shardings=self.shardings(jax.eval_shape(init, *args)))(*args)
 
     def gather_to_host(self, tree: Any) -> Any:
-        """The tree as numpy arrays on the first host, None on the others; all hosts must call."""
-        collect = jax.jit(lambda x: x, out_shardings=self.replicated)
+        """Returns the tree as numpy arrays on host 0, and None leaves on other hosts. All hosts
+        must call it."""
+        replicate = jax.jit(lambda x: x, out_shardings=self.replicated)
 
         def gather(leaf: jax.Array) -> np.ndarray | None:
-            whole = collect(leaf)  # one after the other: only one need fit a device
-            return np.asarray(whole) if jax.process_index() == 0 else None
+            # One leaf after the other, so that only one has to fit on a device.
+            replicated = replicate(leaf)
+            return np.asarray(replicated) if jax.process_index() == 0 else None
 
         return jax.tree.map(gather, tree)
 
     def device_put(self, tree: Any) -> Any:
-        """Arrays of the host, the same on every host, to where they lie."""
+        """Copies host arrays, which must be the same on every host, to devices with `shardings`."""
 
-        def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
             return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
-        return jax.tree.map(place, tree, self.shardings(tree))
+        return jax.tree.map(put, tree, self.shardings(tree))
 
-    def _parts(self) -> list[int]:
-        """Which of the `num_batch_shards` parts of a batch lie on this host's devices, ascending."""
-        indices = self._by_rows.addressable_devices_indices_map((self.num_batch_shards,))
+    def _local_batch_shards(self) -> list[int]:
+        """Indices, ascending, of the `num_batch_shards` parts that this host's devices hold."""
+        indices = self.batch_sharding.addressable_devices_indices_map((self.num_batch_shards,))
         return sorted({index.start or 0 for (index,) in indices.values()})
 
-    @property
-    def _by_rows(self) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
-
     def local_batch_rows(self, batch_size: int) -> np.ndarray:
-        """[rows of this host] int64, ascending: which of a batch's rows its devices work on."""
+        """[local rows] int64, ascending: the rows of the global batch that this host loads."""
         size = batch_size // self.num_batch_shards
-        return np.concatenate([np.arange(p * size, (p + 1) * size) for p in self._parts()])
+        shards = self._local_batch_shards()
+        return np.concatenate([np.arange(s * size, (s + 1) * size) for s in shards])
 
     def shard_batch(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """This host's rows of a batch, each array [rows of this host, ...] in the order of `rows`,
-        -> the batch as a step and an evaluation take it."""
-        parts = self._parts()
+        """Copies a batch to the devices.
+
+        Args:
+            batch: this host's rows, each array [local rows, ...] in the order of
+                `local_batch_rows`.
+
+        Returns:
+            The global batch, as the functions of `train_step` take it.
+        """
+        shards = self._local_batch_shards()
         if self.is_pmap:
-            return {name: x.reshape(len(parts), -1, *x.shape[1:]) for name, x in batch.items()}
+            return {name: x.reshape(len(shards), -1, *x.shape[1:]) for name, x in batch.items()}
 
-        def placed(x: np.ndarray) -> jax.Array:
-            size = len(x) // len(parts)
+        def shard(x: np.ndarray) -> jax.Array:
+            size = len(x) // len(shards)
 
-            def part(index: tuple[slice, ...]) -> np.ndarray:
-                at = parts.index((index[0].start or 0) // size)
-                return x[at * size : (at + 1) * size]
+            def shard_rows(index: tuple[slice, ...]) -> np.ndarray:
+                local = shards.index((index[0].start or 0) // size)
+                return x[local * size : (local + 1) * size]
 
             shape = (size * self.num_batch_shards, *x.shape[1:])
-            return jax.make_array_from_callback(shape, self._by_rows, part)
+            return jax.make_array_from_callback(shape, self.batch_sharding, shard_rows)
 
-        return {name: placed(x) for name, x in batch.items()}
+        return {name: shard(x) for name, x in batch.items()}
