@@ -66,7 +66,7 @@ def read_features(settings: EvaluateSettings, task: Task, folder: Path) -> Featu
 
     errors = RowErrors(settings.skip_bad_rows)
     examples = task.read_examples(settings.file, True, errors)
-    features = task.features(examples, load_tokenizer(folder), errors, training=False)
+    features = task.features(examples, load_tokenizer(folder), errors)
     errors.raise_if_any()
     if errors.problems:
         print(f"left out: {errors.summary}")

@@ -171,8 +171,7 @@ def read_data(settings: FinetuneSettings, tokenizer: tokenizers.Tokenizer) -> Da
     ]
     task = TASKS[task_settings.task](task.infer_settings(examples[0]))
     train, dev = (
-        task.features(found, tokenizer, e, training)
-        for found, e, training in zip(examples, errors, (True, False), strict=True)
+        task.features(found, tokenizer, e) for found, e in zip(examples, errors, strict=True)
     )
     for e in errors:
         e.raise_if_any()

@@ -127,7 +127,7 @@ def predict_examples(settings: PredictSettings, folder: Path) -> int:
         evaluator = Evaluator(task, MODULES[task.model](config, settings.execution()), layout)
         placed = evaluator.place_params(params)
         while chunk := list(itertools.islice(examples, chunk_size)):
-            features = task.features(chunk, tokenizer, errors, training=False)
+            features = task.features(chunk, tokenizer, errors)
             rows, _ = evaluator(
                 placed, features, batches_by_length(features, task_settings.max_length)
             )

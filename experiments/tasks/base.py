@@ -138,11 +138,7 @@ class Task:
         return config.replace(id2label=dict(enumerate(self.settings.labels)))
 
     def features(
-        self,
-        examples: Sequence,
-        tokenizer: tokenizers.Tokenizer,
-        row_errors: RowErrors,
-        training: bool,
+        self, examples: Sequence, tokenizer: tokenizers.Tokenizer, row_errors: RowErrors
     ) -> Features:
         raise NotImplementedError
 

@@ -106,11 +106,7 @@ class SequenceClassification(Task):
         return config.replace(id2label=dict(enumerate(names)), problem_type=problem_type)
 
     def features(
-        self,
-        examples: Sequence,
-        tokenizer: tokenizers.Tokenizer,
-        row_errors: RowErrors,
-        training: bool,
+        self, examples: Sequence, tokenizer: tokenizers.Tokenizer, row_errors: RowErrors
     ) -> Features:
         s = self.settings
         return text_features(
@@ -209,11 +205,7 @@ class TokenClassification(Task):
         return s if s.labels else dataclasses.replace(s, labels=tag_names(examples))
 
     def features(
-        self,
-        examples: Sequence,
-        tokenizer: tokenizers.Tokenizer,
-        row_errors: RowErrors,
-        training: bool,
+        self, examples: Sequence, tokenizer: tokenizers.Tokenizer, row_errors: RowErrors
     ) -> Features:
         s = self.settings
         return token_features(
@@ -320,11 +312,7 @@ class MultipleChoice(Task):
         return config.replace(num_labels=1)
 
     def features(
-        self,
-        examples: Sequence,
-        tokenizer: tokenizers.Tokenizer,
-        row_errors: RowErrors,
-        training: bool,
+        self, examples: Sequence, tokenizer: tokenizers.Tokenizer, row_errors: RowErrors
     ) -> Features:
         return choice_features(examples, tokenizer, self.settings.max_length)
 

@@ -99,11 +99,7 @@ class CausalLM(_LanguageModel):
         return config.replace(is_decoder=True)
 
     def features(
-        self,
-        examples: Sequence,
-        tokenizer: tokenizers.Tokenizer,
-        row_errors: RowErrors,
-        training: bool,
+        self, examples: Sequence, tokenizer: tokenizers.Tokenizer, row_errors: RowErrors
     ) -> Features:
         # Neighbouring rows share one token, so that every token is predicted once.
         return TokenBlocks(token_stream(examples, tokenizer), self.settings.max_length, overlap=1)
@@ -151,11 +147,7 @@ class MaskedLM(_LanguageModel):
     label_key = "masked_labels"
 
     def features(
-        self,
-        examples: Sequence,
-        tokenizer: tokenizers.Tokenizer,
-        row_errors: RowErrors,
-        training: bool,
+        self, examples: Sequence, tokenizer: tokenizers.Tokenizer, row_errors: RowErrors
     ) -> Features:
         s = self.settings
         masking = Masking(tokenizer.get_vocab_size(), rate=s.mask_rate, sampling="bernoulli")

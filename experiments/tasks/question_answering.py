@@ -61,11 +61,7 @@ class QuestionAnswering(Task):
         return config.replace(num_labels=2)
 
     def features(
-        self,
-        examples: Sequence,
-        tokenizer: tokenizers.Tokenizer,
-        row_errors: RowErrors,
-        training: bool,
+        self, examples: Sequence, tokenizer: tokenizers.Tokenizer, row_errors: RowErrors
     ) -> Features:
         s = self.settings
         # run_qa takes 128 of 384.

@@ -163,7 +163,7 @@ def test_padding_and_neighbours_change_nothing():
         rows, asked = [], texts[order]
         for start in range(0, len(asked), at_once):
             some = task.examples_from_text(asked[start : start + at_once], None, ())
-            features = task.features(some, tokenizer, RowErrors(), False)
+            features = task.features(some, tokenizer, RowErrors())
             answers, scores = evaluator(params, features, batches_by_length(features, 48))
             assert scores.weight == 0
             rows += answers

@@ -153,7 +153,7 @@ def learned(name):
     else:
         examples = task.read_examples(example_file(name), True, bad)
     task = TASKS[name](task.infer_settings(examples))
-    return task, task.features(examples, corpus()[2], bad, training=True)
+    return task, task.features(examples, corpus()[2], bad)
 
 
 KINDS = [
