@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from bridges.verify.parity import MODELS
+from bridges.verify.parity import PARITY_MODELS
 from experiments.export import flax, largest_error
 from prelnroberta.inference.stablehlo import PLATFORMS, PROGRAM_NAME, load_stablehlo, save_stablehlo
 from tests.helpers.export_cases import export_case
 
 
-@pytest.mark.parametrize("model", [*MODELS, "encoder"])
+@pytest.mark.parametrize("model", [*PARITY_MODELS, "encoder"])
 def test_stablehlo_of_every_class(model, tmp_path):
     params, config = export_case(model)
     save_stablehlo(params, config, model, tmp_path / "new" / "program")

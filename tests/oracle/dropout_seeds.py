@@ -2,7 +2,7 @@
 
 PYTHONPATH=. python tests/oracle/dropout_seeds.py [TASK ...]
 
-As tests/test_finetune_curves.py, but for dropout, whose random bits are nowhere the same: so the
+As tests/experiments/test_finetune_curves.py with dropout, whose random bits differ everywhere: the
 means of twenty seeds are compared, of the training file's metric, both evaluated by us. Four
 minutes of CPU time a task; WORKSPACE.md has the figures. Raises where they differ.
 """
@@ -20,11 +20,11 @@ from experiments.tasks import TASKS
 from prelnroberta.data.batches.buckets import bucket_lengths, bucketed_eval_batches
 from prelnroberta.distributed.sharding import Layout, Parallelism
 from prelnroberta.model import heads
-from tests.experiments.test_finetune_curves import (
-    SETTINGS,
-    drawn,
+from tests.helpers.training_curves import (
+    CURVE_OPTIMIZER,
+    draw_batches,
     our_training,
-    prepared,
+    prepare_task,
     torch_training,
 )
 
@@ -33,8 +33,8 @@ STEPS = {"token_classification": 400}  # after 200 it has not named an entity
 
 
 def compare(name: str, folder: Path) -> None:
-    task, features, config, params = prepared(name, dropout=0.1)
-    settings = dataclasses.replace(SETTINGS, steps=STEPS.get(name, SETTINGS.steps))
+    task, features, config, params = prepare_task(name, dropout=0.1)
+    settings = dataclasses.replace(CURVE_OPTIMIZER, steps=STEPS.get(name, CURVE_OPTIMIZER.steps))
     train = our_training(task, config, settings)
     buckets = bucket_lengths(features.lengths, 1)
     layout = Layout(Parallelism(), config, task.model)
@@ -47,7 +47,7 @@ def compare(name: str, folder: Path) -> None:
 
     found = []
     for seed in range(SEEDS):
-        batches, padded = drawn(task, features, seed, settings.steps)
+        batches, padded = draw_batches(task, features, seed, settings.steps)
         _, ours = train(params, batches, seed)
         place = folder / f"{name}{seed}"
         _, theirs = torch_training(task, config, params, padded, seed, place, settings)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from bridges.verify.parity import MODELS, check, diagnosis, make_batch, worst
+from bridges.verify.parity import PARITY_MODELS, compare_frameworks, diagnose, make_batch, worst
 from prelnroberta import params as parameters
 from prelnroberta.pretrained.hf_checkpoint import load_pretrained, save_pretrained
 from tests.helpers.programs import call, finished_run
@@ -19,10 +19,10 @@ SMALL = TINY.replace(vocab_size=60, hidden_size=16, intermediate_size=24, num_at
 
 def run(params, config, model, **options):
     batch = make_batch(config, model, 12, rows=[[0, 7, 8, 2], [0, 9, 2]])
-    return list(check(params, config, model, batch, **options))
+    return list(compare_frameworks(params, config, model, batch, **options))
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", PARITY_MODELS)
 def test_every_class_is_one_function_in_all_frameworks(model):
     config = (ODD if model in ("base", "token_classification") else SMALL).replace(
         is_decoder=model == "causal_lm", num_labels=2 if model == "question_answering" else 3
@@ -67,8 +67,8 @@ def test_a_damaged_weight_fails_and_is_placed(path, layer, said):
     leaf.reshape(-1)[3] += 1e-2
     damaged = parameters.unflatten(leaves)
     options = {"frameworks": ["pytorch"], "dtypes": ["float32"]}
-    assert diagnosis(run(params, SMALL, "masked_lm", **options)) == ""
-    assert diagnosis(run(params, SMALL, "masked_lm", copy=damaged, **options)) == said
+    assert diagnose(run(params, SMALL, "masked_lm", **options)) == ""
+    assert diagnose(run(params, SMALL, "masked_lm", tested_params=damaged, **options)) == said
 
 
 def test_a_gradient_that_cancels_is_measured_against_its_terms():
@@ -77,15 +77,19 @@ def test_a_gradient_that_cancels_is_measured_against_its_terms():
     config = SMALL.replace(num_labels=2)
     params = random_params(config, "token_classification", scale=0.02)
     batch = make_batch(config, "token_classification", 17, seed=63)
-    errors = check(params, config, "token_classification", batch, ["pytorch"], ["float32"])
+    errors = compare_frameworks(
+        params, config, "token_classification", batch, ["pytorch"], ["float32"]
+    )
     gradient = worst(errors, "gradient")
     assert gradient.passed and gradient.excess < 0.5
 
 
 def test_nan_is_a_failure():
-    from bridges.verify.parity import BOUNDS, Error
+    from bridges.verify.parity import BOUNDS, Comparison
 
-    error = Error("m", "f", "float32", "output", "logits", np.nan, np.nan, BOUNDS["float32"][0])
+    error = Comparison(
+        "m", "f", "float32", "output", "logits", np.nan, np.nan, BOUNDS["float32"][0]
+    )
     assert not error.passed and error.excess == np.inf
 
 
