@@ -46,7 +46,7 @@ def main(settings: ExportSettings) -> int:
         for module, extra in _NEEDS[form]:
             check_installed(module, extra, f"--format={form}")
 
-    from experiments.common.model_card import model_card
+    from experiments.common.model_card import make_model_card
     from prelnroberta.params import parameter_count
 
     params, config, model = load(directory)
@@ -62,7 +62,7 @@ def main(settings: ExportSettings) -> int:
                     f"{form}: what was written differs from the model by {agreement[form]:.1e} of "
                     f"its rms, expected {TOLERANCE:.0e} or less; {output} was not made"
                 )
-        card = model_card(
+        card = make_model_card(
             config,
             model,
             parameter_count(config, model),
@@ -102,14 +102,14 @@ def parity(params: Tree, config: RobertaPreLayerNormConfig, model: str) -> list[
     """The float32 errors of the twins whose frameworks are installed; none without torch."""
     import importlib.util
 
-    from bridges.verify.parity import MODELS, check, make_batch
+    from bridges.verify.parity import PARITY_MODELS, compare_frameworks, make_batch
 
     installed = [f for f in ("torch", "tensorflow") if importlib.util.find_spec(f)]
-    if "torch" not in installed or model not in MODELS:
+    if "torch" not in installed or model not in PARITY_MODELS:
         return []
     frameworks = ["flax", "pytorch", *installed[1:]]
     batch = make_batch(config, model, min(32, config.max_length))
-    return list(check(params, config, model, batch, frameworks, ["float32"]))
+    return list(compare_frameworks(params, config, model, batch, frameworks, ["float32"]))
 
 
 # ---------------------------------------------------------------------------------------------

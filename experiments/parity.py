@@ -24,7 +24,7 @@ from prelnroberta.errors import InputError
 from prelnroberta.files import atomic_write
 
 if TYPE_CHECKING:
-    from bridges.verify.parity import Error
+    from bridges.verify.parity import Comparison
     from prelnroberta.config import RobertaPreLayerNormConfig
     from prelnroberta.params import Tree
 
@@ -40,7 +40,7 @@ class Served(NamedTuple):
 
 def main(settings: ParitySettings) -> int:
     """Runs every model in every framework and precision. Returns the exit code."""
-    from bridges.verify.parity import KINDS, check, make_batch
+    from bridges.verify.parity import ARRAY_KINDS, compare_frameworks, make_batch
 
     check_positive(settings, "sequence_length")
     directory = find_model_folder(settings.checkpoint)
@@ -51,8 +51,8 @@ def main(settings: ParitySettings) -> int:
             raise InputError(f"--html={settings.html}: no such folder to write it in")
     rows = text_rows(settings, directory)
     print(f"{copied} against {directory}\n{NOTE}")
-    print(columns(["class", "framework", "dtype", *KINDS]))
-    runs: list[list[Error]] = []
+    print(columns(["class", "framework", "dtype", *ARRAY_KINDS]))
+    runs: list[list[Comparison]] = []
     copies = all_served(copied, settings.seed) if settings.against else None
     for served in all_served(directory, settings.seed):
         copy = next(copies) if copies else served
@@ -63,7 +63,9 @@ def main(settings: ParitySettings) -> int:
         batch = make_batch(
             served.config, served.model, settings.sequence_length, settings.seed, rows
         )
-        found = list(check(*served[:3], batch, settings.framework, settings.dtype, copy.params))
+        found = list(
+            compare_frameworks(*served[:3], batch, settings.framework, settings.dtype, copy.params)
+        )
         for who in product(settings.framework, settings.dtype):
             run = [error for error in found if (error.framework, error.dtype) == who]
             print(line(run), flush=True)
@@ -80,14 +82,14 @@ def all_served(directory: Path, seed: int) -> Iterator[Served]:
     """Every model on this folder's encoder; heads that it does not have get new values."""
     import jax
 
-    from bridges.verify.parity import MODELS
+    from bridges.verify.parity import PARITY_MODELS
     from prelnroberta import params as parameters
     from prelnroberta.config import RobertaPreLayerNormConfig
     from prelnroberta.pretrained import hf_checkpoint
 
     tensors, source = hf_checkpoint.read_weights(directory)
     saved = RobertaPreLayerNormConfig.from_json(directory)
-    for model in MODELS:
+    for model in PARITY_MODELS:
         config = saved.replace(is_decoder=True) if model == "causal_lm" else saved
 
         def initial(config: RobertaPreLayerNormConfig = config, model: str = model) -> Tree:
@@ -121,25 +123,25 @@ def text_rows(settings: ParitySettings, directory: Path) -> list[list[int]]:
 NOTE = "rms and largest error against the same function in float64, relative to its own size"
 
 
-def cells(run: list[Error]) -> list[str]:
+def cells(run: list[Comparison]) -> list[str]:
     """Who ran, and the worst error of each kind."""
-    from bridges.verify.parity import KINDS, worst
+    from bridges.verify.parity import ARRAY_KINDS, worst
 
-    found = [worst(run, kind) for kind in KINDS]
+    found = [worst(run, kind) for kind in ARRAY_KINDS]
     return [
         *(run[0].model, run[0].framework, run[0].dtype),
-        *("-" if error is None else f"{error.rms:.1e} {error.largest:.1e}" for error in found),
+        *("-" if error is None else f"{error.rms:.1e} {error.max_abs:.1e}" for error in found),
     ]
 
 
-def verdict(run: list[Error]) -> str:
+def verdict(run: list[Comparison]) -> str:
     """ok, or where it begins to differ."""
-    from bridges.verify.parity import diagnosis
+    from bridges.verify.parity import diagnose
 
-    return diagnosis(run) or "ok"
+    return diagnose(run) or "ok"
 
 
-def line(run: list[Error]) -> str:
+def line(run: list[Comparison]) -> str:
     return f"{columns(cells(run))}  {verdict(run)}"
 
 
@@ -148,11 +150,11 @@ def columns(texts: list[str]) -> str:
     return "  ".join(text.ljust(width) for text, width in zip(texts, widths, strict=True))
 
 
-def write_html(path: Path, title: str, runs: list[list[Error]]) -> None:
+def write_html(path: Path, title: str, runs: list[list[Comparison]]) -> None:
     """The table, and the error of every hidden state of every run."""
-    from bridges.verify.parity import KINDS
+    from bridges.verify.parity import ARRAY_KINDS
 
-    head = "".join(f"<th>{name}</th>" for name in ("class", "framework", "dtype", *KINDS, ""))
+    head = "".join(f"<th>{name}</th>" for name in ("class", "framework", "dtype", *ARRAY_KINDS, ""))
     rows = "".join(
         "<tr>"
         + "".join(f"<td>{html.escape(c)}</td>" for c in [*cells(run), verdict(run)])
@@ -174,7 +176,7 @@ _STYLE = (
 )
 
 
-def layer_plots(runs: list[list[Error]]) -> str:
+def layer_plots(runs: list[list[Comparison]]) -> str:
     """An SVG: rms error by hidden state, a panel for each class, a line for each run."""
     import matplotlib
 

@@ -1,11 +1,11 @@
-"""Is it one function? Every class in every framework, held to one float64 reference.
+"""Compares every class in every framework with one float64 reference.
 
-The reference is the PyTorch twin in float64, from the tree that is being checked. Flax, PyTorch and
-TensorFlow run the same batch in float32 and bfloat16; outputs, hidden states, the loss and every
-gradient are compared, layer by layer, so that what differs is named. The reference shares its code
-with one of the three: a fault of it shows as an error of the other two.
+The reference is the PyTorch twin in float64, with the parameters under test. Flax, PyTorch and
+TensorFlow run the same batch in float32 and bfloat16. Outputs, hidden states, the loss and every
+gradient are compared array by array, so that a difference is located. The reference shares its code
+with one of the three frameworks: a fault of it appears as an error of the other two.
 
-Bounds are what float error itself shows, not what would be convenient.
+The bounds follow from the measured rounding errors.
 """
 
 from __future__ import annotations
@@ -18,50 +18,50 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from prelnroberta import params as parameters
-from prelnroberta.config import RobertaPreLayerNormConfig
+from prelnroberta.config import ARCHITECTURES, IGNORE_INDEX, RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 from prelnroberta.params import Tree
-from prelnroberta.pretrained.hf_checkpoint import ARCHITECTURES, from_tensors
+from prelnroberta.pretrained.hf_checkpoint import from_state_dict
 
 Batch = dict[str, np.ndarray]
-Values = dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray]
 
-MODELS = tuple(model for model in ARCHITECTURES if model != "encoder")
+# `params.MODELS` without the bare encoder, which is the base model without its pooler.
+PARITY_MODELS = tuple(model for model in ARCHITECTURES if model != "encoder")
 DTYPES = ("float32", "bfloat16")
-
-
-KINDS = ("output", "hidden state", "loss", "gradient")
+ARRAY_KINDS = ("output", "hidden state", "loss", "gradient")
 
 
 class Bound(NamedTuple):
-    """Errors that pass."""
+    """The largest rms error and absolute error that pass."""
 
     rms: float
-    largest: float
+    max_abs: float
 
 
-# Of outputs, streams and the loss; of gradients. The worst that was measured, over the frameworks,
-# random values at tiny and base size, and the demo's model: float32 1.8e-6, 1.7e-5 and 1.5e-5,
-# 1.3e-5; bfloat16 1.9e-2, 1.8e-1 and 1.4e-1, 1.6e-1, of which PyTorch has as much as the others.
+# dtype -> (bound of outputs, hidden states and the loss; bound of gradients). The worst measured
+# errors, over the frameworks, random parameters at tiny and base size, and the demo's model, are:
+# float32 1.8e-6, 1.7e-5 and 1.5e-5, 1.3e-5; bfloat16 1.9e-2, 1.8e-1 and 1.4e-1, 1.6e-1. PyTorch's
+# are as large as the others'.
 BOUNDS = {
     "float32": (Bound(2e-6, 2e-5), Bound(2e-5, 5e-5)),
     "bfloat16": (Bound(3e-2, 3e-1), Bound(3e-1, 5e-1)),
 }
-_HEAD_OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
+_OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
 
 
 @dataclasses.dataclass(frozen=True)
-class Error:
-    """How far one array is from the reference.
+class Comparison:
+    """The error of one array relative to the reference.
 
     Attributes:
-        model, framework, dtype: what ran, as "masked_lm", "tensorflow", "bfloat16".
-        kind: one of `KINDS`.
+        model, framework, dtype: what ran, for example "masked_lm", "tensorflow", "bfloat16".
+        kind: one of `ARRAY_KINDS`.
         name: of the array: "logits", "hidden_states[3]", "encoder/layers/mlp/wi/kernel[2]".
-        rms: of the difference, over the rms of the expected values. NaN where it has any.
-        largest: difference, over the same; over the largest expected value of a gradient.
-            Gradients are in units of their module's largest leaf: see `_units`.
-        bound: what passes.
+        rms: rms of the difference over the rms of the expected values; NaN if it contains NaN.
+        max_abs: largest absolute difference over the rms of the expected values; for a gradient,
+            over its largest expected value. Gradients have their own scales: `_gradient_scales`.
+        bound: largest errors that pass.
     """
 
     model: str
@@ -70,92 +70,101 @@ class Error:
     kind: str
     name: str
     rms: float
-    largest: float
+    max_abs: float
     bound: Bound
 
     @property
     def passed(self) -> bool:
-        return self.rms <= self.bound.rms and self.largest <= self.bound.largest
+        return self.rms <= self.bound.rms and self.max_abs <= self.bound.max_abs
 
     @property
     def excess(self) -> float:
-        """The error in units of its bound: above 1 fails; infinite for NaN."""
-        worst = max(self.rms / self.bound.rms, self.largest / self.bound.largest)
-        return worst if math.isfinite(worst) else math.inf
+        """The error over its bound: more than 1 fails; infinite for NaN."""
+        excess = max(self.rms / self.bound.rms, self.max_abs / self.bound.max_abs)
+        return excess if math.isfinite(excess) else math.inf
 
 
-class Found(NamedTuple):
-    """What one framework computed, in the tree's names: arrays by name."""
+class RunResult(NamedTuple):
+    """The arrays that one framework computed, in the order of `ARRAY_KINDS`.
 
-    outputs: Values
-    hidden_states: Values
-    loss: Values
-    gradients: Values
+    Gradients have the paths of the parameter tree, with "[n]" for layer n.
+    """
+
+    outputs: Arrays
+    hidden_states: Arrays
+    loss: Arrays
+    gradients: Arrays
 
 
-Runner = Callable[[Tree, RobertaPreLayerNormConfig, str, Batch, str], Found]
+Runner = Callable[[Tree, RobertaPreLayerNormConfig, str, Batch, str], RunResult]
 
 
-def check(
+def compare_frameworks(
     params: Tree,
     config: RobertaPreLayerNormConfig,
     model: str,
     batch: Batch,
     frameworks: Sequence[str] = ("flax", "pytorch", "tensorflow"),
     dtypes: Sequence[str] = DTYPES,
-    copy: Tree | None = None,
-) -> Iterator[Error]:
-    """Runs one class everywhere and yields the errors of every array.
+    tested_params: Tree | None = None,
+) -> Iterator[Comparison]:
+    """Runs one class in every framework and dtype, and compares every array.
 
     Args:
-        params: of `model`, one of `MODELS`.
-        batch: as `make_batch` makes it, or the inputs and targets that the classes take.
-        copy: what the classes get in place of `params`, to prove that it is the same.
+        params: parameters of the reference.
+        model: one of `PARITY_MODELS`.
+        batch: result of `make_batch`, or other inputs and targets of the classes.
+        tested_params: parameters of the frameworks, to check that they equal `params`; None: these.
 
     Raises:
-        InputError: a tree that is not this model's.
+        InputError: `params` is not a tree of this model.
     """
     parameters.check(params, config, model)
-    expected = _pytorch(params, config, model, batch, "float64")
+    expected = _run_pytorch(params, config, model, batch, "float64")
     for framework in frameworks:
         for dtype in dtypes:
-            found = RUNNERS[framework](copy or params, config, model, batch, dtype)
-            yield from _compare(found, expected, (model, framework, dtype))
+            result = RUNNERS[framework](tested_params or params, config, model, batch, dtype)
+            yield from _compare(result, expected, (model, framework, dtype))
 
 
-def _compare(found: Found, expected: Found, who: tuple[str, str, str]) -> Iterator[Error]:
-    for kind, ours, theirs in zip(KINDS, found, expected, strict=True):
-        if ours.keys() != theirs.keys():
-            raise ValueError(f"{who}: {sorted(ours)} against {sorted(theirs)}")
-        bound = BOUNDS[who[2]][kind == "gradient"]
-        units = (
-            _units(theirs) if kind == "gradient" else {n: (_rms(x),) * 2 for n, x in theirs.items()}
+def _compare(
+    result: RunResult, expected: RunResult, run: tuple[str, str, str]
+) -> Iterator[Comparison]:
+    for kind, arrays, references in zip(ARRAY_KINDS, result, expected, strict=True):
+        if arrays.keys() != references.keys():
+            raise ValueError(f"{run}: {sorted(arrays)} against {sorted(references)}")
+        is_gradient = kind == "gradient"
+        bound = BOUNDS[run[2]][is_gradient]
+        scales = (
+            _gradient_scales(references)
+            if is_gradient
+            else {name: (_rms(x),) * 2 for name, x in references.items()}
         )
-        for name, value in theirs.items():
-            difference = np.float64(ours[name]) - np.float64(value)
-            measured = _rms(difference), float(np.abs(difference).max())
-            yield Error(*who, kind, name, *np.divide(measured, units[name]).tolist(), bound)
+        for name, reference in references.items():
+            difference = np.float64(arrays[name]) - np.float64(reference)
+            errors = _rms(difference), float(np.abs(difference).max())
+            yield Comparison(*run, kind, name, *np.divide(errors, scales[name]).tolist(), bound)
 
 
-def _units(gradients: Values) -> dict[str, tuple[float, float]]:
-    """The rms and the largest value of each gradient, or of its module's largest leaf if more.
+def _gradient_scales(gradients: Arrays) -> dict[str, tuple[float, float]]:
+    """The rms and largest absolute value of each gradient, at least those of its module's leaves.
 
-    A bias sums over tokens what its kernel sums times the inputs, and that sum may cancel: always
-    where the bias only shifts a softmax (keys, choices, spans), by chance where the labels happen
-    to be as frequent as the model thinks. Rounding is of the size of the terms, which the kernel
-    shows.
+    The gradient of a bias is a sum over tokens whose terms may cancel: always if the bias only
+    shifts a softmax (keys, choices, spans), by chance if the labels are as frequent as the model
+    predicts. Rounding errors have the size of the terms, and so has the gradient of the kernel.
 
-    The largest value, since tables' gradients are mostly rows that no token touched.
+    The absolute error is relative to the largest value, because most rows of an embedding table's
+    gradient are zero.
     """
-    sizes = {name: (_rms(x), float(np.abs(x).max())) for name, x in gradients.items()}
-    modules: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for name, size in sizes.items():
-        modules.setdefault(_module(name), []).append(size)
-    return {name: tuple(map(max, zip(*modules[_module(name)], strict=True))) for name in sizes}
+    scales = {name: (_rms(x), float(np.abs(x).max())) for name, x in gradients.items()}
+    by_module: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for name, scale in scales.items():
+        by_module.setdefault(_module(name), []).append(scale)
+    return {name: tuple(map(max, zip(*by_module[_module(name)], strict=True))) for name in scales}
 
 
 def _module(name: str) -> tuple[str, str]:
-    """Of "encoder/layers/mlp/wi/kernel[2]": its module and the number of its layer."""
+    """("encoder/layers/mlp/wi", "2]") of "encoder/layers/mlp/wi/kernel[2]"."""
     path, _, leaf = name.rpartition("/")
     return path, leaf.partition("[")[2]
 
@@ -164,15 +173,15 @@ def _rms(value: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(np.float64(value)))))
 
 
-def worst(errors: Iterable[Error], kind: str) -> Error | None:
-    """The error of a kind that is largest in units of its bound; None where there is none."""
-    return max((e for e in errors if e.kind == kind), key=lambda e: e.excess, default=None)
+def worst(comparisons: Iterable[Comparison], kind: str) -> Comparison | None:
+    """The comparison of a kind with the largest error over its bound; None if there is none."""
+    return max((c for c in comparisons if c.kind == kind), key=lambda c: c.excess, default=None)
 
 
-def diagnosis(errors: Iterable[Error]) -> str:
-    """Where the errors of one class in one framework and dtype begin; "" if all passed."""
-    failed = [error for error in errors if not error.passed]
-    states = [error.name for error in failed if error.kind == "hidden state"]
+def diagnose(comparisons: Iterable[Comparison]) -> str:
+    """Locates the first difference in one run (class, framework, dtype); "" if all passed."""
+    failed = [comparison for comparison in comparisons if not comparison.passed]
+    states = [comparison.name for comparison in failed if comparison.kind == "hidden state"]
     if not failed:
         return ""
     if not states:
@@ -192,13 +201,20 @@ def make_batch(
     seed: int = 0,
     rows: Sequence[Sequence[int]] = (),
 ) -> Batch:
-    """Inputs and random targets of a class: random ids, and rows of real ones below them.
+    """Makes inputs and random targets of a class: four random rows, then the given ones.
 
-    Of the four random rows [L] one has no pads; the others have them on the right, on the left and
-    amid. Real rows are padded on the right. Multiple choice takes them in pairs.
+    The random rows have no padding, and padding on the right, on the left and in the middle. The
+    given rows are padded on the right. Multiple choice combines rows in pairs.
+
+    Args:
+        L: length of every row.
+        rows: ids of real text.
+
+    Returns:
+        The arguments of the class by name, [B, L] or [B, 2, L], and targets.
 
     Raises:
-        InputError: a row longer than L.
+        InputError: a row is longer than L.
     """
     rng = np.random.default_rng(seed)
     ids = np.full((4 + len(rows), L), config.pad_token_id)
@@ -209,25 +225,25 @@ def make_batch(
         if len(row) > L:
             raise InputError(f"a row of {len(row)} tokens, expected {L} or fewer")
         ids[n, : len(row)], mask[n, len(row) :] = row, 0
-    return _as_batch(config, model, np.where(mask, ids, config.pad_token_id), mask, rng)
+    return _add_targets(config, model, np.where(mask, ids, config.pad_token_id), mask, rng)
 
 
 def _random_ids(
     config: RobertaPreLayerNormConfig, rng: np.random.Generator, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Any id but the pad."""
+    """Uniform over all ids except padding."""
     ids = rng.integers(0, config.vocab_size - 1, shape)
     return ids + (ids >= config.pad_token_id)
 
 
-def _as_batch(
+def _add_targets(
     config: RobertaPreLayerNormConfig,
     model: str,
     ids: np.ndarray,
     mask: np.ndarray,
     rng: np.random.Generator,
 ) -> Batch:
-    """The inputs of a class, with random token types and targets."""
+    """Adds random token types and targets."""
     B, L = ids.shape
     types = rng.integers(0, config.type_vocab_size, ids.shape)
     batch = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
@@ -251,20 +267,20 @@ def _as_batch(
         labels = rng.integers(
             0, C if model == "token_classification" else config.vocab_size, (B, L)
         )
-        # What a causal row predicts from a pad is nobody's concern.
-        counted = mask.astype(bool)
-        counted[:, 1:] &= counted[:, :-1]
-        return batch | {"labels": np.where(counted, labels, -100)}
+        # A causal model's prediction from padding is undefined.
+        has_loss = mask.astype(bool)
+        has_loss[:, 1:] &= has_loss[:, :-1]
+        return batch | {"labels": np.where(has_loss, labels, IGNORE_INDEX)}
     return batch
 
 
 # ---------------------------------------------------------------------------------------------
-# Frameworks. Each gives its results in the tree's names.
+# Runs of one class in one framework. Gradients are renamed to the paths of the parameter tree.
 
 
 def _objective(outputs: Mapping[str, Any], mean_product: Callable[[Any, np.ndarray], Any]) -> Any:
-    """What gradients are taken of: the class' loss; of the base model, which has none, the mean
-    products of its outputs with fixed weights."""
+    """The scalar to differentiate: the loss, or for the base model, which has none, the mean of its
+    outputs times fixed weights."""
     if outputs.get("loss") is not None:
         return outputs["loss"]
     return sum(
@@ -274,31 +290,31 @@ def _objective(outputs: Mapping[str, Any], mean_product: Callable[[Any, np.ndarr
     )
 
 
-def _found(outputs: Mapping[str, Any], gradients: Tree, numpy: Callable) -> Found:
-    """Names what the classes of the three frameworks name alike; stacked leaves are cut apart."""
+def _make_result(outputs: Mapping[str, Any], gradients: Tree, to_numpy: Callable) -> RunResult:
+    """Collects the arrays by name; stacked leaves become one array a layer."""
     leaves = {}
     for path, leaf in parameters.flatten(gradients).items():
         if path.startswith("encoder/layers/"):
             leaves |= {f"{path}[{n}]": row for n, row in enumerate(leaf)}
         else:
             leaves[path] = leaf
-    return Found(
-        {n: numpy(outputs[n]) for n in _HEAD_OUTPUTS if outputs.get(n) is not None},
-        {f"hidden_states[{n}]": numpy(x) for n, x in enumerate(outputs["hidden_states"])},
-        {"loss": numpy(outputs["loss"])} if outputs.get("loss") is not None else {},
+    return RunResult(
+        {name: to_numpy(outputs[name]) for name in _OUTPUTS if outputs.get(name) is not None},
+        {f"hidden_states[{n}]": to_numpy(x) for n, x in enumerate(outputs["hidden_states"])},
+        {"loss": to_numpy(outputs["loss"])} if outputs.get("loss") is not None else {},
         leaves,
     )
 
 
-def _flax(
+def _run_flax(
     params: Tree, config: RobertaPreLayerNormConfig, model: str, batch: Batch, dtype: str
-) -> Found:
+) -> RunResult:
     import jax
     import jax.numpy as jnp
 
     import prelnroberta
 
-    made = getattr(prelnroberta, f"Flax{ARCHITECTURES[model]}")(
+    flax_model = getattr(prelnroberta, f"Flax{ARCHITECTURES[model]}")(
         config, dtype=jnp.dtype(dtype), _do_init=False
     )
 
@@ -306,45 +322,45 @@ def _flax(
         return (x.astype(jnp.float32) * jnp.asarray(weights, jnp.float32)).mean()
 
     def run(params: Tree) -> tuple[jax.Array, dict[str, Any]]:
-        outputs = dict(made(**batch, params=params, output_hidden_states=True).items())
+        outputs = dict(flax_model(**batch, params=params, output_hidden_states=True).items())
         return _objective(outputs, mean_product), outputs
 
-    # Accelerators multiply in less than float32 unless told.
+    # By default, accelerators multiply in less than float32.
     with jax.default_matmul_precision("highest"):
         (_, outputs), gradients = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
-    return _found(outputs, gradients, lambda x: np.asarray(x, np.float64))
+    return _make_result(outputs, gradients, lambda x: np.asarray(x, np.float64))
 
 
-def _pytorch(
+def _run_pytorch(
     params: Tree, config: RobertaPreLayerNormConfig, model: str, batch: Batch, dtype: str
-) -> Found:
+) -> RunResult:
     import torch
 
     from bridges import pytorch
 
-    made = getattr(pytorch, ARCHITECTURES[model]).from_params(params, config)
-    made = made.to(getattr(torch, dtype))
+    module = getattr(pytorch, ARCHITECTURES[model]).from_params(params, config)
+    module = module.to(getattr(torch, dtype))
     inputs = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in batch.items()}
 
     def mean_product(x: torch.Tensor, weights: np.ndarray) -> torch.Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         return (x.to(wide) * torch.from_numpy(weights).to(wide)).mean()
 
-    outputs = dict(made(**inputs, output_hidden_states=True).items())
+    outputs = dict(module(**inputs, output_hidden_states=True).items())
     _objective(outputs, mean_product).backward()
 
-    def numpy(x: torch.Tensor) -> np.ndarray:
+    def to_numpy(x: torch.Tensor) -> np.ndarray:
         return x.detach().to(torch.float64).numpy()
 
-    named = {name: numpy(p.grad) for name, p in made.named_parameters()}
-    gradients = from_tensors(named, config, model, "gradients")
-    return _found(outputs, gradients, numpy)
+    state_dict = {name: to_numpy(p.grad) for name, p in module.named_parameters()}
+    gradients = from_state_dict(state_dict, config, model, "gradients")
+    return _make_result(outputs, gradients, to_numpy)
 
 
-def _tensorflow(
+def _run_tensorflow(
     params: Tree, config: RobertaPreLayerNormConfig, model: str, batch: Batch, dtype: str
-) -> Found:
-    # First, because it keeps TensorFlow from chatting on standard error.
+) -> RunResult:
+    # Before TensorFlow, because it silences TensorFlow's messages on standard error.
     from bridges import tensorflow as twins
     from bridges.tensorflow.variable_mapping import from_variables
 
@@ -352,19 +368,25 @@ def _tensorflow(
     import tensorflow as tf
 
     policy = "float32" if dtype == "float32" else f"mixed_{dtype}"
-    made = getattr(twins, f"TF{ARCHITECTURES[model]}").from_params(params, config, dtype=policy)
+    cls = getattr(twins, f"TF{ARCHITECTURES[model]}")
+    keras_model = cls.from_params(params, config, dtype=policy)
 
     def mean_product(x: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
         return tf.reduce_mean(tf.cast(x, tf.float32) * tf.constant(weights, tf.float32))
 
     with tf.GradientTape() as tape:
-        outputs = made(batch, output_hidden_states=True)
+        outputs = keras_model(batch, output_hidden_states=True)
         loss = _objective(outputs, mean_product)
-    by_path = made.variables_by_path()
-    slopes = [tf.convert_to_tensor(x) for x in tape.gradient(loss, list(by_path.values()))]
-    named = {path: x.numpy() for path, x in zip(by_path, slopes, strict=True)}
-    gradients = from_variables(named, config, model, "gradients")
-    return _found(outputs, gradients, lambda x: np.asarray(x, np.float64))
+    variables = keras_model.variables_by_path()
+    # Gradients of embedding tables are IndexedSlices.
+    slopes = map(tf.convert_to_tensor, tape.gradient(loss, list(variables.values())))
+    by_path = {path: slope.numpy() for path, slope in zip(variables, slopes, strict=True)}
+    gradients = from_variables(by_path, config, model, "gradients")
+    return _make_result(outputs, gradients, lambda x: np.asarray(x, np.float64))
 
 
-RUNNERS: dict[str, Runner] = {"flax": _flax, "pytorch": _pytorch, "tensorflow": _tensorflow}
+RUNNERS: dict[str, Runner] = {
+    "flax": _run_flax,
+    "pytorch": _run_pytorch,
+    "tensorflow": _run_tensorflow,
+}

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, was trained on, scored, and is proved to be."""
+"""Writes the model card of an export: architecture, training data, evaluation and parity."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from experiments.common.report import read_records
 from prelnroberta.config import ARCHITECTURES
 
 if TYPE_CHECKING:
-    from bridges.verify.parity import Error
+    from bridges.verify.parity import Comparison
     from prelnroberta.config import RobertaPreLayerNormConfig
 
+# Model -> pipeline of the Hugging Face hub.
 _PIPELINES = {
     "masked_lm": "fill-mask",
     "causal_lm": "text-generation",
@@ -21,7 +22,8 @@ _PIPELINES = {
     "token_classification": "token-classification",
     "question_answering": "question-answering",
 }
-_USES = {
+# Export format -> how to load it.
+_USAGE = {
     "huggingface": "this folder: transformers' `{name}.from_pretrained`, or Flax{name}",
     "torch": "`torch/state_dict.safetensors`: `load_state_dict(safetensors.torch.load_file(...))`",
     "tensorflow": '`tensorflow/`: `tf.saved_model.load(...).signatures["serving_default"]`',
@@ -30,33 +32,33 @@ _USES = {
 }
 
 
-def model_card(
+def make_model_card(
     config: RobertaPreLayerNormConfig,
     model: str,
-    parameters: int,
+    num_parameters: int,
     run_dir: Path | None,
-    parity: list[Error],
-    agreement: Mapping[str, float],
+    comparisons: list[Comparison],
+    file_errors: Mapping[str, float],
 ) -> str:
-    """The text of the card.
+    """Returns the card's Markdown.
 
     Args:
-        run_dir: the run that trained it, if that is known.
-        parity: float32 errors of the twins.
-        agreement: format -> largest error of its file, over the rms of the outputs.
+        run_dir: the run that trained the model, if known.
+        comparisons: of all frameworks in float32.
+        file_errors: export format -> largest error of its outputs over their rms.
     """
     name = ARCHITECTURES[model]
     facts = {
         "class": name,
-        "parameters": f"{parameters:,}",
+        "parameters": f"{num_parameters:,}",
         "layers, hidden, heads, MLP": f"{config.num_hidden_layers}, {config.hidden_size}, "
         f"{config.num_attention_heads}, {config.intermediate_size}",
         "vocabulary": f"{config.vocab_size:,}",
-        "longest row": f"{config.max_length} tokens, specials included",
+        "longest row": f"{config.max_length} tokens, special tokens included",
     }
     pipeline = f"pipeline_tag: {_PIPELINES[model]}\n" if model in _PIPELINES else ""
-    uses = "\n".join(f"- {_USES[form].format(name=name)}" for form in agreement)
-    files = _table({form: f"{error:.1e}" for form, error in agreement.items()}, "file", "error")
+    uses = "\n".join(f"- {_USAGE[form].format(name=name)}" for form in file_errors)
+    files = _table({form: f"{error:.1e}" for form, error in file_errors.items()}, "file", "error")
     return f"""---
 library_name: transformers
 tags: [roberta-prelayernorm, jax, pytorch, tensorflow]
@@ -78,14 +80,14 @@ RoBERTa with norm-and-add in place of add-and-norm, trained or converted with pr
 {_evaluation(run_dir)}
 ## Parity
 
-Each file was loaded back after it was written and run on random ids; its largest error against the
-Flax model, over the rms of the outputs:
+Each file was loaded after it was written and run on random ids. Its largest error against the Flax
+model, over the rms of the outputs:
 
 {files}
-The PyTorch and TensorFlow twins, and Flax itself, against the same function in float64
+Flax, PyTorch and TensorFlow against the same function in float64
 (`python -m experiments.parity` repeats this):
 
-{_parity(parity)}"""
+{_parity(comparisons)}"""
 
 
 def _table(rows: Mapping[str, Any], left: str, right: str) -> str:
@@ -95,7 +97,7 @@ def _table(rows: Mapping[str, Any], left: str, right: str) -> str:
 
 def _training_data(run_dir: Path | None) -> str:
     if run_dir is None or not (run_dir / "corpus.json").exists():
-        return "Not recorded beside the weights.\n"
+        return "Not recorded.\n"
     manifest = json.loads((run_dir / "corpus.json").read_text(encoding="utf-8"))
     train = manifest["train"]
     rows = {
@@ -112,17 +114,19 @@ def _evaluation(run_dir: Path | None) -> str:
     records = read_records(run_dir / "metrics.jsonl") if run_dir is not None else []
     last = next((r for r in reversed(records) if r["kind"] == "validation"), None)
     if last is None:
-        return "Not recorded beside the weights.\n"
+        return "Not recorded.\n"
     values = {name: value for name, value in last.items() if name not in ("kind", "seconds")}
     return _table({name: f"{value:.6g}" for name, value in values.items()}, "validation", "")
 
 
-def _parity(errors: list[Error]) -> str:
-    from bridges.verify.parity import KINDS, worst
+def _parity(comparisons: list[Comparison]) -> str:
+    from bridges.verify.parity import ARRAY_KINDS, worst
 
     lines = ""
-    for framework in dict.fromkeys(error.framework for error in errors):
-        found = [worst((e for e in errors if e.framework == framework), kind) for kind in KINDS]
-        cells = " | ".join("-" if e is None else f"{e.rms:.1e}, {e.largest:.1e}" for e in found)
+    for framework in dict.fromkeys(c.framework for c in comparisons):
+        own = [c for c in comparisons if c.framework == framework]
+        errors = [worst(own, kind) for kind in ARRAY_KINDS]
+        cells = " | ".join("-" if e is None else f"{e.rms:.1e}, {e.max_abs:.1e}" for e in errors)
         lines += f"| {framework} | {cells} |\n"
-    return f"| rms, largest | {' | '.join(KINDS)} |\n|---|{'---|' * len(KINDS)}\n{lines}"
+    columns = len(ARRAY_KINDS)
+    return f"| rms, largest | {' | '.join(ARRAY_KINDS)} |\n|---|{'---|' * columns}\n{lines}"
