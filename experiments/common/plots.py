@@ -5,7 +5,6 @@ PNGs need matplotlib; without it the functions return None. The HTML needs only 
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,84 +119,18 @@ def draw_attention(path: Path, tokens: Sequence[str], attention: np.ndarray) -> 
 
 
 def write_attention_html(path: Path, tokens: Sequence[str], attention: np.ndarray) -> Path:
-    """A page, complete in itself, that shows where each token looks, by layer and head.
+    """Writes a self-contained page that shows what each token attends to, by layer and head.
 
     Args:
         tokens: L texts.
         attention: probabilities [N, H, L, L], of query by key.
     """
-    N, H, _, _ = attention.shape
-    # A thousandth is all that a colour shows, and makes the page a third of the size.
+    # Colours show no more than three digits, which make the page a third of the size.
     values = np.rint(1000 * np.asarray(attention, np.float64)).astype(int).tolist()
-    data = json.dumps({"tokens": list(tokens), "attention": values}).replace("</", "<\\/")
-    page = _PAGE.format(title=html.escape(" ".join(tokens)), layers=N - 1, heads=H, data=data)
+    data = json.dumps({"tokens": list(tokens), "attention": values})
+    # A "<" of a token must not end or open a tag.
+    data = data.replace("<", "\\u003c")
+    template = Path(__file__).with_name("attention.html").read_text(encoding="utf-8")
     with atomic_write(path) as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(template.replace("__DATA__", data), encoding="utf-8")
     return path
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Attention: {title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }}
-button, select {{ font: inherit; margin-right: .3em }}
-button[aria-pressed=true] {{ background: #246; color: white }}
-#text span {{ display: inline-block; padding: .2em .35em; border-radius: .3em; cursor: pointer }}
-#text span.asking {{ outline: 2px solid #c60 }}
-table {{ border-collapse: collapse; font-size: 11px; margin-top: 1em }}
-td {{ width: 1.6em; height: 1.6em; min-width: 1.6em }}
-th {{ font-weight: normal; text-align: right; padding: 0 .4em; white-space: nowrap }}
-thead th {{ writing-mode: vertical-rl; padding: .4em 0 }}
-</style></head><body>
-<h1>Where tokens look</h1>
-<p>Click a token to see what it attends to. Rows of the table ask, columns are looked at.</p>
-<p>layer <select id="layer"></select> head <span id="heads"></span></p>
-<p id="text"></p><div id="map"></div>
-<script type="application/json" id="data">{data}</script>
-<script>
-const data = JSON.parse(document.getElementById("data").textContent);
-const L = data.tokens.length, H = {heads};
-let layer = {layers}, head = -1, asking = 0;
-const by = id => document.getElementById(id);
-const make = (tag, text) => {{
-  const e = document.createElement(tag); e.textContent = text ?? ""; return e;
-}};
-const value = (i, j) => head >= 0 ? data.attention[layer][head][i][j] / 1000
-  : data.attention[layer].reduce((sum, map) => sum + map[i][j], 0) / 1000 / H;
-const colour = v => `rgba(30, 100, 200, ${{Math.sqrt(v)}})`;
-data.attention.forEach((_, n) => by("layer").add(new Option(n, n)));
-by("layer").value = layer;
-by("layer").onchange = e => {{ layer = +e.target.value; draw() }};
-for (let h = -1; h < H; h++) {{
-  const button = make("button", h < 0 ? "mean" : h);
-  button.onclick = () => {{ head = h; draw() }};
-  by("heads").append(button);
-}}
-function draw() {{
-  [...by("heads").children].forEach((b, k) => b.setAttribute("aria-pressed", k - 1 === head));
-  by("text").replaceChildren(...data.tokens.map((token, j) => {{
-    const span = make("span", token);
-    span.style.background = colour(value(asking, j));
-    span.title = (100 * value(asking, j)).toFixed(1) + " %";
-    span.className = j === asking ? "asking" : "";
-    span.onclick = () => {{ asking = j; draw() }};
-    return span;
-  }}));
-  const table = make("table"), top = table.createTHead().insertRow();
-  top.append(make("th"), ...data.tokens.map(t => make("th", t)));
-  const body = table.createTBody();
-  for (let i = 0; i < L; i++) {{
-    const row = body.insertRow();
-    row.append(make("th", data.tokens[i]));
-    for (let j = 0; j < L; j++) {{
-      const cell = row.insertCell();
-      cell.style.background = colour(value(i, j));
-      cell.title = data.tokens[i] + " → " + data.tokens[j] + ": " +
-        (100 * value(i, j)).toFixed(1) + " %";
-    }}
-  }}
-  by("map").replaceChildren(table);
-}}
-draw();
-</script></body></html>
-"""
