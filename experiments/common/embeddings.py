@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from functools import partial
@@ -125,32 +127,34 @@ def write_jsonl(path: Path, vectors: Iterator[tuple[str, np.ndarray]]) -> int:
 
 
 def write_npz(path: Path, vectors: Iterator[tuple[str, np.ndarray]], shape: tuple) -> int:
-    """Numbers and texts go to files beside `path` first: an array's header tells its length."""
-    parts = [path.with_name(f"{path.name}.{part}") for part in ("vectors", "texts")]
+    """Writes arrays `vectors` [n, *shape] and `texts` [n]; returns n.
+
+    Memory does not grow with n: the header of an array holds its length, so that numbers and texts
+    wait in temporary files next to `path` until n is known.
+    """
     count = longest = 0
-    try:
-        with parts[0].open("wb") as numbers, parts[1].open("w", encoding="utf-8") as lines:
-            for text, rows in vectors:
-                numbers.write(np.ascontiguousarray(rows, "<f4").tobytes())
-                lines.write(json.dumps(text) + "\n")
-                count, longest = count + 1, max(longest, len(text))
-        with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
-            with archive.open("vectors.npy", "w", force_zip64=True) as file:
-                _write_header(file, "<f4", (count, *shape))
-                with parts[0].open("rb") as numbers:
-                    while block := numbers.read(1 << 20):
-                        file.write(block)
-            # Every text takes the room of the longest, nearly all of it zeros.
-            texts = zipfile.ZipInfo("texts.npy")
-            texts.compress_type = zipfile.ZIP_DEFLATED
-            with archive.open(texts, "w", force_zip64=True) as file:
-                _write_header(file, f"<U{max(longest, 1)}", (count,))
-                with parts[1].open(encoding="utf-8") as lines:
-                    for line in lines:
-                        file.write(np.array(json.loads(line), f"<U{max(longest, 1)}").tobytes())
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+    with (
+        tempfile.TemporaryFile(dir=path.parent) as numbers,
+        tempfile.TemporaryFile("w+", dir=path.parent, encoding="utf-8") as lines,
+        zipfile.ZipFile(path, "w") as archive,
+    ):
+        for text, rows in vectors:
+            numbers.write(np.ascontiguousarray(rows, "<f4").tobytes())
+            lines.write(json.dumps(text) + "\n")
+            count, longest = count + 1, max(longest, len(text))
+        numbers.seek(0)
+        lines.seek(0)
+        with archive.open("vectors.npy", "w", force_zip64=True) as file:
+            _write_header(file, "<f4", (count, *shape))
+            shutil.copyfileobj(numbers, file)
+        # Every text takes the size of the longest; nearly all of it is zeros.
+        entry = zipfile.ZipInfo("texts.npy")
+        entry.compress_type = zipfile.ZIP_DEFLATED
+        dtype = f"<U{max(longest, 1)}"
+        with archive.open(entry, "w", force_zip64=True) as file:
+            _write_header(file, dtype, (count,))
+            for line in lines:
+                file.write(np.array(json.loads(line), dtype).tobytes())
     return count
 
 
