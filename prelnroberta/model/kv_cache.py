@@ -1,15 +1,15 @@
-"""The decoder's key/value cache: an explicit argument and result, a dict of arrays.
+"""The decoder's key/value cache: a dict of arrays, passed in and returned explicitly.
 
     keys, values              [N, B, T, H, K]
-    valid                     [B, T] bool: which columns hold a token that may be seen
-    count                     [B] int32: real tokens so far; positions go on from there
+    valid                     [B, T] bool: which columns hold a token that may be attended to
+    count                     [B] int32: real tokens so far; the next position follows from it
     index                     [] int32: the next column
-    cross_keys, cross_values  [N, B, S, H, K] of the encoder states, once they were given
+    cross_keys, cross_values  [N, B, S, H, K] of the encoder states, once given
     cross_valid               [B, S] bool
 
-Columns are shared by all rows and hold pads as well; rows padded on either side are exact because
-validity and positions are counted by row. transformers counts columns there, which shifts the
-positions of padded rows, and numbers from 0 in `generate`.
+Columns are shared by all rows and may hold pads. Rows padded on either side are exact because
+validity and positions are counted per row. transformers counts columns instead, which shifts the
+positions of padded rows, and starts from 0 in `generate`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def init_cache(
 ) -> KVCache:
     """An empty cache for B = `batch` rows of T = `max_length` columns.
 
-    `dtype` is that of the computation. There may be more columns than the model has positions:
-    pads take a column, too. Writing beyond T is not noticed under jit.
+    `dtype` is that of the computation. T may exceed the model's number of positions, since pads
+    take columns, too. Under jit, writing beyond T is not detected.
     """
     shape = (config.num_hidden_layers, batch, max_length)
     shape += (config.num_attention_heads, config.head_dim)
@@ -46,24 +46,32 @@ def init_cache(
     }
 
 
-def announce(cache: KVCache, attention_mask: Array | None, real: Array) -> tuple[KVCache, Array]:
-    """Makes L new columns known, [B, L]: their validity, and the tokens they count.
+def append_mask(
+    cache: KVCache, attention_mask: Array | None, is_token: Array
+) -> tuple[KVCache, Array]:
+    """Appends the validity of L new columns, before `write_kv` writes their keys and values.
 
-    Returns the cache and which columns each new token sees, [B, L, T]: valid ones up to its own.
+    Args:
+        attention_mask: [B, L], nonzero for a column that may be attended to; None: all.
+        is_token: [B, L] bool, False for pads, which take no position.
+
+    Returns:
+        The cache, and the columns that each new token sees: the valid ones up to its own,
+        [B, L, T] bool.
     """
-    B, L = real.shape
+    B, L = is_token.shape
     new = jnp.ones((B, L), bool) if attention_mask is None else attention_mask != 0
     valid = jax.lax.dynamic_update_slice_in_dim(cache["valid"], new, cache["index"], 1)
-    own = cache["index"] + jnp.arange(L)
-    causal = jnp.arange(valid.shape[1]) <= own[:, None]
-    cache = {**cache, "valid": valid, "count": cache["count"] + real.sum(-1, dtype=jnp.int32)}
+    own_column = cache["index"] + jnp.arange(L)
+    causal = jnp.arange(valid.shape[1]) <= own_column[:, None]
+    cache = {**cache, "valid": valid, "count": cache["count"] + is_token.sum(-1, dtype=jnp.int32)}
     return cache, valid[:, None, :] & causal
 
 
-def fill(cache: KVCache, layers: list[KVCache], length: int) -> KVCache:
-    """Writes what each layer computed for `length` new columns, all layers at once."""
+def write_kv(cache: KVCache, layers: list[KVCache], length: int) -> KVCache:
+    """Writes the keys and values of `length` new columns, given those of each layer."""
     new = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
     for name in ("keys", "values"):
-        place = (0, 0, cache["index"], 0, 0)
-        new[name] = jax.lax.dynamic_update_slice(cache[name], new[name], place)
+        start = (0, 0, cache["index"], 0, 0)
+        new[name] = jax.lax.dynamic_update_slice(cache[name], new[name], start)
     return {**cache, **new, "index": cache["index"] + length}
