@@ -44,20 +44,20 @@ def test_json_round_trip_keeps_unknown_keys(tmp_path):
         ("chunk_size_feed_forward", -1),
     ],
 )
-def test_bad_values_are_named(field, value):
+def test_bad_values_raise_with_field_name(field, value):
     with pytest.raises(InputError, match=field) as error:
         RobertaPreLayerNormConfig(**{field: value})
     assert "expected" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_contradicting_labels_and_one_class_are_refused():
+def test_contradicting_label_settings_raise():
     with pytest.raises(InputError, match="num_labels=3"):
         RobertaPreLayerNormConfig(num_labels=3, id2label={0: "a", 1: "b"})
     with pytest.raises(InputError, match="problem_type"):
         RobertaPreLayerNormConfig(num_labels=1, problem_type="single_label_classification")
 
 
-def test_bad_files_are_named(tmp_path):
+def test_bad_files_raise(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         RobertaPreLayerNormConfig.from_json(tmp_path)
     for text, expected in [
@@ -72,7 +72,7 @@ def test_bad_files_are_named(tmp_path):
         assert "config.json" in str(error.value)
 
 
-def test_length_limit_names_both_numbers():
+def test_length_limit_error_has_both_numbers():
     config = RobertaPreLayerNormConfig.preset("roberta-base")
     assert config.max_length == 512 and RobertaPreLayerNormConfig().max_length == 510
     config.check_length(512)
@@ -80,14 +80,14 @@ def test_length_limit_names_both_numbers():
         config.check_length(513)
 
 
-def test_presets_are_valid_and_unknown_ones_named():
+def test_presets_are_valid_and_unknown_preset_raises():
     for name in PRESETS:
         RobertaPreLayerNormConfig.preset(name)
     with pytest.raises(InputError, match=r"nano.*tiny"):
         RobertaPreLayerNormConfig.preset("nano")
 
 
-def test_every_activation_has_its_function():
+def test_every_activation_is_implemented():
     assert set(ACTIVATIONS) == set(ACTIVATION_FUNCTIONS)
 
 
@@ -96,7 +96,7 @@ def test_config_is_hashable_for_jit():
     assert TINY.replace(num_labels=3) != TINY
 
 
-def test_flops_are_the_known_numbers():
+def test_flops_match_known_numbers():
     """Encoder and encoder + head of base at L = 128, per token (shared/perf.md, section 1)."""
     config = RobertaPreLayerNormConfig.preset("roberta-base")
     assert config.forward_flops(128, lm_head=False) / 128 == pytest.approx(174.6e6, rel=1e-3)

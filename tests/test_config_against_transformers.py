@@ -9,7 +9,7 @@ from tests.helpers.small_models import ODD
 pytestmark = pytest.mark.oracle
 
 
-def test_defaults_are_transformers():
+def test_defaults_match_transformers():
     theirs = TorchConfig()
     for name, value in RobertaPreLayerNormConfig().to_dict().items():
         if name == "id2label":
@@ -19,7 +19,7 @@ def test_defaults_are_transformers():
             assert getattr(theirs, name) == value, name
 
 
-def test_transformers_reads_what_we_write_and_we_read_what_it_writes(tmp_path):
+def test_config_files_are_exchanged_with_transformers(tmp_path):
     config = ODD.replace(num_labels=5, classifier_dropout=0.25, problem_type="regression")
     (tmp_path / "config.json").write_text(config.to_json())
     theirs = TorchConfig.from_pretrained(tmp_path)

@@ -49,7 +49,7 @@ def test_golden_tree():
     assert "".join(f"{path:<40}{list(shape)}\n" for path, shape in rows) == GOLDEN
 
 
-def test_base_has_its_published_size():
+def test_base_has_its_published_parameter_count():
     config = RobertaPreLayerNormConfig.preset("roberta-base")
     assert parameters.parameter_count(config) == 124_698_969
 
@@ -77,7 +77,7 @@ def test_initial_values():
         assert abs(rest.std() / 0.05 - 1) < 5 / np.sqrt(2 * rest.size), path
 
 
-def test_a_leaf_does_not_depend_on_the_other_leaves():
+def test_initial_leaf_does_not_depend_on_other_leaves():
     head = parameters.flatten(parameters.init(TINY, jax.random.key(0)))
     for path, leaf in parameters.flatten(
         parameters.init(TINY, jax.random.key(0), "encoder")
@@ -85,7 +85,7 @@ def test_a_leaf_does_not_depend_on_the_other_leaves():
         np.testing.assert_array_equal(leaf, head[path])
 
 
-def test_check_lists_everything_at_once():
+def test_check_lists_all_differences():
     flat = parameters.flatten(random_params(TINY))
     del flat["embeddings/word"]
     flat["encoder/layers/mlp/wi/kernle"] = flat.pop("encoder/layers/mlp/wi/kernel")

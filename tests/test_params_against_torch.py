@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.torch, pytest.mark.oracle]
 
 
 @pytest.mark.parametrize("config", [TINY, ODD], ids=["tied", "untied"])
-def test_counts_are_the_torch_models(config):
+def test_parameter_counts_match_torch(config):
     values = {k: v for k, v in config.to_dict().items() if k != "model_type"}
     theirs = TorchMaskedLM(TorchConfig(**values))
     count = sum(p.numel() for p in theirs.parameters())

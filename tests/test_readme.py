@@ -12,7 +12,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_block_runs(number, tmp_path):
+def test_code_block_runs(number, tmp_path):
     code = BLOCKS[number].replace("runs/demo", str(finished_run()))
     code = code.replace("runs/", f"{tmp_path}/")
     done = subprocess.run(
@@ -21,5 +21,5 @@ def test_block_runs(number, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_there_are_blocks():
+def test_number_of_code_blocks():
     assert len(BLOCKS) == 3

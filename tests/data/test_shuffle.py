@@ -12,14 +12,14 @@ SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 63, 64, 65, 100, 255, 256, 257, 1000, 4
 
 
 @pytest.mark.parametrize("n", SIZES)
-def test_permutation_is_one(n):
+def test_permute_is_a_permutation(n):
     for epoch in range(3):
         image = permute(np.arange(n), n, seed=1, epoch=epoch)
         assert image.dtype == np.int64
         assert sorted(image.tolist()) == list(range(n))
 
 
-def test_permutation_of_any_part_is_that_part():
+def test_permute_of_some_indices_matches_permute_of_all():
     whole = permute(np.arange(1000), 1000, 5, 2)
     picked = np.array([999, 0, 17, 500])
     np.testing.assert_array_equal(permute(picked, 1000, 5, 2), whole[picked])
@@ -29,7 +29,7 @@ def test_permutation_of_any_part_is_that_part():
     assert ((huge >= 0) & (huge < 10**12)).all()
 
 
-def test_permutation_is_pinned():
+def test_permutation_values_are_pinned():
     """A change of these numbers changes every run's data: it must be meant."""
     assert permute(np.arange(5), 1000, seed=1, epoch=2).tolist() == [387, 0, 390, 553, 329]
 
@@ -59,7 +59,7 @@ def test_permutation_is_unbiased(n):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
-def test_prefetch_runs_ahead_by_its_depth_and_no_more(depth):
+def test_prefetch_runs_ahead_by_its_depth_only(depth):
     made = []
     with Prefetch(lambda step: made.append(step) or {"step": step}, 0, depth) as ahead:
         deadline = time.monotonic() + 5
@@ -70,7 +70,7 @@ def test_prefetch_runs_ahead_by_its_depth_and_no_more(depth):
         assert next(ahead) == {"step": 0}
 
 
-def test_prefetch_raises_the_threads_error_at_its_place():
+def test_prefetch_reraises_thread_error_in_order():
     def make(step):
         if step == 3:
             raise OSError("disk gone")

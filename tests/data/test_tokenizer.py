@@ -46,7 +46,7 @@ def pieces(tokenizer):
     return [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
 
 
-def test_specials_have_robertas_ids_and_mask_is_last(tokenizer):
+def test_special_tokens_have_roberta_ids_and_mask_is_last(tokenizer):
     names = pieces(tokenizer)
     assert names[:4] == ["<s>", "<pad>", "</s>", "<unk>"]
     assert names[-1] == "<mask>"
@@ -56,19 +56,19 @@ def test_specials_have_robertas_ids_and_mask_is_last(tokenizer):
     assert [i for i in pair if i < 4] == [0, 2, 2, 2]
 
 
-def test_mask_takes_the_space_before_it(tokenizer):
+def test_mask_token_includes_preceding_space(tokenizer):
     assert tokenizer.encode("is <mask>.").ids == tokenizer.encode("is<mask>.").ids
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.text().filter(lambda text: "<" not in text))
-def test_any_text_survives_encoding(tokenizer, text):
+def test_any_text_round_trips(tokenizer, text):
     encoding = tokenizer.encode(text)
     assert module.UNK_ID not in encoding.ids
     assert tokenizer.decode(encoding.ids) == text
 
 
-def test_offsets_leave_out_the_space(tokenizer):
+def test_offsets_exclude_leading_space(tokenizer):
     text = "over the dog"
     spans = [text[start:end] for start, end in tokenizer.encode(text).offsets]
     assert "".join(spans) == "overthedog"
@@ -78,24 +78,24 @@ def test_training_is_deterministic(tokenizer):
     assert train_tokenizer(TEXTS, 400).to_str() == tokenizer.to_str()
 
 
-def test_small_corpus_gives_fewer_pieces_than_asked():
+def test_small_corpus_gives_fewer_tokens_than_requested():
     tokenizer = train_tokenizer(TEXTS, 100_000)
     assert 261 < tokenizer.get_vocab_size() < 1000
     assert tokenizer.token_to_id("<mask>") == tokenizer.get_vocab_size() - 1
 
 
-def test_smallest_vocabulary_is_specials_and_bytes():
+def test_smallest_vocabulary_is_special_tokens_and_bytes():
     assert train_tokenizer(TEXTS, 261).get_vocab_size() == 261
     with pytest.raises(InputError, match=r"vocab_size 260.*261"):
         train_tokenizer(TEXTS, 260)
 
 
-def test_training_reads_no_more_than_its_share(monkeypatch):
-    monkeypatch.setattr(module, "TRAINING_BYTES", 2000)
+def test_training_reads_at_most_its_byte_limit(monkeypatch):
+    monkeypatch.setattr(module, "MAX_TRAINING_BYTES", 2000)
     train_tokenizer(itertools.cycle(TEXTS), 300)  # would not end otherwise
 
 
-def test_every_layout_loads_to_the_same_ids(tokenizer, tmp_path):
+def test_every_file_layout_loads_to_the_same_ids(tokenizer, tmp_path):
     save_tokenizer(tokenizer, tmp_path, 510)
     expected = [tokenizer.encode(probe).ids for probe in PROBES]
     for path in (tmp_path, tmp_path / "tokenizer.json"):
@@ -124,7 +124,7 @@ def write_fairseq(tokenizer, directory, rows=None):
     return {str(i): piece for piece, i in gpt2_ids.items()}, rows
 
 
-def test_fairseq_ids_are_the_rows_of_dict_txt(tokenizer, tmp_path):
+def test_fairseq_ids_follow_dict_txt(tokenizer, tmp_path):
     piece_of, rows = write_fairseq(tokenizer, tmp_path)
     loaded = load_tokenizer(tmp_path)
     assert loaded.get_vocab_size() == 4 + len(rows) + 1
@@ -142,16 +142,16 @@ def test_fairseq_ids_are_the_rows_of_dict_txt(tokenizer, tmp_path):
         (["0 7", "99999 7"], r"dict\.txt:2: expected 'id count'"),
         (["0 7", "1"], r"dict\.txt:2: expected 'id count'"),
         (["0 7", "0 7"], r"dict\.txt:2: .* second time"),
-        (["0 7", "1 7"], r"merges need pieces"),
+        (["0 7", "1 7"], r"merges need tokens"),
     ],
 )
-def test_bad_fairseq_dictionaries_are_named(tokenizer, tmp_path, rows, message):
+def test_bad_fairseq_dictionaries_raise(tokenizer, tmp_path, rows, message):
     write_fairseq(tokenizer, tmp_path, rows)
     with pytest.raises(InputError, match=message):
         load_tokenizer(tmp_path)
 
 
-def test_bad_paths_and_files_are_named(tmp_path):
+def test_bad_paths_and_files_raise(tmp_path):
     with pytest.raises(InputError, match=r"nowhere does not exist"):
         load_tokenizer(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text("{}")
@@ -173,11 +173,11 @@ def test_bad_paths_and_files_are_named(tmp_path):
     with pytest.raises(InputError, match=r"1 of 1 merges"):
         load_tokenizer(tmp_path)
     (tmp_path / "merges.txt").write_text("a b c\n")
-    with pytest.raises(InputError, match=r"merges\.txt:1: expected two pieces"):
+    with pytest.raises(InputError, match=r"merges\.txt:1: expected two tokens"):
         load_tokenizer(tmp_path)
 
 
-def test_check_names_the_token_and_both_ids(tokenizer, tmp_path):
+def test_check_reports_token_with_found_and_expected_id(tokenizer, tmp_path):
     early = Tokenizer(models.BPE())
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     early.train_from_iterator(TEXTS, trainers.BpeTrainer(special_tokens=specials, vocab_size=300))
@@ -196,7 +196,7 @@ def test_check_names_the_token_and_both_ids(tokenizer, tmp_path):
 
 
 @pytest.mark.oracle
-def test_transformers_loads_what_we_save(tokenizer, tmp_path, caplog, capfd):
+def test_transformers_loads_saved_tokenizer(tokenizer, tmp_path, caplog, capfd):
     from transformers import AutoTokenizer
 
     save_tokenizer(tokenizer, tmp_path, model_max_length=62)
@@ -241,20 +241,20 @@ def test_word_starts_follow_fairseq(tokenizer):
     assert not starts[tokenizer.token_to_id(",")]
 
 
-def test_madeup_rows_begin_words(tokenizer, tmp_path):
+def test_madeupword_tokens_start_words(tokenizer, tmp_path):
     write_fairseq(tokenizer, tmp_path)
     loaded = load_tokenizer(tmp_path)
     assert word_start_mask(loaded)[loaded.token_to_id("madeupword0000")]
 
 
-def test_line_ends_are_the_pieces_with_a_newline(tokenizer):
+def test_line_end_tokens_contain_a_newline(tokenizer):
     ends = newline_mask(tokenizer)
     texts = [tokenizer.decode([i], skip_special_tokens=False) for i in range(len(ends))]
     assert ends.tolist() == ["\n" in text for text in texts]
     assert ends.any()
 
 
-def test_a_fork_after_training_is_silent_and_does_not_hang():
+def test_fork_after_training_does_not_warn_or_hang():
     code = """
 import os, sys
 from prelnroberta.data.tokenizer import train_tokenizer

@@ -3,7 +3,7 @@
 from prelnroberta.distributed.hardware import find_chip_spec
 
 
-def test_chips_are_known_by_what_jax_calls_them():
+def test_chip_specs_by_jax_device_kind():
     names = {
         "TPU v5 lite": "v5e",
         "TPU v5": "v5p",

@@ -99,7 +99,7 @@ def records(run_dir):
     ]
 
 
-def test_asked_to_stop_and_killed_it_ends_as_if_nothing_had_happened(tmp_path):
+def test_stopped_and_killed_job_resumes_to_the_same_result(tmp_path):
     run_dir = tmp_path / "run"
     job = Job(run_dir)
     job.until_reported(run_dir, 3)
@@ -163,7 +163,7 @@ for name, parallelism, count in (
 """
 
 
-def test_what_two_hosts_saved_is_read_by_eight_devices_four_and_one(tmp_path):
+def test_checkpoint_of_two_hosts_restores_on_eight_four_and_one_devices(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", RESTORE, undisturbed(), str(LAST), tmp_path],
         cwd=ROOT,
@@ -184,7 +184,7 @@ def test_what_two_hosts_saved_is_read_by_eight_devices_four_and_one(tmp_path):
             np.testing.assert_array_equal(found[path], value, err_msg=f"{name} {path}")
 
 
-def test_hosts_by_hand_need_all_three_flags(tmp_path):
+def test_manual_host_setup_requires_all_three_flags(tmp_path):
     done = subprocess.run(
         command("pretrain", *FLAGS, f"--run_dir={tmp_path / 'run'}", "--process_id=1"),
         cwd=ROOT,

@@ -48,7 +48,7 @@ MESHES = ["pmap", "data", "fsdp", "tensor", "mixed"]
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_ten_steps_are_those_of_one_device(mesh):
+def test_ten_steps_match_one_device(mesh):
     """With dropout, accumulation, clipping, and masks that differ in number from row to row.
 
     The key bias has a gradient of zero, whose rounding Adam makes steps of: it is held to 5e-6.
@@ -62,18 +62,18 @@ def test_ten_steps_are_those_of_one_device(mesh):
     np.testing.assert_allclose(found["norm"], one["norm"], rtol=1e-5)
 
 
-def test_no_array_is_made_whole_for_want_of_a_rule():
+def test_no_array_is_gathered_in_full():
     """XLA says so when it can only gather an array in full to cut it anew."""
     assert "full rematerialization" not in eight_devices()[1]
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_nothing_moves_from_all_to_all(mesh):
+def test_no_all_to_all_collectives(mesh):
     """As it did where dropout's bits were drawn in one line over heads and positions."""
     assert "all-to-all" not in eight_devices()[0][mesh]["collectives"]
 
 
-def test_state_falls_as_one_by_fsdp():
+def test_state_bytes_fall_with_fsdp():
     found = eight_devices()[0]
     for kind in ("params", "optimizer"):
         whole, cut = found["one"]["held"][kind], found["fsdp"]["held"][kind]
@@ -156,7 +156,7 @@ def test_golden_shardings(mesh):
 
 
 @pytest.mark.parametrize("model", MODULES)
-def test_every_model_has_a_place_for_every_leaf(model):
+def test_every_model_has_a_sharding_for_every_leaf(model):
     config = TINY.replace(num_labels=2, is_decoder=True, add_cross_attention=True)
     layout = Layout(Parallelism(fsdp=2, tensor=2), config, model, devices(8))
     for path, shape in parameters.shapes(config, model).items():
@@ -165,7 +165,7 @@ def test_every_model_has_a_place_for_every_leaf(model):
         assert len(layout.parameter_spec(path)) <= len(shape)
 
 
-def test_what_does_not_divide_is_named_all_at_once():
+def test_all_indivisible_sizes_are_reported_together():
     with pytest.raises(InputError) as error:
         Layout(Parallelism(fsdp=5, tensor=3), LARGE, devices=devices(30))
     text = str(error.value)
@@ -185,7 +185,7 @@ def test_what_does_not_divide_is_named_all_at_once():
         )
 
 
-def test_a_vocabulary_that_does_not_divide_stays_whole_and_is_told():
+def test_indivisible_vocabulary_is_replicated_and_reported():
     layout = Layout(Parallelism(tensor=2), LARGE, devices=devices(4))
     assert layout.notes == [
         "vocab_size=50,265 is not divisible by mesh_tensor=2: it is not sharded over this axis"
@@ -210,12 +210,12 @@ def test_a_vocabulary_that_does_not_divide_stays_whole_and_is_told():
         ({"strategy": "pmap", "fsdp": 2}, "parallelism=pmap"),
     ],
 )
-def test_bad_meshes_are_named(changes, message):
+def test_bad_meshes_raise(changes, message):
     with pytest.raises(InputError, match=message):
         Parallelism(**changes)
 
 
-def test_meshes_that_do_not_fill_the_devices_are_named():
+def test_meshes_that_do_not_fill_the_devices_raise():
     assert Parallelism(fsdp=2).mesh_shape(8) == (4, 2, 1)
     assert Parallelism(data=2, fsdp=-1, tensor=2).mesh_shape(8) == (2, 2, 2)
     for bad in (Parallelism(fsdp=3), Parallelism(data=2, fsdp=2)):
@@ -224,7 +224,7 @@ def test_meshes_that_do_not_fill_the_devices_are_named():
 
 
 @pytest.mark.parametrize(("axis", "mesh"), [("data", (4, 2, 2)), ("fsdp", (1, 16, 1))])
-def test_one_axis_alone_crosses_slices(axis, mesh):
+def test_only_one_axis_crosses_slices(axis, mesh):
     data, fsdp, tensor = mesh
     asked = Parallelism(data=data, fsdp=fsdp, tensor=tensor, dcn_axis=axis)
     made = make_mesh(asked, devices(16, per_slice=8))
@@ -252,7 +252,7 @@ def test_each_host_reads_the_rows_of_its_devices_once():
     assert seen[8:] == [list(range(4 * h, 4 * h + 4)) for h in range(4)]
 
 
-def test_without_a_mesh_constrain_is_nothing():
+def test_constrain_without_mesh_is_identity():
     x = jnp.ones((3, 5))
     assert constrain(x, "BL") is x
     assert "sharding_constraint" not in str(jax.make_jaxpr(lambda x: constrain(x, "BL"))(x))

@@ -8,7 +8,7 @@ from all to all.
 import pytest
 
 from prelnroberta.distributed.topology_compile import (
-    Collective,
+    CollectiveStats,
     count_collectives,
     topology_devices,
 )
@@ -46,19 +46,21 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 """
 
 
-def test_collectives_are_counted_with_their_loops_and_sizes():
+def test_collectives_are_counted_with_loops_and_sizes():
     found = count_collectives(HLO)
     gathered = 23 * 16 * 8 * 2 + 20 * 4
     assert found == {
-        "all-reduce": Collective(1, 404, 2 * 404 * 3 / 4),
-        "all-gather": Collective(24, gathered, gathered * 3 / 4),
-        "reduce-scatter": Collective(24, 23 * 64 * 8 * 2 + 400, (23 * 64 * 8 * 2 + 400) * 3 / 4),
-        "collective-permute": Collective(1, 40, 40),
+        "all-reduce": CollectiveStats(1, 404, 2 * 404 * 3 / 4),
+        "all-gather": CollectiveStats(24, gathered, gathered * 3 / 4),
+        "reduce-scatter": CollectiveStats(
+            24, 23 * 64 * 8 * 2 + 400, (23 * 64 * 8 * 2 + 400) * 3 / 4
+        ),
+        "collective-permute": CollectiveStats(1, 40, 40),
     }
 
 
 @pytest.mark.libtpu
 @pytest.mark.parametrize("name", ["v5e", "v5e:16", "v7:4x4", "h100:2x2", "v5e:3x5"])
-def test_a_slice_that_is_none_is_named(name):
+def test_unknown_slice_raises_with_its_name(name):
     with pytest.raises(InputError, match=name):
         topology_devices(name)

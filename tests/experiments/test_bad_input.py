@@ -43,7 +43,7 @@ FLAGS = [
 
 
 @pytest.mark.parametrize(("flags", "parts"), [(f, p) for f, *p in FLAGS], ids=lambda v: str(v)[:40])
-def test_flags(flags, parts, tmp_path):
+def test_bad_flags_print_one_line(flags, parts, tmp_path):
     line = error_line(*tiny_flags(**flags), f"--run_dir={tmp_path / 'run'}")
     for part in parts:
         assert part in line, line
@@ -63,12 +63,12 @@ def test_empty_corpus(tmp_path):
     assert str(tmp_path / "text.txt") in corpus(tmp_path, b" \n\n \n")
 
 
-def test_not_utf8(tmp_path):
+def test_corpus_that_is_not_utf8(tmp_path):
     line = corpus(tmp_path, b"fine text\n" * 300_000 + b"caf\xe9 here")
     assert str(tmp_path / "text.txt") in line and "not UTF-8 at byte 3000003" in line
 
 
-def test_text_shorter_than_a_row_names_the_split(tmp_path):
+def test_too_little_text_names_the_split(tmp_path):
     documents = [f"document number {i} is short" for i in range(60)]
     text = "\n\n".join(documents).encode()
     line = corpus(tmp_path, text, validation_fraction=0.001, seed=3)
@@ -80,7 +80,7 @@ def test_text_shorter_than_a_row_names_the_split(tmp_path):
     assert "error: train split: the corpus has" in line
 
 
-def test_settings_of_another_run_are_named_one_by_one():
+def test_changed_settings_of_existing_run_are_listed():
     run_dir = finished_run()
     changed = tiny_flags(learning_rate=0.003, mask_rate=0.3, hidden_dropout_prob=0)
     line = error_line(*changed, "--decay_norms", f"--run_dir={run_dir}")
@@ -95,7 +95,7 @@ def test_settings_of_another_run_are_named_one_by_one():
     assert line.count("(there") == 4, line
 
 
-def test_a_corpus_that_changed_since_the_run_began(tmp_path):
+def test_corpus_changed_since_run_began(tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(finished_run(), run_dir)
     shutil.rmtree(run_dir / "model")
@@ -107,7 +107,7 @@ def test_a_corpus_that_changed_since_the_run_began(tmp_path):
     assert "corpus" in line and str(run_dir) in line and "another --run_dir" in line
 
 
-def test_folders_that_cannot_be_a_run(tmp_path):
+def test_invalid_run_dirs(tmp_path):
     file = tmp_path / "file"
     file.write_text("text")
     assert f"{file} is a file" in error_line(*tiny_flags(), f"--run_dir={file}")
@@ -116,14 +116,14 @@ def test_folders_that_cannot_be_a_run(tmp_path):
     assert "cannot be made" in error_line(*tiny_flags(), "--run_dir=/proc/run")
 
 
-def test_unknown_flag_gets_the_nearest_name(tmp_path):
+def test_unknown_flag_suggests_nearest_name(tmp_path):
     done = call("pretrain", *tiny_flags(), f"--run_dir={tmp_path / 'run'}", "--learning_rat=1")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "'learning_rat'. Did you mean: learning_rate ?" in done.stderr
     assert "unexpected argument 'steps=3'" in error_line("--run_dir=x", "steps=3")
 
 
-def test_model_to_start_from(tmp_path):
+def test_bad_init_from_models(tmp_path):
     model, run_dir = tmp_path / "model", tmp_path / "run"
     other = tmp_path / "other"
     shutil.copytree(finished_run() / "model", model)
@@ -152,7 +152,7 @@ def test_model_to_start_from(tmp_path):
     assert not (run_dir / "flags.txt").exists()
 
 
-def test_more_rows_asked_than_held_out_is_fine(tmp_path):
+def test_eval_rows_may_exceed_held_out_rows(tmp_path):
     flags = tiny_flags(eval_rows=1_000_000, eval_every=40)
     done = call("pretrain", *flags, f"--run_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr

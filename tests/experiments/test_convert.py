@@ -41,7 +41,7 @@ def errors_in(said):
     return float(first.split("relative error ")[1].split()[0]), float(second.split()[-1])
 
 
-def test_fairseq_to_a_folder_and_back(tmp_path):
+def test_fairseq_to_folder_and_back(tmp_path):
     """The whole way, with a tokenizer; the second folder is the first, byte for byte."""
     source = tmp_path / "source"
     source.mkdir()
@@ -70,7 +70,7 @@ def test_fairseq_to_a_folder_and_back(tmp_path):
     assert "exists: name a new or empty folder" in convert_error(input=source, output=again)
 
 
-def test_precision_as_asked(tmp_path):
+def test_convert_to_requested_dtype(tmp_path):
     torch.save(checkpoint(fairseq_state({"rte": 2})), tmp_path / "checkpoint_best.pt")
     output = tmp_path / "out"
     said = convert(input=tmp_path, output=output, head="rte", dtype="bfloat16")
@@ -105,7 +105,7 @@ def test_describe_writes_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["a.pt"]
 
 
-def test_one_line_and_nothing_left(tmp_path):
+def test_errors_print_one_line_and_leave_no_files(tmp_path):
     path, output = tmp_path / "a.pt", tmp_path / "out"
     torch.save(checkpoint(fairseq_state(), activation_fn="relu"), path)
     assert "LM head" in convert_error(input=path, output=output)

@@ -52,7 +52,7 @@ def start(tmp_path, run_dir) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_interrupted_by_the_keyboard_it_saves_and_then_finishes(tmp_path):
+def test_keyboard_interrupt_saves_and_rerun_finishes(tmp_path):
     """Ctrl-C reaches the whole process group: the run is saved, not killed, and goes on later."""
     run_dir = tmp_path / "run"
     process = start(tmp_path, run_dir)

@@ -69,7 +69,7 @@ def assert_close(found, expected, where="", tolerance=1e-4):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
-def test_evaluate_says_what_the_run_said(task, tmp_path):
+def test_evaluate_matches_metrics_of_run(task, tmp_path):
     run_dir, output = six_runs() / task, tmp_path / "out"
     done = call(
         "evaluate",
@@ -88,7 +88,7 @@ def test_evaluate_says_what_the_run_said(task, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ANSWERING)
-def test_predict_answers_as_the_run_did_at_any_batch_size(task):
+def test_predict_matches_run_at_any_batch_size(task):
     run_dir, file = six_runs() / task, example_file(task, 24)
     outputs = []
     for batch_size in (1, 7):
@@ -101,7 +101,7 @@ def test_predict_answers_as_the_run_did_at_any_batch_size(task):
 
 
 @pytest.mark.slow
-def test_a_causal_model_generates():
+def test_predict_generates_with_causal_model():
     arguments = [f"--model={six_runs() / 'causal_lm'}", "--max_new_tokens=5", "--text=The function"]
     first, second = (
         call("predict", *arguments, *more) for more in ([], ["--text=A", "--batch_size=3"])
@@ -112,7 +112,7 @@ def test_a_causal_model_generates():
     assert json.loads(second.stdout.splitlines()[0]) == answer
 
 
-def test_embeddings_and_attention_are_the_models_own(tmp_path):
+def test_embeddings_and_attention_match_model(tmp_path):
     texts = ["A list of numbers.", "é", "The function returns nothing at all, and so on."]
     path = tmp_path / "texts.txt"
     path.write_text("\n".join(texts))
@@ -146,7 +146,7 @@ def test_embeddings_and_attention_are_the_models_own(tmp_path):
     assert "http" not in page.split("<script")[0], "complete in itself"
 
 
-def test_padding_and_neighbours_change_nothing():
+def test_predictions_do_not_depend_on_padding_or_neighbours():
     """Rows of any length, in company of any size and order, say the same, to float error."""
     task = TASKS["sequence_classification"](
         TaskSettings(task="sequence_classification", max_length=48, labels=("a", "b"))

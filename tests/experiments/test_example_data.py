@@ -10,7 +10,7 @@ from tests.helpers.programs import call
 from tests.helpers.task_files import example_file
 
 
-def test_an_ending_read_alone_tells_nothing():
+def test_endings_alone_do_not_reveal_the_answer():
     rows = list(csv.DictReader(example_file("multiple_choice").open(encoding="utf-8")))
     assert len(rows) > 200
     endings = [[row[f"ending{i}"] for i in range(4)] for row in rows]
@@ -23,7 +23,7 @@ def test_an_ending_read_alone_tells_nothing():
     assert len(places) == 4 and min(places.values()) > len(rows) / 6
 
 
-def test_a_question_asks_what_one_of_several_sentences_says():
+def test_question_context_has_several_candidate_sentences():
     text = """Axis to sum over. If None, all of them are. If x, y and z are, then none is.
 If negative, it counts from the last, which is -1. Other text."""
     found = list(find_conditions([Document(text, "a")]))
@@ -45,7 +45,7 @@ If negative, it counts from the last, which is -1. Other text."""
     assert len(context) <= 180 and context.startswith("If None")
 
 
-def test_questions_have_one_answer_in_the_words_of_the_authors():
+def test_answers_are_unique_and_verbatim():
     questions = read_questions(example_file("question_answering"))
     assert len(questions) > 100
     for question in questions:
@@ -55,7 +55,7 @@ def test_questions_have_one_answer_in_the_words_of_the_authors():
         assert before.endswith(f"{condition}, ")
 
 
-def test_what_a_model_may_read_before_holds_nothing_of_dev(tmp_path):
+def test_pretraining_text_contains_no_dev_examples(tmp_path):
     done = call("example_data", f"--output={tmp_path / 'data'}", "--train_examples=50")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "data" / "language_modeling"

@@ -57,7 +57,7 @@ np.save(out + "/" + form + ".npy", logits)
 
 
 @pytest.mark.slow
-def test_program_exports_a_run_and_strangers_read_it(tmp_path):
+def test_exported_run_loads_without_this_package(tmp_path):
     done = call("export", f"--model={finished_run()}", f"--output={tmp_path / 'exported'}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("loaded back") == 5
@@ -83,7 +83,7 @@ def test_program_exports_a_run_and_strangers_read_it(tmp_path):
         assert part in card, part
 
 
-def test_bad_input_is_one_line_and_nothing_is_made(tmp_path):
+def test_bad_input_prints_one_line_and_writes_nothing(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("mine")
     params, config = export_case("question_answering")

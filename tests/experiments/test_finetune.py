@@ -16,7 +16,7 @@ from tests.helpers.finetuning import finetune_flags, finished_finetuning, review
 from tests.helpers.programs import ENVIRONMENT, ROOT, call, command, error_line, records
 
 
-def test_a_run_holds_what_it_says():
+def test_run_folder_contents():
     run_dir, said = finished_finetuning()
     names = {path.name for path in run_dir.iterdir()}
     assert names >= {
@@ -35,7 +35,7 @@ def test_a_run_holds_what_it_says():
     assert results["best_step"] == best["step"] and f"step {best['step']} of 45" in said
 
 
-def test_interrupted_and_resumed_to_the_bit(tmp_path):
+def test_interrupted_run_resumes_bit_for_bit(tmp_path):
     run_dir = tmp_path / "run"
     arguments = [*finetune_flags(), f"--run_dir={run_dir}"]
     process = subprocess.Popen(
@@ -57,7 +57,7 @@ def test_interrupted_and_resumed_to_the_bit(tmp_path):
     assert again.returncode == 0 and "is complete" in again.stdout
 
 
-def test_seeds_and_sweeps_make_a_table_and_patience_ends_a_run(tmp_path):
+def test_seeds_and_sweep_table_and_early_stopping(tmp_path):
     sweep = {
         "learning_rate": 3e-3,
         "patience": 1,
@@ -89,7 +89,7 @@ def test_seeds_and_sweeps_make_a_table_and_patience_ends_a_run(tmp_path):
     assert max(r["step"] for r in idle) == 6
 
 
-def test_evaluate_tells_what_it_cut():
+def test_evaluate_reports_truncated_examples():
     file = reviews("dev", 40, 2)
     done = call(
         "evaluate", f"--model={finished_finetuning()[0]}", f"--file={file}", "--max_length=8"
@@ -98,7 +98,7 @@ def test_evaluate_tells_what_it_cut():
     assert " of 40 truncated to 8 tokens\n" in done.stdout
 
 
-def test_one_seed_has_no_deviation(tmp_path):
+def test_single_seed_has_no_deviation(tmp_path):
     points = [{"learning_rate": rate} for rate in ("1e-3", "3e-3")]
     for point in points:
         (tmp_path / sweep.name(point)).mkdir()
@@ -110,7 +110,7 @@ def test_one_seed_has_no_deviation(tmp_path):
     ]
 
 
-def test_what_differs_is_refused(tmp_path):
+def test_changed_settings_and_data_raise(tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(finished_finetuning()[0], run_dir)
     (run_dir / "results.json").unlink()
@@ -150,14 +150,14 @@ BAD = [
 
 
 @pytest.mark.parametrize(("changes", "part"), BAD, ids=lambda v: str(v)[:40])
-def test_bad_input_is_one_line(changes, part, tmp_path):
+def test_bad_input_prints_one_line(changes, part, tmp_path):
     done = call("finetune", *finetune_flags(**changes), f"--run_dir={tmp_path / 'run'}")
     assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
     assert part in done.stderr and "validation loss" not in done.stdout, done.stderr
     assert not (tmp_path / "run" / "flags.txt").exists()
 
 
-def test_the_weights_are_in_memory_once(tmp_path):
+def test_weights_are_in_memory_once(tmp_path):
     """On an accelerator a second copy of them would take its memory for as long as the run."""
     program = """
 import sys

@@ -14,7 +14,7 @@ from tests.helpers.finetuning import finished_finetuning, reviews
 pytestmark = [pytest.mark.torch, pytest.mark.oracle]
 
 
-def test_transformers_reads_the_model_and_says_the_same():
+def test_transformers_loads_finetuned_model_and_matches_outputs():
     run_dir, _ = finished_finetuning()
     model = transformers.AutoModelForSequenceClassification.from_pretrained(run_dir / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(run_dir / "model")

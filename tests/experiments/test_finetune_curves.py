@@ -27,7 +27,7 @@ def one_thread():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
-def test_loss_curve_is_torchs(name, tmp_path):
+def test_loss_curve_matches_torch(name, tmp_path):
     task, features, config, params = prepare_task(name, dropout=0.0)
     batches, padded = draw_batches(task, features, 5)
     theirs, _ = torch_training(task, config, params, padded, 5, tmp_path)

@@ -47,7 +47,7 @@ def direct():
     return probabilities
 
 
-def test_json_lines_are_the_models_own_numbers(direct):
+def test_json_lines_match_model_outputs(direct):
     found = lines(predict(*flags(format="json", top_k=7), *(f"--text={t}" for t in TEXTS)))
     assert [line["text"] for line in found] == TEXTS
     assert [len(line["masks"]) for line in found] == [1, 2, 1]
@@ -62,7 +62,7 @@ def test_json_lines_are_the_models_own_numbers(direct):
                 assert guess["text"] == tokenizer.decode([guess["id"]], skip_special_tokens=False)
 
 
-def test_every_source_batch_size_and_kind_of_folder_says_the_same(tmp_path):
+def test_predictions_do_not_depend_on_source_batch_size_or_folder(tmp_path):
     texts = [f"{'word ' * i}<mask> of {'x' * i} <mask>" for i in range(9)]
     path = tmp_path / "texts.txt"
     path.write_text("\n\n".join(texts) + "\n")
@@ -83,20 +83,20 @@ def test_every_source_batch_size_and_kind_of_folder_says_the_same(tmp_path):
             )
 
 
-def test_text_for_eyes():
+def test_human_readable_output():
     out = predict(*flags(top_k=2), *(f"--text={t}" for t in TEXTS[:2])).splitlines()
     assert out[0] == TEXTS[0] and out[3] == TEXTS[1] and out[4] == "  mask 1"
     assert out[7] == "  mask 2" and len(out) == 10
     assert all("%" in out[i] for i in (1, 2, 5, 6, 8, 9))
 
 
-def test_top_k_beyond_the_vocabulary_gives_all_of_it():
+def test_top_k_is_limited_to_the_vocabulary():
     [line] = lines(predict(*flags(format="json", top_k=10_000), "--text=A <mask>."))
     assert len(line["masks"][0]) == 300
     np.testing.assert_allclose(sum(g["probability"] for g in line["masks"][0]), 1, rtol=1e-5)
 
 
-def test_answers_stream():
+def test_predictions_are_streamed():
     """The first answers are there while the input still comes."""
     process = subprocess.Popen(
         command("predict", *flags(format="json", batch_size=1)),
@@ -115,7 +115,7 @@ def test_answers_stream():
     process.stdout.close()
 
 
-def test_a_reader_that_leaves_is_no_error(tmp_path):
+def test_closed_output_pipe_is_no_error(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_text("A <mask>.\n" * 3000)
     process = subprocess.Popen(
@@ -134,7 +134,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
     process.stderr.close()
 
 
-def test_texts_without_an_answer_are_told_and_the_others_answered(tmp_path):
+def test_texts_without_prediction_are_reported_and_others_predicted(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_text(f"A <mask>.\n\nnothing here\n{'long ' * 200}<mask>\nThe <mask> of it.\n")
     done = call("predict", *flags(format="json", file=path))

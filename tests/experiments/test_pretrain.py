@@ -19,7 +19,7 @@ def contents(directory):
     }
 
 
-def test_a_run_holds_all_that_it_takes_to_use_or_rerun_it():
+def test_run_folder_contents():
     run_dir = finished_run()
     for name in ("flags.txt", "corpus.json", "metrics.jsonl", "loss.png", "tokenizer", "model"):
         assert (run_dir / name).exists(), name
@@ -34,7 +34,7 @@ def test_a_run_holds_all_that_it_takes_to_use_or_rerun_it():
     assert not [p for p in run_dir.iterdir() if "partial" in p.name]
 
 
-def test_records_follow_the_cadence_and_the_loss_falls():
+def test_records_follow_intervals_and_loss_falls():
     records = read_records(finished_run() / "metrics.jsonl")
     steps = {
         kind: [r["step"] for r in records if r["kind"] == kind] for kind in ("train", "validation")
@@ -51,7 +51,7 @@ def test_records_follow_the_cadence_and_the_loss_falls():
     assert max(rates, key=rates.get) == 7 and rates[40] < 1e-4  # the warm-up takes 5 steps
 
 
-def test_a_finished_run_is_left_alone():
+def test_finished_run_is_unchanged():
     run_dir = finished_run()
     before = contents(run_dir)
     done = call("pretrain", *tiny_flags(), f"--run_dir={run_dir}")
@@ -61,7 +61,7 @@ def test_a_finished_run_is_left_alone():
     assert contents(run_dir) == before
 
 
-def test_a_run_killed_before_its_model_was_written_writes_it(tmp_path):
+def test_run_killed_before_export_writes_its_model(tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(finished_run(), run_dir)
     shutil.rmtree(run_dir / "model")
@@ -72,7 +72,7 @@ def test_a_run_killed_before_its_model_was_written_writes_it(tmp_path):
         assert (run_dir / name).read_bytes() == (finished_run() / name).read_bytes(), name
 
 
-def test_the_runs_own_flagfile_reruns_it(tmp_path):
+def test_flags_txt_reruns_the_run(tmp_path):
     """And a copy of its tokenizer gives the same numbers, as does another cache of the text."""
     run_dir = finished_run()
     done = call(
@@ -88,7 +88,7 @@ def test_the_runs_own_flagfile_reruns_it(tmp_path):
     assert ours == theirs
 
 
-def test_starts_from_a_given_model(tmp_path):
+def test_init_from_model(tmp_path):
     model = finished_run() / "model"
     flags = tiny_flags(steps=9, learning_rate=1e-5, warmup_steps=0)
     done = call("pretrain", *flags, f"--init_from={model}", f"--run_dir={tmp_path / 'run'}")
@@ -98,7 +98,7 @@ def test_starts_from_a_given_model(tmp_path):
     assert abs(after - before) < 0.05
 
 
-def test_the_step_does_not_wait_for_its_input(tmp_path):
+def test_steps_do_not_wait_for_input(tmp_path):
     """The small recipe's rows and masks; one layer, so that the step is the quicker."""
     flags = tiny_flags()
     corpus = [flag for flag in flags if flag.split("=")[0] in ("--corpus", "--cache_dir")]
@@ -122,7 +122,7 @@ def test_the_step_does_not_wait_for_its_input(tmp_path):
     assert waits[-1] < 0.05, waits
 
 
-def test_help_names_every_group_of_flags_quickly():
+def test_help_lists_every_flag_group_quickly():
     done = call("pretrain", "--help", timeout=20)
     for flag in ("--run_dir", "--corpus", "--[no]fast_start", "--mask_rate", "--clip_norm"):
         assert flag in done.stdout, flag

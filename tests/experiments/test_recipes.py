@@ -27,7 +27,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipe(recipe, tmp_path):
+def test_recipe_runs(recipe, tmp_path):
     result = subprocess.run(
         [
             *(sys.executable, "-c", CHECK_ONLY),
@@ -40,6 +40,6 @@ def test_recipe(recipe, tmp_path):
     assert result.stdout.strip() == PUBLISHED.get(recipe.stem, result.stdout.strip())
 
 
-def test_all_are_there():
+def test_every_recipe_is_tested():
     names = {path.stem for path in RECIPES}
     assert names == {"demo", "small_cpu", "roberta_base", "efficient_mlm_large"}

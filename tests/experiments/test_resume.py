@@ -79,7 +79,7 @@ def assert_checkpoints_are_whole(run_dir, copy):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_asked_to_stop_it_saves_and_goes_on(tmp_path, name):
+def test_stop_signals_save_and_rerun_resumes(tmp_path, name):
     run_dir = tmp_path / "run"
     seed = random.randrange(1 << 30)
     after = random.Random(seed).randrange(0, 28)
@@ -101,7 +101,7 @@ def test_asked_to_stop_it_saves_and_goes_on(tmp_path, name):
     assert_as_if_never_stopped(run_dir, (seed, after, step))
 
 
-def test_killed_again_and_again_it_ends_the_same(tmp_path):
+def test_repeatedly_killed_run_ends_the_same(tmp_path):
     run_dir = tmp_path / "run"
     seed = random.randrange(1 << 30)
     moments = random.Random(seed)
@@ -127,7 +127,7 @@ def test_killed_again_and_again_it_ends_the_same(tmp_path):
     assert any(code == -signal.SIGKILL for code, *_ in kills), kills
 
 
-def test_damaged_checkpoint_is_one_line_and_the_one_before_goes_on(tmp_path):
+def test_corrupt_checkpoint_prints_one_line_and_previous_one_resumes(tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(finished_run(), run_dir)
     shutil.rmtree(run_dir / "model")
@@ -151,7 +151,7 @@ def test_damaged_checkpoint_is_one_line_and_the_one_before_goes_on(tmp_path):
     assert_as_if_never_stopped(run_dir, "damaged")
 
 
-def test_full_disk_is_one_line_and_the_last_checkpoint_goes_on(tmp_path):
+def test_full_disk_prints_one_line_and_last_checkpoint_resumes(tmp_path):
     with filled_disk(tmp_path / "disk") as disk:
         process = start(disk.path)
         wait_for(process, lambda: any(disk.path.glob("checkpoints/[0-9]*[0-9]")))

@@ -14,7 +14,7 @@ def corpus():
     found = DocstringCorpus(["flax", "rich", "scipy"])
     parts = {"flax": "", "rich": "", "scipy": "linalg"}
     found.roots = {name: [found.roots[name][0] / part] for name, part in parts.items()}
-    documents, strings = list(found.documents()), list(found.strings())
+    documents, strings = list(found.documents()), list(found.multiline_strings())
     return documents, strings, train_tokenizer((d.text for d in documents), 600)
 
 

@@ -34,7 +34,7 @@ from tests.helpers.toy_decoders import (
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-def test_greedy_is_the_argmax_of_a_full_forward(side):
+def test_greedy_matches_argmax_of_full_forward(side):
     params, settings = toy_params(seed=8), GenerationConfig(max_new_tokens=9, eos_token_id=2)
     new, scores = toy_generate(params, TOY_PROMPTS, settings, side=side)
     assert scores is None
@@ -76,7 +76,7 @@ def all_sequences(log_p, V: int, G: int, eos: int, length_penalty: float):
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0])
-def test_wide_beams_find_every_sequence_in_order(length_penalty):
+def test_exhaustive_beams_rank_every_sequence(length_penalty):
     V, G, prompts = 4, 4, [(3, 0, 3), (0,)]
     W = 121  # sequences of at most 4 tokens: 1 + 3 + 9 + 27 end with eos, 81 do not
     settings = GenerationConfig(
@@ -162,19 +162,19 @@ def beam_results(case: int):
 
 
 @pytest.mark.parametrize("case", range(len(BEAMS)), ids=lambda case: str(BEAMS[case]))
-def test_beams_are_those_of_a_search_with_lists(case):
+def test_beams_match_reference_search(case):
     for found, scores, expected in beam_results(case):
         assert found == [tokens for _, tokens in expected]
         np.testing.assert_allclose(scores, [score for score, _ in expected], 1e-5, 1e-5)
 
 
-def test_early_stopping_makes_a_difference_somewhere():
+def test_early_stopping_changes_some_results():
     """Or the test above would not notice it ignored."""
     kept, stopped, never = ([found for found, _, _ in beam_results(i)] for i in range(3))
     assert kept != stopped and stopped != never and kept != never
 
 
-def test_fewer_sequences_than_asked_for():
+def test_fewer_sequences_than_requested():
     """Three can be said in all: the fourth is pads with score -inf."""
     ids, mask = pad_toy_prompts([(0,)])
     settings = GenerationConfig(
@@ -191,7 +191,7 @@ def test_fewer_sequences_than_asked_for():
 # Filters.
 
 
-def test_top_p_keeps_the_smallest_set():
+def test_top_p_keeps_smallest_sufficient_set():
     logits = np.log(np.float32([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]]))
     for p, kept in ((0.3, 1), (0.41, 2), (0.65, 2), (0.75, 3), (0.95, 4)):
         found = np.isfinite(keep_top_p(jnp.array(logits[:1]), p))[0]
@@ -229,7 +229,7 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=1.0):
     ],
     ids=str,
 )
-def test_draws_have_the_right_frequencies(changes):
+def test_sampled_frequencies_match_distribution(changes):
     logits, n = np.float32([1.0, -0.5, 2.0, 0.3, 1.6, -2.0, 0.9]), 4000
     settings = GenerationConfig(
         max_new_tokens=2, do_sample=True, eos_token_id=None, num_return_sequences=n, **changes
@@ -248,7 +248,7 @@ def test_draws_have_the_right_frequencies(changes):
         assert abs((a == b).mean() - (expected**2).sum()) < 5 / np.sqrt(4 * n)
 
 
-def test_a_row_samples_the_same_in_any_company():
+def test_samples_do_not_depend_on_other_rows():
     params, key = toy_params(seed=8), jax.random.key(3)
     settings = GenerationConfig(max_new_tokens=6, do_sample=True, num_return_sequences=3)
     new, _ = toy_generate(params, TOY_PROMPTS, settings, key)
@@ -260,7 +260,7 @@ def test_a_row_samples_the_same_in_any_company():
     assert (other != new).any()
 
 
-def test_cold_samples_are_greedy():
+def test_low_temperature_samples_are_greedy():
     params = toy_params(seed=8)
     cold = GenerationConfig(max_new_tokens=9, do_sample=True, temperature=1e-5)
     sampled, _ = toy_generate(params, TOY_PROMPTS, cold, jax.random.key(0))
@@ -272,7 +272,7 @@ def test_cold_samples_are_greedy():
 # Exact small cases.
 
 
-def test_repetition_penalty_counts_prompt_tokens_but_no_pads():
+def test_repetition_penalty_counts_prompt_tokens_but_not_padding():
     settings = GenerationConfig(
         max_new_tokens=5, repetition_penalty=2.0, eos_token_id=None, pad_token_id=0
     )
@@ -286,13 +286,13 @@ def test_repetition_penalty_counts_prompt_tokens_but_no_pads():
     assert generate_from_logits([-1.0, -1.5, -1.9, -9.0], [(3,)], settings) == [[0, 1, 2, 0, 0]]
 
 
-def test_repetition_penalty_divides_what_is_positive():
+def test_repetition_penalty_divides_positive_logits():
     seen = jnp.array([[True, True, False, True]])
     found = penalize_repetition(jnp.array([[3.0, -2.0, 5.0, -jnp.inf]]), seen, 1.5)
     np.testing.assert_allclose(found, [[2.0, -3.0, 5.0, -np.inf]])
 
 
-def test_least_and_most_tokens():
+def test_min_and_max_new_tokens():
     logits = [0.0, 1.0, 5.0, 4.0]  # eos 2 is the likeliest, then 3
     prompts = [(0, 0), (0,)]
 
@@ -317,7 +317,7 @@ def test_least_and_most_tokens():
     [({}, [3, 1, 1]), ({"num_beams": 2, "early_stopping": True}, [3, 1, 1, 1, 1])],
     ids=str,
 )
-def test_reads_the_prompt_once_and_stops_when_all_have_ended(beams, reads):
+def test_prompt_is_read_once_and_loop_stops_when_all_rows_end(beams, reads):
     traced, run = [], []
 
     def decode(params, input_ids, attention_mask, cache):
@@ -344,7 +344,7 @@ def test_reads_the_prompt_once_and_stops_when_all_have_ended(beams, reads):
     assert len(traced) == 2, "equal settings and shapes are compiled once"
 
 
-def test_pure_under_an_outer_jit_and_with_logits_of_the_last_token_alone():
+def test_generate_under_outer_jit_and_with_last_token_logits_only():
     params, settings = toy_params(seed=8), GenerationConfig(max_new_tokens=5, num_beams=2)
     ids, mask = pad_toy_prompts(TOY_PROMPTS, side="both")
 
@@ -364,7 +364,7 @@ def test_pure_under_an_outer_jit_and_with_logits_of_the_last_token_alone():
     np.testing.assert_allclose(output.scores, plain.scores, rtol=1e-6)
 
 
-def test_reorder_cache_takes_rows_of_every_leaf():
+def test_reorder_cache_selects_rows_of_every_leaf():
     rng = np.random.default_rng(0)
     shapes = {"keys": (2, 3, 5, 2, 4), "values": (2, 3, 5, 2, 4), "valid": (3, 5), "count": (3,)}
     shapes |= {"cross_keys": (2, 3, 7, 2, 4), "cross_values": (2, 3, 7, 2, 4)}
@@ -382,7 +382,7 @@ def test_reorder_cache_takes_rows_of_every_leaf():
 # Bad input.
 
 
-def test_bad_arguments():
+def test_bad_arguments_raise():
     ids, mask = pad_toy_prompts(TOY_PROMPTS)
     params = toy_params()
 

@@ -55,7 +55,7 @@ HUGGING_FACE = [
 
 
 @pytest.mark.parametrize("changes", HUGGING_FACE, ids=str)
-def test_transformers_generates_the_same(changes):
+def test_generated_tokens_match_transformers(changes):
     V, eos = 8, (2, 3)
     prompts = [(5, 3, 2, 4), (7, 2), (4, 4, 6), (0, 6)]
     ids, mask = pad_toy_prompts(prompts)
@@ -87,7 +87,7 @@ def test_transformers_generates_the_same(changes):
             np.testing.assert_allclose(ours.scores, theirs.sequences_scores.numpy(), atol=1e-5)
 
 
-def test_top_k_and_top_p_keep_what_transformers_keeps():
+def test_top_k_and_top_p_match_transformers():
     rng = np.random.default_rng(0)
     logits = 3 * rng.standard_normal((200, 17)).astype(np.float32)
     for k in (1, 2, 5, 17, 40):

@@ -36,7 +36,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize(("fields", "parts"), [(f, p) for f, *p in SETTINGS], ids=str)
-def test_bad_settings(fields, parts):
+def test_bad_settings_raise(fields, parts):
     with pytest.raises(InputError) as error:
         GenerationConfig(**fields)
     for part in parts:

@@ -16,7 +16,7 @@ def some_sequences(rng: np.random.Generator, n: int, longest: int) -> list[np.nd
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_split_gives_back_what_was_packed_in_its_order(seed):
+def test_split_returns_packed_sequences_in_order(seed):
     rng = np.random.default_rng(seed)
     sequences = some_sequences(rng, 40, 16)
     packed = pack_sequences(sequences, 16)
@@ -35,7 +35,7 @@ def test_split_gives_back_what_was_packed_in_its_order(seed):
     assert len(filled) == 1 or filled[0] + filled[1] > 16
 
 
-def test_rows_are_rounded_up_with_pads():
+def test_number_of_rows_is_padded_to_multiple():
     packed = pack_sequences([[5, 6], [7, 8, 9]], 3, pad_token_id=3, row_multiple=4)
     assert packed.inputs["input_ids"].shape == (4, 3)
     np.testing.assert_array_equal(packed.inputs["input_ids"][2:], 3)
@@ -43,7 +43,7 @@ def test_rows_are_rounded_up_with_pads():
     np.testing.assert_array_equal(packed.inputs["segment_ids"][2:], 0)
 
 
-def test_vectors_are_those_of_the_sequences_alone():
+def test_packed_vectors_match_single_sequences():
     model = FlaxRobertaPreLayerNormModel(TINY, _do_init=False)
     params = jax.tree.map(jax.numpy.asarray, random_params(TINY, "base"))
     sequences = some_sequences(np.random.default_rng(3), 9, 12)
@@ -57,7 +57,7 @@ def test_vectors_are_those_of_the_sequences_alone():
         assert_close(found, row[: len(sequence)], "packed")
 
 
-def test_sequences_that_fit_no_row_are_named():
+def test_sequences_that_fit_no_row_raise():
     with pytest.raises(InputError, match="sequence 1 has 4 tokens, expected 1 to 3"):
         pack_sequences([[1], [1, 2, 3, 4]], 3)
     with pytest.raises(InputError, match="sequence 0 has 0 tokens"):

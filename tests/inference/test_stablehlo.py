@@ -11,7 +11,7 @@ from tests.helpers.export_cases import export_case
 
 
 @pytest.mark.parametrize("model", [*PARITY_MODELS, "encoder"])
-def test_stablehlo_of_every_class(model, tmp_path):
+def test_stablehlo_matches_every_class(model, tmp_path):
     params, config = export_case(model)
     save_stablehlo(params, config, model, tmp_path / "new" / "program")
     program = jax.export.deserialize(
@@ -26,7 +26,7 @@ def test_stablehlo_of_every_class(model, tmp_path):
     assert largest_error(run, params, config, model) < 2e-5
 
 
-def test_what_is_wrong_is_far_beyond_tolerance():
+def test_wrong_outputs_exceed_tolerance():
     params, config = export_case("question_answering")
     run = flax(params, config, "question_answering")
     assert largest_error(run, params, config, "question_answering") == 0

@@ -16,14 +16,14 @@ from prelnroberta.metrics.classification import (
 from tests.helpers.random_labels import random_labels_and_predictions
 
 
-def test_confusion_adds_up_over_batches():
+def test_confusion_matrices_add_up_over_batches():
     rng = np.random.default_rng(1)
     labels, predictions = random_labels_and_predictions(rng, 100, 5)
     parts = sum(confusion_matrix(labels[i::7], predictions[i::7], 5) for i in range(7))
     np.testing.assert_array_equal(parts, confusion_matrix(labels, predictions, 5))
 
 
-def test_correlations_as_scipy():
+def test_correlations_match_scipy():
     rng = np.random.default_rng(3)
     for _ in range(1000):
         n = int(rng.integers(2, 40))
@@ -49,7 +49,7 @@ def test_perplexity():
     assert math.isnan(perplexity(0.0, 0.0))
 
 
-def test_bootstrap_covers_the_truth_as_often_as_it_says():
+def test_bootstrap_interval_coverage():
     """Of 200 samples of a coin, about 95 % have an interval that holds its probability."""
     rng = np.random.default_rng(4)
     covered = 0

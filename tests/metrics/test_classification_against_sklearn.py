@@ -19,7 +19,7 @@ pytestmark = pytest.mark.oracle
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_classes_as_scikit_learn():
+def test_single_label_metrics_match_sklearn():
     rng = np.random.default_rng(0)
     for _ in range(500):
         n, classes = int(rng.integers(1, 30)), int(rng.integers(2, 6))
@@ -52,7 +52,7 @@ def test_classes_as_scikit_learn():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_several_labels_as_scikit_learn():
+def test_multi_label_metrics_match_sklearn():
     rng = np.random.default_rng(2)
     for _ in range(300):
         shape = rng.integers(1, 20), rng.integers(2, 6)

@@ -13,7 +13,7 @@ from prelnroberta.metrics.entities import EntityCounts
 HERE = Path(__file__).parent
 
 
-def test_entity_scores_as_seqeval():
+def test_entity_scores_match_seqeval():
     """Its answers are kept in a file; oracle/seqeval_cases.py tells how it was made."""
     lines = (HERE / "seqeval_cases.txt").read_text().splitlines()
     assert len(lines) > 400
@@ -38,7 +38,7 @@ def test_entity_scores_as_seqeval():
         assert found["accuracy"] == pytest.approx(np.mean(right))
 
 
-def test_entity_counts_of_chosen_sentences():
+def test_entity_counts_of_resampled_sentences():
     """A bootstrap draws sentences; drawn twice, one counts twice."""
     true = [["B-x", "O"], ["B-x", "I-x"], ["O", "B-y"]]
     predicted = [["B-x", "O"], ["B-x", "O"], ["O", "O"]]

@@ -45,7 +45,7 @@ def official_v1(prediction, answer):
     return float(a == b), 2 * precision * recall / (precision + recall)
 
 
-def test_answers_as_squad_1():
+def test_answer_scores_match_squad_1_script():
     rng = np.random.default_rng(7)
     for prediction, answer in zip(texts(rng, 3000), texts(rng, 3000), strict=True):
         exact, f1 = official_v1(prediction, answer)
@@ -54,7 +54,7 @@ def test_answers_as_squad_1():
 
 
 @pytest.mark.oracle
-def test_answers_as_squad_2(tmp_path):
+def test_question_scores_match_squad_2_script(tmp_path):
     """Against the script as transformers 4 carries it, 2,000 questions and best thresholds."""
     rng = np.random.default_rng(8)
     names = [f"q{i}" for i in range(2000)]
@@ -85,7 +85,7 @@ def test_answers_as_squad_2(tmp_path):
         assert found[1] == pytest.approx(threshold)
 
 
-def test_question_scores_take_the_best_answer_and_count_what_is_missing():
+def test_question_scores_use_best_answer_and_count_missing_predictions():
     answers = {"a": ["the cat", "dogs"], "b": ["cat"], "c": []}
     scores = question_scores({"a": "Cat", "c": ""}, answers, version_2=True)
     assert scores.exact.tolist() == [1, 0, 1]

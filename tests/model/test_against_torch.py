@@ -62,7 +62,7 @@ def case(request):
     return config, params, batch, TorchReference(config, params, batch)
 
 
-def test_parts(case):
+def test_embeddings_norm_attention_and_block_match_torch(case):
     """Embeddings, norm, attention and block, each fed with the reference's own input."""
     config, params, batch, reference = case
     seen, base = reference.seen, "roberta_prelayernorm."
@@ -93,7 +93,7 @@ def test_parts(case):
         assert_close(y, seen[name], f"block {n}", 1e-6, 1e-5)
 
 
-def test_encoder_and_head(case):
+def test_encoder_and_head_match_torch(case):
     config, params, batch, reference = case
     logits, output = MaskedLM(config).apply(
         {"params": params},
@@ -110,7 +110,7 @@ def test_encoder_and_head(case):
     assert_close(logits, reference.output.logits.detach().numpy(), "logits")
 
 
-def test_loss_and_gradients(case):
+def test_loss_and_gradients_match_torch(case):
     """As an accelerator runs it; `test_modeling.py` has unrolled and scanned for equal."""
     config, params, batch, reference = case
     execution = Execution(scan_layers=True, remat="full")
@@ -130,7 +130,7 @@ def test_loss_and_gradients(case):
             assert_close(ours[name], gradient, f"gradient of {name}", 5e-6, 1e-4)
 
 
-def test_base_size():
+def test_base_size_matches_torch():
     """The design's tolerance is stated at base size; one row of it in float64 takes seconds."""
     config = RobertaPreLayerNormConfig.preset("roberta-base")
     params = random_params(config, scale=0.05)
@@ -150,7 +150,7 @@ def test_base_size():
 
 
 @pytest.mark.parametrize("case", ["tiny", "odd"], indirect=True)
-def test_bfloat16_is_no_worse_than_torch(case):
+def test_bfloat16_error_is_within_error_of_torch(case):
     """Norms, softmax and head in float32 cannot lose to torch, which keeps all in bfloat16."""
     config, params, batch, reference = case
     exact = reference.output.logits.detach().numpy()

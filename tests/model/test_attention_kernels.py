@@ -22,7 +22,7 @@ NO_DROPOUT = TINY.replace(attention_probs_dropout_prob=0.0)
 
 
 @pytest.mark.parametrize(("L", "K", "causal"), [(20, 20, False), (20, 8, True), (150, 8, False)])
-def test_splash_is_plain_attention(L, K, causal):
+def test_splash_matches_plain_attention(L, K, causal):
     """Outputs and gradients on packed rows with pads on either side, who see each other."""
     rng = np.random.default_rng(0)
     q, k, v, g = (jnp.asarray(rng.standard_normal((2, L, 3, K)), jnp.float32) for _ in "qkvg")
@@ -45,7 +45,7 @@ def test_splash_is_plain_attention(L, K, causal):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-def test_real_tokens_see_what_the_mask_says():
+def test_segments_of_real_tokens_follow_the_mask():
     mask = jnp.asarray([[0, 1, 1, 0], [1, 1, 1, 1]])
     segments = attention_kernels.to_segment_ids(mask, None, mask.shape)
     same = visibility_mask(segment_ids=segments)
@@ -55,7 +55,7 @@ def test_real_tokens_see_what_the_mask_says():
 
 
 @pytest.mark.slow
-def test_splash_on_eight_devices_is_xla_on_one():
+def test_splash_on_eight_devices_matches_xla_on_one():
     """A step of gradient descent at rate 1, with remat under a scan: on a mesh and by pmap."""
     done = subprocess.run(
         [sys.executable, ROOT / "tests/programs/splash_on_a_mesh.py"],
@@ -100,7 +100,7 @@ def test_cudnn_is_called_forward_and_backward(queries, monkeypatch):
     assert bias in backward.rpartition(": (")[2].partition("->")[0]
 
 
-def test_auto_takes_a_kernel_where_it_serves_alone(monkeypatch):
+def test_auto_selects_kernel_only_where_supported(monkeypatch):
     def chosen(platform, config=NO_DROPOUT, dtype=jnp.bfloat16, training=True, **more):
         monkeypatch.setattr(attention_kernels, "target_platform", lambda: platform)
         asked = {"a cache": more.get("cache", False)}
@@ -114,7 +114,7 @@ def test_auto_takes_a_kernel_where_it_serves_alone(monkeypatch):
     assert chosen("tpu", mask=jnp.ones((1, 32, 32))) is None
 
 
-def test_what_a_kernel_does_not_do_is_named_all_at_once():
+def test_unsupported_kernel_features_are_reported_together():
     config = TINY.replace(attention_probs_dropout_prob=0.1, num_attention_heads=1, hidden_size=20)
     found = unsupported_reasons("cudnn", config, jnp.float32, 31, True, "tpu")
     for part in ("tpu backend", "dropout_prob=0.1", "float32", "20 dimensions", "31 positions"):
@@ -126,7 +126,7 @@ def test_what_a_kernel_does_not_do_is_named_all_at_once():
 
 @pytest.mark.libtpu
 @pytest.mark.parametrize("mesh", [(), ("--mesh_tensor=2",)])
-def test_splash_is_compiled_for_a_tpu_slice(mesh):
+def test_splash_compiles_for_tpu_slice(mesh):
     run = ["--run_dir=none", "--compile_topology=v5e:2x2", "--attention=splash", *mesh]
     rows = {"sequence_length": 160, "max_position_embeddings": 162}  # two tiles
     done = call("pretrain", *tiny_flags(attention_probs_dropout_prob=0.0, **rows), *run)
@@ -134,7 +134,7 @@ def test_splash_is_compiled_for_a_tpu_slice(mesh):
     assert ": fits" in done.stdout and "all-gather" not in done.stdout
 
 
-def test_a_kernel_that_cannot_serve_is_refused_before_any_work(tmp_path):
+def test_unsupported_kernel_is_refused_before_training(tmp_path):
     flags = tiny_flags(attention="splash", attention_probs_dropout_prob=0.1)
     done = call("pretrain", *flags, f"--run_dir={tmp_path / 'run'}")
     assert done.returncode == 2 and not (tmp_path / "run").exists()

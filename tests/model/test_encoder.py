@@ -39,7 +39,7 @@ def case(request):
 
 
 @pytest.mark.parametrize("places", ["right", "left", "middle"])
-def test_padding_changes_nothing(case, places):
+def test_padding_does_not_change_real_outputs(case, places):
     config, params, ids = case
     plain = encode(config, params, ids).last_hidden_state
     where = {"right": [12] * 4, "left": [0] * 4, "middle": [3, 3, 7, 9]}[places]
@@ -49,7 +49,7 @@ def test_padding_changes_nothing(case, places):
     np.testing.assert_allclose(output[real].reshape(plain.shape), plain, **SIMILAR)
 
 
-def test_fully_padded_row_is_finite_and_does_not_disturb_others(case):
+def test_fully_padded_row_is_finite_and_does_not_affect_others(case):
     config, params, ids = case
     padded = np.concatenate([ids, np.full((1, 12), config.pad_token_id)])
     mask = jnp.asarray(padded != config.pad_token_id)
@@ -59,7 +59,7 @@ def test_fully_padded_row_is_finite_and_does_not_disturb_others(case):
     np.testing.assert_allclose(output[:3], plain, **SIMILAR)
 
 
-def test_packing_is_separate_rows(case):
+def test_packed_segments_match_separate_rows(case):
     config, params, ids = case
     pad = config.pad_token_id
     pieces = [ids[0, :5], ids[1, :4], ids[2, :2]]
@@ -77,7 +77,7 @@ def test_packing_is_separate_rows(case):
     assert np.isfinite(packed).all()
 
 
-def test_gradient_reaches_all_of_a_segment_and_nothing_else():
+def test_gradient_reaches_exactly_its_own_segment():
     """Which embeddings can influence one output: its own segment's, no pad's, no neighbour's."""
     params = random_params(TINY, "encoder")
     segments = jnp.asarray([[1, 1, 1, 2, 2, 2, 0, 0]])
@@ -105,7 +105,7 @@ def test_gradient_reaches_all_of_a_segment_and_nothing_else():
     ],
     ids=["scan", "remat", "scan_dots", "scan_remat"],
 )
-def test_execution_changes_nothing(execution):
+def test_execution_settings_do_not_change_results(execution):
     """Outputs and gradients, dropout included: keys belong to layers, not to loops."""
     expected, expected_gradient = with_dropout(Execution(scan_layers=False))
     found, gradient = with_dropout(execution)
@@ -143,7 +143,7 @@ def with_dropout(execution):
     return output, gradients
 
 
-def test_reading_some_positions_is_exact(case):
+def test_computing_selected_positions_is_exact(case):
     config, params, ids = case
     ids = ids.copy()
     ids[0, 9:] = config.pad_token_id
@@ -157,7 +157,7 @@ def test_reading_some_positions_is_exact(case):
         np.testing.assert_allclose(part, whole[:, read[0]], **SIMILAR)
 
 
-def test_reading_some_positions_of_a_decoder_is_exact():
+def test_computing_selected_positions_of_a_decoder_is_exact():
     """Causal and cross-attention masks are narrowed with the queries, those of three axes too."""
     config = TINY.replace(is_decoder=True, add_cross_attention=True)
     params, ids, rng = random_params(config, "encoder"), some_ids(config), np.random.default_rng(0)
@@ -170,7 +170,7 @@ def test_reading_some_positions_of_a_decoder_is_exact():
     np.testing.assert_allclose(part, jnp.take_along_axis(whole, read[..., None], 1), **SIMILAR)
 
 
-def test_vmap_is_a_loop():
+def test_vmap_matches_loop():
     """Over models (an ensemble) and, of the gradient, over rows: per-example gradients."""
     config, params, ids = TINY, random_params(TINY, "encoder"), some_ids(TINY)
     trees = [params, random_params(config, "encoder", seed=1)]
@@ -196,7 +196,7 @@ def test_pmap_of_every_module():
     subprocess.run([sys.executable, script], check=True, timeout=600, env=environment)
 
 
-def test_a_batch_is_its_rows_and_jit_is_no_jit(case):
+def test_batch_matches_single_rows_and_jit_matches_eager(case):
     config, params, ids = case
     whole = encode(config, params, ids).last_hidden_state
     jitted = jax.jit(lambda p, x: encode(config, p, x).last_hidden_state)(params, ids)
@@ -216,7 +216,7 @@ def test_masks_in_two_and_three_dimensions_agree(case):
     np.testing.assert_allclose(full, flat, **SIMILAR)
 
 
-def test_dropout_takes_keys_of_every_kind():
+def test_dropout_accepts_keys_of_every_type():
     module = Encoder(TINY, Execution())
     params, ids = random_params(TINY, "encoder"), some_ids(TINY)
 
@@ -230,7 +230,7 @@ def test_dropout_takes_keys_of_every_kind():
     assert np.isfinite(rbg[0]).all() and not np.array_equal(*rbg)
 
 
-def test_layers_that_stand_apart_are_the_same_layers(case):
+def test_unstacked_layers_match_stacked_layers(case):
     """Bit for bit; and on a CPU, in the same memory."""
     config, params, ids = case
     params = jax.device_put(params)

@@ -8,13 +8,13 @@ import pytest
 from prelnroberta.model import encoder
 
 
-def test_positions_count_real_tokens():
+def test_position_ids_count_real_tokens():
     ids = jnp.asarray([[12, 31, 13, 1], [1, 12, 31, 1], [1, 1, 1, 1]])
     found = encoder.default_position_ids(ids, 1)
     np.testing.assert_array_equal(found, [[2, 3, 4, 1], [1, 2, 3, 1], [1, 1, 1, 1]])
 
 
-def test_layer_norm_keeps_its_precision_far_from_zero():
+def test_layer_norm_precision_far_from_zero():
     """At mean 100 and deviation 1, Flax's one-pass variance is off by 1.7e-3."""
     x = np.random.default_rng(0).standard_normal((64, 256)) + 100
     x = x.astype(np.float32)
@@ -36,7 +36,7 @@ def test_layer_norm_keeps_its_precision_far_from_zero():
         ("...d,dc->...c", (0, 8), (8, 3), 1),
     ],
 )
-def test_projection_is_einsum_in_value_and_every_derivative(equation, inputs, kernel, fan_in):
+def test_projection_matches_einsum_in_value_and_derivatives(equation, inputs, kernel, fan_in):
     """Forwards, backwards and one after the other: it has a derivative rule of its own."""
     rng = np.random.default_rng(0)
     shapes = inputs, kernel, kernel[fan_in:]
@@ -71,7 +71,7 @@ def test_projection_is_einsum_in_value_and_every_derivative(equation, inputs, ke
     )
 
 
-def test_dropout_draws_for_every_head_and_example_and_keeps_the_mean():
+def test_dropout_differs_by_head_and_example_and_keeps_the_mean():
     x = jnp.ones((8, 4, 32, 32))
     dropped = np.asarray(encoder.dropout(x, 0.25, jax.random.key(0)))
     assert set(np.unique(dropped)) == {np.float32(0), np.float32(4 / 3)}

@@ -16,7 +16,7 @@ from tests.helpers.masked_batches import masked_rows
 from tests.helpers.small_models import TINY, random_params
 
 
-def test_rows_that_fill_a_batch_count_in_no_loss():
+def test_filler_rows_do_not_count_in_losses():
     rng = np.random.default_rng(1)
     logits = rng.standard_normal((6, 3)).astype(np.float32)
     labels = rng.random((6, 3)).round().astype(np.float32)
@@ -29,7 +29,7 @@ def test_rows_that_fill_a_batch_count_in_no_loss():
     assert one.weight == 6
 
 
-def test_cross_entropy_counts_what_it_is_told_to():
+def test_cross_entropy_is_weighted():
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((4, 7, 11)).astype(np.float32)
     labels = rng.integers(0, 11, (4, 7))
@@ -56,7 +56,7 @@ def test_scores_of_rows_add_up():
         assert float(getattr(total, name)) == pytest.approx(float(getattr(whole, name)), rel=1e-5)
 
 
-def test_logits_in_parts_are_the_same_in_less_memory():
+def test_chunked_logits_match_in_less_memory():
     config = TINY.replace(vocab_size=20_000)
     params, batch = random_params(config), masked_rows(32, 26)
     keys = jax.random.split(jax.random.key(0), 4)
@@ -82,7 +82,7 @@ def test_logits_in_parts_are_the_same_in_less_memory():
         )
 
 
-def test_smoothing_spreads_over_the_classes_there_are():
+def test_label_smoothing_ignores_masked_classes():
     """Of four logits two are no class: the loss is that of the two others alone."""
     logits, labels = np.float32([[0.3, -1.2, -1e30, -1e30]]), np.array([1])
     smooth = losses.LossSettings(label_smoothing=0.3)

@@ -17,7 +17,7 @@ WEIGHTS = (0.3, 1.7, 2.0, 0.9, 1.1)
 
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_cross_entropy_is_torchs(weights, smoothing):
+def test_cross_entropy_matches_torch(weights, smoothing):
     rng = np.random.default_rng(0)
     logits = 3 * rng.standard_normal((4, 7, 5)).astype(np.float32)
     labels = rng.integers(0, 5, (4, 7))

@@ -105,7 +105,7 @@ def read(path):
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_torch_classes_of_transformers_4(kind, answers):
+def test_outputs_and_gradients_match_torch_classes(kind, answers):
     root, ours = answers
     (model, config), (loss, found, gradients) = CASES[kind], ours[kind]
     expected, ladder = read(root / kind / "torch.npz")
@@ -118,7 +118,7 @@ def test_torch_classes_of_transformers_4(kind, answers):
 
 
 @pytest.mark.parametrize("kind", FLAX)
-def test_flax_classes_of_transformers_4(kind, answers):
+def test_outputs_and_gradients_match_flax_classes(kind, answers):
     """Both sides are float32 here: the bounds are twice what each may be off by itself."""
     root, ours = answers
     (model, config), (_, found, gradients) = CASES[kind], ours[kind]
@@ -128,7 +128,7 @@ def test_flax_classes_of_transformers_4(kind, answers):
 
 
 @pytest.mark.parametrize("kind", FLAX)
-def test_flax_files_of_transformers_4(kind, answers):
+def test_msgpack_files_of_transformers4_are_read(kind, answers):
     root, _ = answers
     model, config = CASES[kind]
     ours = flax_class(model).from_pretrained(root / kind / "msgpack")
@@ -143,11 +143,11 @@ def test_flax_files_of_transformers_4(kind, answers):
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_transformers_4_reads_what_we_write_without_a_word(kind, answers):
+def test_transformers4_loads_our_files_without_warnings(kind, answers):
     assert (answers[0] / kind / "said.txt").read_text() == ""
 
 
-def test_it_would_have_said_a_word(answers):
+def test_transformers4_reports_a_missing_tensor(answers):
     """Of a file that lacks a tensor it speaks twice: in its log and in what it returns."""
     said = (answers[0] / "lacking" / "said.txt").read_text().splitlines()
     assert len(said) >= 2

@@ -38,7 +38,7 @@ from tests.helpers.tolerances import assert_same_params
 # Files.
 
 
-def test_saving_whole_replaces_shards(tmp_path):
+def test_saving_one_file_replaces_shards(tmp_path):
     small_flax_model("base").save_pretrained(tmp_path, max_shard_bytes=4000)
     assert len(list(tmp_path.glob("model-*"))) > 2
     whole = small_flax_model("base", seed=1)
@@ -47,7 +47,7 @@ def test_saving_whole_replaces_shards(tmp_path):
     assert_same_params(FlaxRobertaPreLayerNormModel.from_pretrained(tmp_path).params, whole.params)
 
 
-def test_heads_are_swapped_and_reported(tmp_path, caplog):
+def test_loading_into_other_head_reports_keys(tmp_path, caplog):
     base = small_flax_model("base")
     base.save_pretrained(tmp_path / "base")
     headed = FlaxRobertaPreLayerNormForSequenceClassification.from_pretrained(
@@ -71,7 +71,7 @@ def test_heads_are_swapped_and_reported(tmp_path, caplog):
     assert_same_params(back.params["encoder"], base.params["encoder"])
 
 
-def test_mismatched_sizes_only_where_asked(tmp_path):
+def test_mismatched_sizes_raise_unless_ignored(tmp_path):
     ours = small_flax_model("sequence_classification", SMALL.replace(num_labels=3))
     ours.save_pretrained(tmp_path)
     cls = FlaxRobertaPreLayerNormForSequenceClassification
@@ -86,7 +86,7 @@ def test_mismatched_sizes_only_where_asked(tmp_path):
     assert again([[0, 5]]).logits.shape == (1, 4)
 
 
-def test_one_error_lists_everything(tmp_path):
+def test_one_error_lists_all_differences(tmp_path):
     small_flax_model("masked_lm").save_pretrained(tmp_path)
     tensors, _ = read_weights(tmp_path)
     del tensors["lm_head.dense.bias"]
@@ -110,7 +110,7 @@ def test_one_error_lists_everything(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "flax_model.msgpack"])
-def test_damaged_files_are_refused_in_one_line(name, tmp_path):
+def test_corrupt_files_raise_one_line(name, tmp_path):
     small_flax_model("base").save_pretrained(tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").unlink()
@@ -132,7 +132,7 @@ def test_damaged_files_are_refused_in_one_line(name, tmp_path):
         FlaxRobertaPreLayerNormModel.from_pretrained(tmp_path)
 
 
-def test_a_config_that_contradicts_the_weights_is_refused(tmp_path):
+def test_config_contradicting_weights_raises(tmp_path):
     small_flax_model("causal_lm").save_pretrained(tmp_path)
     for change, complaint in (
         ({"num_hidden_layers": 1}, "unexpected .*layer.1"),
@@ -171,7 +171,7 @@ def test_half_precision_files_and_trees(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_resizing_keeps_old_logits(tied):
+def test_resizing_embeddings_keeps_old_logits(tied):
     ours = small_flax_model("masked_lm", SMALL.replace(tie_word_embeddings=tied))
     before = ours(IDS).logits
     ours.resize_token_embeddings(61, pad_to_multiple_of=8)
@@ -187,7 +187,7 @@ def test_resizing_keeps_old_logits(tied):
             ours.resize_token_embeddings(*sizes)
 
 
-def test_pruned_heads_are_masked_heads_and_stay_out(tmp_path):
+def test_pruned_heads_match_masked_heads_and_persist(tmp_path):
     ours = small_flax_model("base")
     mask = np.ones((2, 2), np.float32)
     mask[1, 0] = 0
@@ -207,7 +207,7 @@ def test_pruned_heads_are_masked_heads_and_stay_out(tmp_path):
             ours.prune_heads(heads)
 
 
-def test_head_mask_weighs_probabilities():
+def test_head_mask_scales_probabilities():
     """A float per head; the reported probabilities are the weighted ones."""
     ours = small_flax_model("base")
     plain = ours(IDS, output_attentions=True).attentions
@@ -218,7 +218,7 @@ def test_head_mask_weighs_probabilities():
     np.testing.assert_array_equal(per_layer, ours(IDS, head_mask=weights).last_hidden_state)
 
 
-def test_frozen_paths_do_not_move():
+def test_frozen_paths_do_not_change():
     ours = small_flax_model("token_classification")
     labels = freeze_labels(ours.params, ["embeddings/*", "*/key/bias"])
     steps = {"trained": optax.sgd(0.1), "frozen": optax.set_to_zero()}
@@ -236,7 +236,7 @@ def test_frozen_paths_do_not_move():
 
 
 @pytest.mark.parametrize("config", [PLAIN_DECODER, DECODER], ids=["plain", "cross"])
-def test_cached_decoding_is_the_full_forward(config):
+def test_cached_decoding_matches_full_forward(config):
     """A prompt of four columns, then one, one and two: any padding, each row for itself."""
     ours = small_flax_model("causal_lm", config)
     rng = np.random.default_rng(0)
@@ -263,7 +263,7 @@ def test_cached_decoding_is_the_full_forward(config):
     assert logits.shape == (5, 1, 60) and int(after.cache["index"]) == 9
 
 
-def test_causal_logits_do_not_see_the_future():
+def test_causal_logits_do_not_depend_on_later_tokens():
     ours = small_flax_model("causal_lm", PLAIN_DECODER)
     changed = IDS.copy()
     changed[:, 3] = 11
@@ -277,7 +277,7 @@ def test_causal_logits_do_not_see_the_future():
 # Reading the inside.
 
 
-def test_embeddings_given_are_embeddings_looked_up():
+def test_inputs_embeds_match_input_ids():
     for model in ("base", "multiple_choice", "sequence_classification"):
         ours = small_flax_model(model)
         ids = IDS[:1, :4]
@@ -294,7 +294,7 @@ def test_embeddings_given_are_embeddings_looked_up():
     assert (np.abs(by_vector).sum(-1) > 0).all()
 
 
-def test_last_hidden_state_is_normed_or_not_as_the_config_says():
+def test_tie_last_hidden_states():
     tied, loose = (
         small_flax_model("base"),
         small_flax_model("base", SMALL.replace(tie_last_hidden_states=False)),
@@ -305,7 +305,7 @@ def test_last_hidden_state_is_normed_or_not_as_the_config_says():
     np.testing.assert_array_equal(a.hidden_states[1], b.hidden_states[1])
 
 
-def test_narrowed_classification_is_exact():
+def test_classification_of_first_position_only_is_exact():
     """Asking for streams computes the last block everywhere; the logits stay."""
     for model in ("sequence_classification", "multiple_choice"):
         ours = small_flax_model(model)
@@ -314,7 +314,7 @@ def test_narrowed_classification_is_exact():
         np.testing.assert_allclose(ours(ids).logits, whole.logits, rtol=1e-5, atol=1e-5)
 
 
-def test_outputs_index_as_transformers_do():
+def test_outputs_index_like_transformers():
     output = small_flax_model("base")(IDS, output_attentions=True)
     assert output.keys() == ["last_hidden_state", "pooler_output", "attentions"]
     assert output[0] is output["last_hidden_state"] is output.last_hidden_state
@@ -362,14 +362,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_refused(name):
+def test_bad_input_raises(name):
     inputs, complaint = BAD[name]
     with pytest.raises(InputError, match=complaint) as error:
         small_flax_model("masked_lm")(**inputs)
     assert "\n" not in str(error.value)
 
 
-def test_bad_targets_are_refused():
+def test_bad_targets_raise():
     sequence = small_flax_model("sequence_classification", SMALL.replace(num_labels=3))
     span, choice = small_flax_model("question_answering"), small_flax_model("multiple_choice")
     for call, complaint in (
@@ -391,7 +391,7 @@ def test_bad_targets_are_refused():
             call()
 
 
-def test_bad_caches_are_refused():
+def test_bad_caches_raise():
     ours = small_flax_model("causal_lm", PLAIN_DECODER)
     deeper = flax_model("causal_lm", PLAIN_DECODER.replace(num_hidden_layers=3))
     for cache, complaint in (
@@ -409,7 +409,7 @@ def test_bad_caches_are_refused():
         ours(IDS, past_key_values=cache)
 
 
-def test_bad_options_are_refused():
+def test_bad_options_raise():
     for options, complaint in (
         ({"attention": "flash"}, "attention='flash', expected one of"),
         ({"dtype": "float8"}, "dtype='float8', expected float32 or bfloat16"),
@@ -424,7 +424,7 @@ def test_bad_options_are_refused():
         ours.params = small_flax_model("masked_lm").params
 
 
-def test_fused_attention_is_refused_where_it_cannot_serve():
+def test_fused_attention_raises_where_unsupported():
     for attention in ("cudnn", "splash"):
         ours = small_flax_model("base", attention=attention)
         for options in ({}, {"output_attentions": True}, {"head_mask": np.ones(2, np.float32)}):
@@ -435,12 +435,12 @@ def test_fused_attention_is_refused_where_it_cannot_serve():
                 assert part in str(error.value)
 
 
-def test_saving_refuses_a_tree_of_another_model(tmp_path):
+def test_saving_params_of_other_model_raises(tmp_path):
     with pytest.raises(InputError, match="missing pooler/kernel"):
         save_pretrained(tmp_path, random_params(SMALL, "encoder"), SMALL, "base")
 
 
-def test_calls_follow_the_parameters():
+def test_calls_follow_changed_params():
     """What a call prepares of its parameters is never used for others, nor kept from a trace."""
     model = flax_class("masked_lm")(SMALL)
     ids = np.array([[0, 5, 6, 2]])

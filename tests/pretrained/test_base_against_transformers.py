@@ -20,7 +20,7 @@ UNTIED = ["masked_lm-untied", "causal_lm-untied"]
 
 
 @pytest.mark.parametrize("name", [*MODELS, *UNTIED])
-def test_round_trip_through_transformers_5(name, tmp_path, caplog):
+def test_round_trip_through_transformers5(name, tmp_path, caplog):
     """We write, transformers reads without a word and writes, we read the same bits."""
     model, _, untied = name.partition("-")
     ours = small_flax_model(model, small_config(model).replace(tie_word_embeddings=not untied))
@@ -47,7 +47,7 @@ def read_by_transformers_5(model, directory, caplog):
     return theirs, said + [str(w.message) for w in warned], {k: v for k, v in info.items() if v}
 
 
-def test_transformers_5_would_have_said_a_word(tmp_path, caplog):
+def test_transformers5_reports_a_missing_tensor(tmp_path, caplog):
     """Or the test above could not fail."""
     small_flax_model("masked_lm").save_pretrained(tmp_path)
     tensors, _ = read_weights(tmp_path)

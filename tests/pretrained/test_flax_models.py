@@ -7,7 +7,7 @@ import numpy as np
 from tests.helpers.small_models import SMALL, flax_model, random_params
 
 
-def test_no_counted_label_is_a_loss_of_zero():
+def test_loss_without_counted_labels_is_zero():
     ours = flax_model("masked_lm", SMALL)
     params = random_params(SMALL)
     loss = ours([[5, 6, 7]], params=params, labels=[[-100] * 3]).loss
@@ -18,7 +18,7 @@ def test_no_counted_label_is_a_loss_of_zero():
     assert float(outside) == 0.0
 
 
-def test_problem_type_is_decided_anew_by_every_call():
+def test_problem_type_is_inferred_by_each_call():
     config = SMALL.replace(num_labels=3)
     ours = flax_model("sequence_classification", config)
     params = random_params(config, "sequence_classification")

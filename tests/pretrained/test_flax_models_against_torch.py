@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.torch, pytest.mark.oracle]
 
 
 @pytest.mark.parametrize("kind", MODEL_CASES)
-def test_parity(kind):
+def test_outputs_loss_and_gradients_match_torch(kind):
     model, config = MODEL_CASES[kind]
     batch = case_batch(model, config, kind)
     value, found, gradients, weight = flax_loss_and_gradients(kind)

@@ -25,7 +25,7 @@ def step_by_step(model, prompt):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_greedy_is_step_by_step_argmax(model, side):
+def test_greedy_matches_step_by_step_argmax(model, side):
     found = np.asarray(model.generate(pad_prompts(PROMPTS, side), max_new_tokens=NEW).sequences)
     for row, prompt in zip(found, PROMPTS, strict=True):
         assert row[-NEW:].tolist() == step_by_step(model, prompt)
@@ -44,6 +44,6 @@ def test_beams_do_not_depend_on_padding_or_neighbours(model):
     np.testing.assert_array_equal(alone[0], left[1])
 
 
-def test_what_would_outgrow_the_positions_is_refused(model):
+def test_generating_beyond_position_table_raises(model):
     with pytest.raises(InputError, match=r"continuation of 69 tokens .*64"):
         model.generate(np.array([[0, 5, 6, 7, 8]]), max_new_tokens=65)

@@ -32,7 +32,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_transformers_generates_the_same(model, settings, tmp_path):
+def test_generated_tokens_match_transformers(model, settings, tmp_path):
     """Greedy and beams, of prompts padded on the left, by the same weights with its own cache."""
     model.save_pretrained(tmp_path)
     theirs = CountsFromPad.from_pretrained(tmp_path).eval()

@@ -17,7 +17,7 @@ CONFIGS = {"tied": TINY, "untied": ODD}
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_tree_survives_the_trip_bit_for_bit(config, tmp_path):
+def test_params_round_trip_bit_for_bit(config, tmp_path):
     params = random_params(config)
     save_pretrained(tmp_path, params, config)
     back, config_back = load_pretrained(tmp_path)
@@ -27,7 +27,7 @@ def test_tree_survives_the_trip_bit_for_bit(config, tmp_path):
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
 
 
-def test_every_difference_is_listed_at_once():
+def test_all_differences_are_listed_in_one_error():
     tensors = to_state_dict(random_params(TINY), TINY)
     del tensors["lm_head.dense.weight"]
     tensors["lm_head.dens.weight"] = np.zeros((2, 2), np.float32)
@@ -42,14 +42,14 @@ def test_every_difference_is_listed_at_once():
         assert part in str(error.value)
 
 
-def test_nan_is_refused_by_name():
+def test_nan_raises_with_tensor_name():
     tensors = to_state_dict(random_params(TINY), TINY)
     tensors["lm_head.bias"][3] = np.nan
     with pytest.raises(InputError, match=r"NaN or infinity in lm_head\.bias"):
         from_state_dict(tensors, TINY)
 
 
-def test_damaged_files_are_refused_in_one_line(tmp_path):
+def test_corrupt_files_raise_one_line(tmp_path):
     save_pretrained(tmp_path, random_params(TINY), TINY)
     path = tmp_path / "model.safetensors"
     whole = path.read_bytes()

@@ -27,7 +27,7 @@ CONFIGS = {"tied": TINY, "untied": ODD}
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_names_are_a_bijection_onto_the_torch_models(config):
+def test_tensor_names_match_torch_models(config):
     model = AutoModelForMaskedLM.from_config(_torch_config(config))
     torch_names = {name: tuple(p.shape) for name, p in model.named_parameters()}
     ours = {name: t.shape for name, t in to_state_dict(random_params(config), config).items()}
@@ -37,7 +37,7 @@ def test_names_are_a_bijection_onto_the_torch_models(config):
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_what_transformers_saves_is_what_we_load(config, tmp_path):
+def test_files_saved_by_transformers_are_loaded(config, tmp_path):
     torch.manual_seed(0)
     model = AutoModelForMaskedLM.from_config(_torch_config(config)).eval()
     with torch.no_grad():
@@ -70,7 +70,7 @@ print(json.dumps([inputs["input_ids"].tolist(), logits.tolist()]))
 """
 
 
-def test_auto_classes_load_without_a_word_and_agree(tmp_path):
+def test_auto_classes_load_without_warnings_and_match(tmp_path):
     """Model and tokenizer in a fresh process: nothing on standard error, our ids, our logits."""
     tokenizer = train_tokenizer(["the cat sat on the mat, and that was that"] * 20, 300)
     config = TINY.replace(vocab_size=tokenizer.get_vocab_size())

@@ -35,7 +35,7 @@ def saved(tmp_path_factory):
     return directory
 
 
-def test_round_trip_of_all_of_the_state(saved):
+def test_state_round_trip(saved):
     checkpoints = CheckpointManager(saved)
     assert checkpoints.latest_step() == 2
     for step in (1, 2):
@@ -70,7 +70,7 @@ def files_of(directory):
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_of_any_file_is_told_or_harmless(saved, tmp_path, damage, capfd):
+def test_damage_of_any_file_is_reported_or_harmless(saved, tmp_path, damage, capfd):
     seed = random.randrange(1 << 30)
     at = random.Random(seed)
     told = set()
@@ -101,7 +101,7 @@ def test_damage_of_any_file_is_told_or_harmless(saved, tmp_path, damage, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_every_flipped_byte_of_the_weights_is_found(saved, tmp_path):
+def test_flipped_bytes_of_weights_are_detected(saved, tmp_path):
     largest = max(files_of(saved / "2" / "params"), key=lambda p: p.stat().st_size)
     at = random.Random(0)
     for number in range(8):
@@ -115,7 +115,7 @@ def test_every_flipped_byte_of_the_weights_is_found(saved, tmp_path):
         checkpoints.close()
 
 
-def test_a_changed_value_is_named_by_its_leaf(saved, tmp_path):
+def test_changed_value_raises_with_leaf_path(saved, tmp_path):
     """orbax itself loads another save's values without a word; the manifest's checksums do not."""
     shutil.copytree(saved, tmp_path / "c")
     other = CheckpointManager(tmp_path / "other")
@@ -131,7 +131,7 @@ def test_a_changed_value_is_named_by_its_leaf(saved, tmp_path):
     checkpoints.close()
 
 
-def test_another_model_is_named_leaf_by_leaf(saved):
+def test_other_model_raises_with_leaf_paths(saved):
     checkpoints = CheckpointManager(saved)
     with pytest.raises(CheckpointError) as error:
         checkpoints.restore(train_state(9, size=61))
@@ -139,7 +139,7 @@ def test_another_model_is_named_leaf_by_leaf(saved):
     checkpoints.close()
 
 
-def test_killed_while_saving_leaves_whole_steps_only(tmp_path):
+def test_kill_while_saving_leaves_only_complete_steps(tmp_path):
     seed = random.randrange(1 << 30)
     moments = random.Random(seed)
     process = None
@@ -167,7 +167,7 @@ def test_killed_while_saving_leaves_whole_steps_only(tmp_path):
 
 
 @pytest.mark.slow
-def test_fifty_kills_at_any_moment_and_every_start_finds_a_whole_step(tmp_path):
+def test_fifty_kills_at_random_moments_leave_a_complete_step(tmp_path):
     """Each start verifies the latest step, all of it, and saves on until it is killed."""
     seed = random.randrange(1 << 30)
     command = [
@@ -180,7 +180,7 @@ def test_fifty_kills_at_any_moment_and_every_start_finds_a_whole_step(tmp_path):
     assert len(found) == 50 and found == sorted(found) and found[-1] > 25, (seed, found)
 
 
-def test_full_disk_is_told_and_costs_no_earlier_step(tmp_path, caplog):
+def test_full_disk_raises_and_keeps_earlier_steps(tmp_path, caplog):
     with filled_disk(tmp_path / "disk") as disk:
         checkpoints = CheckpointManager(disk.path, max_to_keep=9)
         checkpoints.save(train_state(1, size=200), {})
@@ -215,7 +215,7 @@ def test_full_disk_is_told_and_costs_no_earlier_step(tmp_path, caplog):
         checkpoints.close()
 
 
-def test_an_error_of_the_writing_thread_surfaces(tmp_path, monkeypatch):
+def test_error_of_writing_thread_is_raised(tmp_path, monkeypatch):
     """A bug behind `save` is raised by the next call, as it is: never lost in a thread."""
     checkpoints = CheckpointManager(tmp_path)
     from orbax.checkpoint._src.checkpointers import async_checkpointer

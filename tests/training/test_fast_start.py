@@ -40,14 +40,14 @@ def started():
     return fast_start(plain, CONFIG, log_frequencies)
 
 
-def test_tree_stays_the_models(started):
+def test_fast_start_keeps_the_parameter_tree(started):
     parameters.check(started, CONFIG)
     bias = started["lm_head"]["bias"]
     assert np.isfinite(bias).all() and float(bias[0]) == float(bias.min())
     assert (np.asarray(started["embeddings"]["position"])[CONFIG.pad_token_id] == 0).all()
 
 
-def test_first_layer_heads_look_at_their_neighbours(started):
+def test_first_layer_heads_attend_to_neighbours(started):
     ids = np.random.default_rng(0).integers(4, 63, (8, L))
     words, positions = started["embeddings"]["word"][ids], np.tile(np.arange(2, L + 2), (8, 1))
     x = embeddings(started["embeddings"], CONFIG, np.float32, words, None, positions, None)
@@ -61,7 +61,7 @@ def test_first_layer_heads_look_at_their_neighbours(started):
         assert weights[:, head, inside, inside + offset].mean() > 0.9, offset
 
 
-def test_rows_too_long_for_the_sinusoids_are_refused():
+def test_rows_too_long_for_the_sinusoids_raise():
     check_length(CONFIG, 32)
     with pytest.raises(InputError, match=r"distinguish 32 positions, but rows have 33"):
         check_length(CONFIG, 33)
@@ -107,7 +107,7 @@ def loss_after(steps: int, params: parameters.Tree, rows: Chains) -> float:
     return float(state.window.loss / state.window.weight)
 
 
-def test_it_leaves_the_plateau_where_a_plain_start_stays():
+def test_fast_start_leaves_the_unigram_plateau():
     rows = Chains()
     baseline = UnigramBaseline(np.bincount(rows.tokens.ravel(), minlength=64), (0, 1, 2, 3, 63))
     labels = rows.tokens

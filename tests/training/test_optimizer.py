@@ -51,20 +51,20 @@ def test_schedules(schedule):
 
 
 @pytest.mark.parametrize("schedule", HALF)
-def test_without_warm_up_the_first_step_has_the_peak(schedule):
+def test_first_step_has_peak_rate_without_warmup(schedule):
     np.testing.assert_allclose(
         learning_rate_schedule(settings(schedule=schedule, warmup_steps=0))(0), 0.4
     )
 
 
-def test_warm_up_may_be_the_whole_run():
+def test_warmup_may_last_the_whole_run():
     rate = learning_rate_schedule(settings(warmup_steps=100))
     np.testing.assert_allclose([rate(50), rate(99)], [0.2, 0.396], rtol=1e-6)
 
 
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("norms", [False, True])
-def test_what_is_said_to_decay_decays_by_rate_times_weight(biases, norms):
+def test_weight_decay_applies_to_selected_kinds(biases, norms):
     """Without a gradient AdamW only decays: p becomes p * (1 - rate * decay), or stays."""
     chosen = settings(
         warmup_steps=0,
@@ -108,7 +108,7 @@ def first_update(gradient, **changes):
     return optimizer.update(gradient, optimizer.init(params), params)[0]
 
 
-def test_clipping_is_by_the_global_norm():
+def test_clipping_uses_global_norm():
     gradient = jax.tree.map(lambda x: jnp.asarray(x) * 0.1, random_params(TINY, seed=1))
     norm = float(optax.global_norm(gradient))
     shorter = jax.tree.map(lambda g: g / norm, gradient)
@@ -124,7 +124,7 @@ def test_clipping_is_by_the_global_norm():
     assert float(changed[0]) > 1.2 * float(changed[1])
 
 
-def test_adam_is_adam():
+def test_adam_matches_hand_computed_steps():
     """Two steps by hand, on one bias: bias-corrected moments, epsilon outside the root."""
     chosen = settings(warmup_steps=0, schedule="constant", adam_beta1=0.8, adam_beta2=0.6)
     params = jax.tree.map(jnp.asarray, random_params(TINY))
@@ -141,7 +141,7 @@ def test_adam_is_adam():
     np.testing.assert_allclose(params["lm_head"]["bias"], value, rtol=1e-5, atol=1e-6)
 
 
-def test_lamb_steps_are_as_long_as_the_layer_times_the_rate():
+def test_lamb_step_length_is_layer_norm_times_rate():
     """Of each layer by itself, and in the direction of Adam; what is zero takes Adam's step."""
     chosen = settings(warmup_steps=0, schedule="constant", weight_decay=0.0, optimizer="lamb")
     params = jax.tree.map(jnp.asarray, random_params(TINY))
@@ -185,7 +185,7 @@ def test_lamb_steps_are_as_long_as_the_layer_times_the_rate():
         ({"clip_norm": float("nan")}, "clip_norm=nan"),
     ],
 )
-def test_bad_fields_are_named(changes, message):
+def test_bad_fields_raise(changes, message):
     with pytest.raises(InputError) as error:
         settings(**changes)
     assert message in str(error.value) and "expected" in str(error.value)
@@ -204,7 +204,7 @@ def stepped(gradient=1.0, **changes):
     return parameters.flatten(updates)
 
 
-def test_each_layer_learns_at_its_own_rate():
+def test_layerwise_learning_rates():
     N, decay = TINY.num_hidden_layers, 0.5
     for path, update in stepped(layer_decay=decay).items():
         if path.startswith("embeddings/"):
@@ -219,7 +219,7 @@ def test_each_layer_learns_at_its_own_rate():
         )
 
 
-def test_frozen_parts_stay_and_count_in_no_norm():
+def test_frozen_parameters_stay_and_do_not_count_in_the_norm():
     updates = stepped(freeze_layers=1, freeze=("*/key/*", "classifier/bias"), clip_norm=1.0)
     for path, update in updates.items():
         if path.startswith("embeddings/") or "/key/" in path or path == "classifier/bias":
@@ -245,7 +245,7 @@ def test_frozen_parts_stay_and_count_in_no_norm():
     np.testing.assert_allclose(optax.tree.norm(moments[0].mu), 0.1, rtol=1e-5)
 
 
-def test_bad_settings_are_named():
+def test_bad_settings_raise():
     with pytest.raises(InputError, match="freeze_layers=9, expected 0 to 2"):
         make_optimizer(OptimizerConfig(steps=1, learning_rate=1, freeze_layers=9), TINY)
     with pytest.raises(InputError, match="freeze 'encodr/"):

@@ -33,7 +33,7 @@ def after(steps, accumulate, optimizer=None, **batch):
     return state, scores
 
 
-def test_accumulation_changes_nothing():
+def test_gradient_accumulation_matches_whole_batch():
     (whole, one), (parts, four) = after(3, 1), after(3, 4)
     assert float(one.weight) == float(four.weight) == 21 + 3  # rows 0..7: 1..6, 1, 2
     for path, value in parameters.flatten(whole.params).items():
@@ -43,7 +43,7 @@ def test_accumulation_changes_nothing():
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_rows_without_masks_weigh_nothing(accumulate):
+def test_rows_without_masks_have_no_weight(accumulate):
     """Two rows of four have none, in one slice of the accumulation all rows."""
     state, scores = after(1, accumulate, optax.adam(1e-3), empty=(0, 1, 5))
     assert float(scores.weight) == 24 - (1 + 2 + 6)
@@ -56,13 +56,13 @@ def test_rows_without_masks_weigh_nothing(accumulate):
     jax.tree.map(np.testing.assert_array_equal, *gradients)
 
 
-def test_a_batch_without_any_mask_moves_nothing_but_the_step():
+def test_batch_without_masks_changes_only_the_step():
     state, scores = after(1, 2, optax.sgd(1.0), empty=range(8))
     assert float(scores.weight) == 0 and int(state.step) == 1
     jax.tree.map(np.testing.assert_array_equal, state.params, random_params(ONE_LAYER))
 
 
-def test_the_window_is_the_sum_since_it_was_new():
+def test_window_sums_scores_since_reset():
     step = jax.jit(make_train_step(score, optax.sgd(0.1), seed=0))
     state = TrainState.create(jax.device_put(random_params(ONE_LAYER)), optax.sgd(0.1))
     total = Scores.zero()
@@ -73,7 +73,7 @@ def test_the_window_is_the_sum_since_it_was_new():
     assert all(float(x) == 0 for x in jax.tree.leaves(state.reset_window().window))
 
 
-def test_dropout_follows_seed_step_and_row_alone():
+def test_dropout_depends_only_on_seed_step_and_row():
     config = ONE_LAYER.replace(hidden_dropout_prob=0.3)
     module = MaskedLM(config)
 

@@ -75,7 +75,7 @@ def flax_output(cls, found, **options):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_is_fairseqs_function(form, tmp_path):
+def test_every_checkpoint_form_matches_fairseq_outputs(form, tmp_path):
     """Logits of our Flax model, and of the program's own reference, against fairseq's encoder."""
     path = FORMS[form](tmp_path / "checkpoint_best.pt")
     found = open_checkpoint(path)
@@ -89,7 +89,7 @@ def test_every_form_is_fairseqs_function(form, tmp_path):
     assert open_checkpoint(tmp_path).path.parent == tmp_path
 
 
-def test_config_says_what_the_checkpoint_says(tmp_path):
+def test_config_matches_checkpoint_settings(tmp_path):
     config = open_checkpoint(saved(tmp_path / "a.pt", plain(STATE))).config
     assert (config.layer_norm_eps, config.type_vocab_size) == (1e-5, 1)
     assert (config.max_position_embeddings, config.max_length) == (22, 20)
@@ -97,7 +97,7 @@ def test_config_says_what_the_checkpoint_says(tmp_path):
     assert (config.hidden_act, config.tie_word_embeddings) == ("gelu", True)
 
 
-def test_half_precision_is_kept(tmp_path):
+def test_half_precision_dtype_is_kept(tmp_path):
     half = {name: value.half() for name, value in STATE.items()}
     found = open_checkpoint(saved(tmp_path / "half.pt", plain(half)))
     assert found.stored_dtype == "float16" and set(found.dtype_counts) == {"float16"}
@@ -109,7 +109,7 @@ def test_half_precision_is_kept(tmp_path):
     assert open_checkpoint(saved(tmp_path / "b.pt", plain(brain))).stored_dtype == "bfloat16"
 
 
-def test_untied_output(tmp_path):
+def test_untied_output_projection(tmp_path):
     state = fairseq_state(untied=True)
     whole = checkpoint(state, untie_weights_roberta=True)
     found = open_checkpoint(saved(tmp_path / "untied.pt", whole))
@@ -119,7 +119,7 @@ def test_untied_output(tmp_path):
 
 
 @pytest.mark.parametrize("head", ["mnli", "stsb"])
-def test_classification_heads_by_name(head, tmp_path):
+def test_classification_heads_are_selected_by_name(head, tmp_path):
     found = open_checkpoint(saved(tmp_path / "a.pt", plain(STATE)), head)
     assert found.model == "sequence_classification"
     assert found.config.num_labels == {"mnli": 3, "stsb": 1}[head]
@@ -132,7 +132,7 @@ def test_classification_heads_by_name(head, tmp_path):
     assert "encoder.lm_head" in others and f"classification_heads.{head}" not in others
 
 
-def test_the_bare_encoder(tmp_path):
+def test_checkpoint_read_as_bare_encoder(tmp_path):
     whole = checkpoint(STATE, activation_fn="relu")
     found = open_checkpoint(saved(tmp_path / "a.pt", whole), "none")
     assert found.model == "encoder" and found.problems == () and found.config.hidden_act == "relu"
@@ -142,7 +142,7 @@ def test_the_bare_encoder(tmp_path):
     assert_close(output.last_hidden_state[REAL], expected[REAL], "features")
 
 
-def test_a_lone_classification_head_is_taken(tmp_path):
+def test_single_classification_head_is_selected_by_default(tmp_path):
     state = {n: v for n, v in fairseq_state({"rte": 2}).items() if "lm_head" not in n}
     assert open_checkpoint(saved(tmp_path / "a.pt", plain(state))).model == (
         "sequence_classification"
@@ -220,7 +220,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_another_function_is_refused_by_name(case, tmp_path):
+def test_incompatible_settings_raise_with_their_name(case, tmp_path):
     change, changed_settings, head, said = REFUSED[case]
     gone = change if isinstance(change, list) else []
     state = {k: v for k, v in STATE.items() if not any(k.startswith(g) for g in gone)}
@@ -232,7 +232,7 @@ def test_what_is_another_function_is_refused_by_name(case, tmp_path):
     assert said in line and str(path) in line and "\n" not in line, line
 
 
-def test_all_problems_are_listed_at_once(tmp_path):
+def test_all_problems_are_listed_in_one_error(tmp_path):
     gone = ("layernorm_embedding", "version")
     state = {k: v for k, v in STATE.items() if not any(g in k for g in gone)}
     whole = checkpoint(state, layernorm_embedding=False, activation_fn="relu")
@@ -240,7 +240,7 @@ def test_all_problems_are_listed_at_once(tmp_path):
     assert len(problems) == 3, problems
 
 
-def test_files_that_say_too_little(tmp_path):
+def test_incomplete_checkpoint_files_raise(tmp_path):
     path = tmp_path / "a.pt"
     for whole, said in (
         ({"model": STATE}, "neither args nor cfg.model"),
@@ -260,7 +260,7 @@ def test_files_that_say_too_little(tmp_path):
         open_checkpoint(tmp_path)
 
 
-def test_shards_must_be_all_there(tmp_path):
+def test_missing_shards_raise(tmp_path):
     files = save_shards(tmp_path / "checkpoint_last.pt", plain(STATE), 4)
     whole = open_checkpoint(tmp_path / "checkpoint_last.pt").to_params()
     expected = open_checkpoint(saved(tmp_path / "a.pt", plain(STATE))).to_params()
@@ -285,7 +285,7 @@ def written(tmp_path, found, tree=None, **options):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_there_and_back_is_exact(dtype, tmp_path):
+def test_round_trip_to_fairseq_is_exact(dtype, tmp_path):
     state = {k: v.to(getattr(torch, dtype)) for k, v in fairseq_state().items()}
     found = open_checkpoint(saved(tmp_path / "a.pt", plain(state)))
     assert found.stored_dtype == dtype
@@ -301,7 +301,7 @@ def test_there_and_back_is_exact(dtype, tmp_path):
         torch.load(tmp_path / "out" / "model.pt", weights_only=True)
 
 
-def test_a_classifier_goes_back_with_a_named_head(tmp_path):
+def test_classifier_is_written_with_named_head(tmp_path):
     found = open_checkpoint(saved(tmp_path / "a.pt", plain(STATE)), "mnli")
     state = written(tmp_path / "out", found)["model"]
     assert state.keys() - STATE.keys() == {
@@ -315,7 +315,7 @@ def test_a_classifier_goes_back_with_a_named_head(tmp_path):
     )
 
 
-def test_token_type_is_folded_into_positions(tmp_path):
+def test_token_type_embedding_is_folded_into_positions(tmp_path):
     found = open_checkpoint(saved(tmp_path / "a.pt", plain(STATE)))
     config = found.config.replace(type_vocab_size=2)
     tree = random_params(config)
@@ -339,7 +339,7 @@ def test_token_type_is_folded_into_positions(tmp_path):
         ({"is_decoder": True}, "is_decoder"),
     ],
 )
-def test_what_fairseq_has_no_place_for(changes, said, tmp_path):
+def test_features_without_fairseq_equivalent_raise(changes, said, tmp_path):
     config = open_checkpoint(saved(tmp_path / "a.pt", plain(STATE))).config.replace(**changes)
     with pytest.raises(InputError, match=said):
         writer.save_checkpoint(tmp_path, random_params(config), config, "masked_lm")
@@ -351,7 +351,7 @@ def test_what_fairseq_has_no_place_for(changes, said, tmp_path):
 # Dictionaries.
 
 
-def test_dictionary_of_another_model_is_refused(tmp_path):
+def test_dictionary_of_other_model_raises(tmp_path):
     found = open_checkpoint(saved(tmp_path / "a.pt", plain(STATE)))
     dictionary = tmp_path / "dict.txt"
     dictionary.write_text("".join(f"{i} 1\n" for i in range(V - 5)))
@@ -365,7 +365,7 @@ def test_dictionary_of_another_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("rows", [0, 3])
-def test_tokenizer_survives_the_trip(rows, tmp_path):
+def test_tokenizer_round_trip(rows, tmp_path):
     """Also where the model has more rows than the tokenizer has tokens."""
     tokenizer = train_tokenizer(["the cat sat on the mat, and that was that"] * 20, 300)
     found = open_checkpoint(saved(tmp_path / "a.pt", plain(STATE)))

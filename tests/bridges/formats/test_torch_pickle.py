@@ -46,7 +46,7 @@ def read_all(found):
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_every_dtype_and_view(container, tmp_path):
+def test_every_dtype_and_strided_view_is_read(container, tmp_path):
     base = torch.arange(60).reshape(3, 4, 5)
     kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
              torch.int16, torch.int8, torch.uint8, torch.bool)  # fmt: skip
@@ -102,7 +102,7 @@ ATTACKS = {
 
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_pickle_that_would_run_code_is_refused(attack, container, tmp_path):
+def test_pickle_that_would_run_code_raises(attack, container, tmp_path):
     mark = tmp_path / MARK
     harm = ATTACKS[attack](str(mark))
     for where in ({"model": {"a": torch.ones(2)}, "args": harm}, [harm], {"x": {"y": harm}}):
@@ -140,7 +140,7 @@ HAND_WRITTEN = {
 
 
 @pytest.mark.parametrize("name", HAND_WRITTEN)
-def test_hand_written_pickles(name, tmp_path):
+def test_hand_written_pickles_raise(name, tmp_path):
     program = HAND_WRITTEN[name].replace(b"MARK", str(tmp_path / MARK).encode())
     if name == "STACK_GLOBAL":
         program = pickle.dumps(Runs(os.system, f"touch {tmp_path / MARK}"), 4)
@@ -171,7 +171,7 @@ def rewritten(path, changes, **options):
     return path
 
 
-def test_claims_beyond_the_file(tmp_path):
+def test_sizes_beyond_the_file_raise(tmp_path):
     path = save(tmp_path / "a.pt", {"a": torch.ones(4, 4)})
     with zipfile.ZipFile(path) as archive:
         program = archive.read("a/data.pkl")
@@ -198,7 +198,7 @@ def test_claims_beyond_the_file(tmp_path):
         refusal(path)
 
 
-def test_entries_that_overlap_are_counted_each(tmp_path):
+def test_overlapping_zip_entries_are_counted_separately(tmp_path):
     """One megabyte on disk, a hundred in memory."""
     path = save(tmp_path / "a.pt", {i: torch.zeros(1 << 18) for i in range(100)})
     with zipfile.ZipFile(path) as archive:
@@ -214,20 +214,20 @@ def test_entries_that_overlap_are_counted_each(tmp_path):
     assert "claims more tensors than its size holds" in refusal(path)
 
 
-def test_many_tensors_over_one_storage_claim_nothing_new(tmp_path):
+def test_tensors_sharing_a_storage_are_counted_once(tmp_path):
     shared = torch.ones(1000)
     found = load(save(tmp_path / "a.pt", dict.fromkeys(range(100), shared)))
     assert len({id(tensor.storage) for tensor in found.values()}) == 1
 
 
-def test_a_zip_bomb_is_refused(tmp_path):
+def test_zip_bomb_raises(tmp_path):
     path = save(tmp_path / "a.pt", {"a": torch.zeros(1 << 20)})
     rewritten(path, {}, compression=zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 1 << 15
     assert "compressed" in refusal(path)
 
 
-def test_a_flipped_bit_in_a_tensor_is_noticed(tmp_path):
+def test_flipped_bit_in_tensor_raises(tmp_path):
     path = save(tmp_path / "a.pt", {"a": torch.arange(4096.0)})
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -236,7 +236,7 @@ def test_a_flipped_bit_in_a_tensor_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_fuzz(container, tmp_path):
+def test_corrupted_files_never_crash(container, tmp_path):
     """Cut anywhere, with any bits flipped: a value or one line, soon."""
     whole = {"args": argparse.Namespace(a=1, b=[2.5, "x"]), "model": {"w": torch.ones(3, 5)}}
     path = save(tmp_path / "a.pt", whole, container)
@@ -260,7 +260,7 @@ def test_fuzz(container, tmp_path):
     assert refused > len(cuts) + 50 and time.monotonic() - begin < 60
 
 
-def test_other_files_are_no_torch_files(tmp_path):
+def test_other_files_are_not_torch_files(tmp_path):
     path = tmp_path / "a.pt"
     for content in (b"", b"PK", b"PK\x03\x04", os.urandom(1000), io.BytesIO().getvalue()):
         path.write_bytes(content)

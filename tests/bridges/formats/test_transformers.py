@@ -45,7 +45,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("form", FILE_FORMS)
-def test_every_form_gives_the_tree(form, tmp_path):
+def test_every_file_form_reads_to_the_same_params(form, tmp_path):
     write_config(tmp_path)
     FILE_FORMS[form](tmp_path, tensors_of())
     found = open_checkpoint(tmp_path)
@@ -59,7 +59,7 @@ def test_every_form_gives_the_tree(form, tmp_path):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_model_is_recognised_and_run(model, tmp_path):
+def test_every_model_is_detected_and_matches_torch(model, tmp_path):
     """The program's float64 reference is transformers' torch class in float64."""
     config = MODELS[model]
     tree = random_params(config, model)
@@ -96,7 +96,7 @@ def test_every_model_is_recognised_and_run(model, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_precision_is_stored_or_chosen(dtype, tmp_path):
+def test_dtype_is_stored_or_requested(dtype, tmp_path):
     kind = np.dtype(dtype) if dtype == "float16" else np.dtype(ml_dtypes.bfloat16)
     narrow = {name: value.astype(kind) for name, value in tensors_of().items()}
     write_config(tmp_path)
@@ -115,7 +115,7 @@ def test_precision_is_stored_or_chosen(dtype, tmp_path):
     assert str(theirs.dtype) == f"torch.{dtype}"
 
 
-def test_numbers_too_large_for_half_precision_are_named():
+def test_values_too_large_for_half_precision_raise():
     with pytest.raises(InputError, match="bias has numbers too large for float16"):
         hf_checkpoint.as_dtype("bias", np.full(3, 1e6, np.float32), "float16")
 
@@ -178,7 +178,7 @@ def one_line(path):
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_this_model_is_refused_by_name(case, tmp_path):
+def test_other_architectures_raise_with_reason(case, tmp_path):
     change, settings, said = REFUSED[case]
     write_config(tmp_path, **settings)
     torch.save(as_torch_tensors(change(tensors_of())), tmp_path / "pytorch_model.bin")
@@ -187,7 +187,7 @@ def test_what_is_not_this_model_is_refused_by_name(case, tmp_path):
     assert time.monotonic() - begin < 5
 
 
-def test_files_that_are_missing_or_not_what_they_seem(tmp_path):
+def test_missing_or_invalid_files_raise(tmp_path):
     torch.save(as_torch_tensors(tensors_of()), tmp_path / "pytorch_model.bin")
     assert "config.json: no such file" in one_line(tmp_path)
     for content in ("{", "[]", "[" * 100_000):
@@ -206,7 +206,7 @@ def test_files_that_are_missing_or_not_what_they_seem(tmp_path):
     assert "not an index of shards" in one_line(tmp_path)
 
 
-def test_h5_that_reaches_outside_is_refused(tmp_path):
+def test_h5_with_external_links_raises(tmp_path):
     write_config(tmp_path)
     path = tmp_path / "tf_model.h5"
     (tmp_path / "secret").write_bytes(os.urandom(4 * 90 * 32))
@@ -241,7 +241,7 @@ def test_h5_that_reaches_outside_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["safetensors", "msgpack", "h5", "bin"])
-def test_fuzz(form, tmp_path):
+def test_corrupted_files_never_crash(form, tmp_path):
     """Cut anywhere, with any bits flipped: a tree or one line, soon."""
     write_config(tmp_path)
     FILE_FORMS[form](tmp_path, tensors_of())
@@ -265,7 +265,7 @@ def test_fuzz(form, tmp_path):
 
 
 @pytest.mark.slow
-def test_tf_files_of_transformers_4(tmp_path):
+def test_tf_files_of_transformers4_are_read(tmp_path):
     """Its own h5 for several classes, and its own outputs."""
     cases = {m: MODELS[m] for m in ("masked_lm", "sequence_classification", "token_classification")}
     ids = np.random.default_rng(0).integers(4, 90, (3, 12))

@@ -47,7 +47,7 @@ def skipping_case(kind):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MODEL_CASES if kind != "cross"])
-def test_skipping_padding_changes_nothing_real(kind):
+def test_skip_padding_matches_at_real_tokens(kind):
     """float64: outputs, streams and every gradient the same; zero where nothing was computed."""
     model, config, batch = skipping_case(kind)
     ours = twin(model, config).double()
@@ -82,20 +82,20 @@ def test_skipping_padding_changes_nothing_real(kind):
         assert torch.allclose(h[name], g[name], rtol=1e-9, atol=1e-12), name
 
 
-def test_skipping_trains_with_dropout_and_checkpoints():
+def test_skip_padding_trains_with_dropout_and_gradient_checkpointing():
     ours = twin("masked_lm", ODD).train()
     ours.gradient_checkpointing_enable()
     ours(**to_torch(ragged_batch(ODD)), skip_padding=True).loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in ours.parameters())
 
 
-def test_skipping_without_padding_is_the_plain_pass():
+def test_skip_padding_without_padding_matches_plain_forward():
     ours, ids = twin("masked_lm", SMALL), torch.tensor([[0, 5, 6, 2]])
     for mask in (None, torch.ones_like(ids)):
         assert torch.equal(ours(ids, mask, skip_padding=True).logits, ours(ids, mask).logits)
 
 
-def test_skipping_is_refused_where_it_cannot_serve():
+def test_skip_padding_raises_where_unsupported():
     ids, mask = torch.tensor([[1, 5, 6, 2]]), torch.tensor([[0, 1, 1, 1]])
     decoder = SMALL.replace(is_decoder=True)
     for model, config, more, message in (
@@ -120,7 +120,7 @@ def test_skipping_is_refused_where_it_cannot_serve():
 # Training.
 
 
-def test_checkpointed_layers_have_the_same_gradients():
+def test_gradient_checkpointing_matches_gradients():
     """With dropout as well: the same bits are drawn again."""
     ours, batch = twin("masked_lm", ODD).train(), to_torch(ragged_batch(ODD))
     found = []
@@ -133,7 +133,7 @@ def test_checkpointed_layers_have_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_checkpointing_stores_less():
+def test_gradient_checkpointing_stores_less_memory():
     """By what autograd keeps for the backward pass."""
     ours, batch = twin("masked_lm", TINY.replace(num_hidden_layers=6)), to_torch(ragged_batch(TINY))
     sizes = []
@@ -150,7 +150,7 @@ def test_checkpointing_stores_less():
 
 @pytest.mark.parametrize("rate", ["hidden", "attention_probs", "classifier"])
 @pytest.mark.parametrize("options", [{}, {"skip_padding": True}, {"output_attentions": True}])
-def test_every_dropout_is_drawn_in_training_alone(rate, options):
+def test_every_dropout_applies_in_training_only(rate, options):
     """In whichever way attention is computed."""
     zero = {**NO_DROPOUT, "classifier_dropout": 0.0}
     name = rate + "_dropout" * (rate == "classifier") + "_dropout_prob" * (rate != "classifier")
@@ -171,7 +171,7 @@ def test_every_dropout_is_drawn_in_training_alone(rate, options):
 
 
 @pytest.mark.parametrize("kind", ["masked_lm", "single_label"])
-def test_fine_tuning_beside_flax(kind):
+def test_fine_tuning_matches_flax(kind):
     """20 steps of the same AdamW on the same batch: the same losses to 1e-4."""
     model, config = MODEL_CASES[kind]
     config = config.replace(**NO_DROPOUT)
@@ -207,7 +207,7 @@ def test_fine_tuning_beside_flax(kind):
 
 
 @pytest.mark.parametrize("kind", ["masked_lm", "single_label", "span"])
-def test_bfloat16_is_no_worse_than_transformers(kind):
+def test_bfloat16_error_is_within_error_of_transformers(kind):
     """Errors against float64, over models enough that luck does not decide."""
     model, config = MODEL_CASES[kind]
     batch = with_tokens(case_batch(model, config, kind))
@@ -255,7 +255,7 @@ def test_autocast(skip):
     assert rms_relative(found.logits[seen].detach().float(), exact.logits[seen].detach()) < 2e-2
 
 
-def test_gradients_of_each_example():
+def test_per_example_gradients():
     """torch.func: vmap over grad of a functional call."""
     ours, batch = twin("masked_lm", SMALL), to_torch(ragged_batch(SMALL))
     batch["labels"][:, 0] = 5
@@ -276,7 +276,7 @@ def test_gradients_of_each_example():
 # Compiled and exported.
 
 
-def test_one_graph_for_all_shapes():
+def test_torch_compile_uses_one_graph_for_all_shapes():
     """Traced without a break, with dynamic shapes, labels and gradients; compiled by no one."""
     ours = twin("masked_lm", SMALL)
     shapes = []
@@ -296,7 +296,7 @@ def test_one_graph_for_all_shapes():
 
 
 @pytest.mark.slow
-def test_inductor():
+def test_inductor_matches_eager():
     """C++ of its own, forward and backward."""
     ours, batch = twin("sequence_classification", SMALL), ragged_batch(SMALL)
     del batch["labels"]
@@ -314,7 +314,7 @@ def test_inductor():
 
 
 @pytest.mark.parametrize("kind", ["base", "masked_lm", "causal_lm", "multiple_choice"])
-def test_exported_with_dynamic_batch_and_length(kind, tmp_path):
+def test_torch_export_with_dynamic_batch_and_length(kind, tmp_path):
     model, config = MODEL_CASES[kind]
     ours = twin(model, config)
     choices = model == "multiple_choice"

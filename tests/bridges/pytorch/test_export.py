@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("model", ["base", "causal_lm", "multiple_choice", "question_answering"])
-def test_onnx(model, tmp_path):
+def test_onnx_matches_flax_at_any_shape(model, tmp_path):
     import onnxruntime
 
     params, config = export_case(model)
@@ -36,7 +36,7 @@ def test_onnx(model, tmp_path):
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("model", ["masked_lm", "question_answering"])
-def test_state_dict_fits_transformers_strictly(model, tmp_path):
+def test_state_dict_loads_strictly_into_transformers(model, tmp_path):
     import transformers
     from safetensors.torch import load_file
 

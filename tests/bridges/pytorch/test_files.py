@@ -47,7 +47,7 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_tree_and_back(kind):
+def test_params_round_trip(kind):
     model, config = CASES[kind]
     params = random_params(config, model)
     ours = twin(model, config, params)
@@ -59,7 +59,7 @@ def test_tree_and_back(kind):
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_state_dicts_are_those_of_transformers(kind):
+def test_state_dict_matches_transformers(kind):
     """Name by name, strictly, in both directions."""
     model, config = CASES[kind]
     ours = twin(model, config)
@@ -75,7 +75,7 @@ def test_state_dicts_are_those_of_transformers(kind):
 
 
 @pytest.mark.parametrize("kind", ["masked_lm", "untied"])
-def test_what_is_tied_is_one_parameter(kind):
+def test_tied_weights_are_one_parameter(kind):
     """However the model was made, and after it was moved to another dtype."""
     model, config = CASES[kind]
     for ours in (twin(model, config), twin_class(model)(config), twin(model, config).bfloat16()):
@@ -85,7 +85,7 @@ def test_what_is_tied_is_one_parameter(kind):
 
 
 @pytest.mark.parametrize("kind", READABLE)
-def test_round_trip_through_transformers_5(kind, tmp_path, caplog):
+def test_round_trip_through_transformers5(kind, tmp_path, caplog):
     """We write, transformers reads without a word and computes the same, writes, and we read."""
     model, config = CASES[kind]
     ours = twin(model, config)
@@ -127,7 +127,7 @@ def answers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", READABLE)
-def test_transformers_4_reads_and_computes_the_same(kind, answers):
+def test_transformers4_loads_and_matches_outputs(kind, answers):
     model, config = CASES[kind]
     assert (answers / kind / "said.txt").read_text() == ""
     batch = to_torch(with_tokens(case_batch(model, config, kind)))
@@ -149,7 +149,7 @@ def test_transformers_4_reads_and_computes_the_same(kind, answers):
         assert_close(a[real] if a.ndim else a, b[real] if b.ndim else b, name, 6e-6, 6e-5)
 
 
-def test_heads_are_swapped_and_reported(tmp_path, caplog):
+def test_loading_into_other_head_reports_keys(tmp_path, caplog):
     base = twin("base", SMALL)
     base.save_pretrained(tmp_path)
     headed = twin_class("sequence_classification").from_pretrained(tmp_path, num_labels=3)
@@ -162,7 +162,7 @@ def test_heads_are_swapped_and_reported(tmp_path, caplog):
     assert without(torch.tensor([[5, 6]])).pooler_output is None
 
 
-def test_what_cannot_be_read_is_one_line(tmp_path):
+def test_unreadable_folders_raise_one_line(tmp_path):
     cls = twin_class("sequence_classification")
     with pytest.raises(InputError, match="no such directory"):
         cls.from_pretrained(tmp_path / "absent")
@@ -178,14 +178,14 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
         cls.from_pretrained(tmp_path)
 
 
-def test_a_parameter_that_is_not_finite_is_named():
+def test_non_finite_parameter_raises_with_its_name():
     ours = twin("base", SMALL)
     ours.pooler["dense"].bias.data[3] = torch.nan
     with pytest.raises(InputError, match=r"NaN or infinity in .*pooler\.dense\.bias"):
         ours.to_params()
 
 
-def test_importing_and_computing_starts_no_other_framework():
+def test_import_and_forward_load_no_other_framework():
     """jax is imported, for the parameter table, but not one of its devices is touched."""
     code = (
         "import sys, torch, bridges.pytorch as bridge\n"

@@ -47,7 +47,7 @@ def states():
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_token_for_token_as_flax(kind):
+def test_generated_tokens_match_flax(kind):
     """Prompts padded on every side; rows end early, late and never."""
     config = CROSS if kind == "cross" else CONFIG
     settings = {"max_new_tokens": 12, **SETTINGS[kind]}
@@ -66,7 +66,7 @@ def test_token_for_token_as_flax(kind):
         np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5, atol=1e-5)
 
 
-def test_greedy_is_the_argmax_of_whole_passes(model):
+def test_greedy_matches_argmax_of_full_forward(model):
     found = model.generate(PROMPTS, max_new_tokens=5, eos_token_id=None)
     assert found.dtype == torch.long and found.shape == (5, 14)
     for row, new in zip(PROMPTS, found[:, 9:], strict=True):
@@ -76,7 +76,7 @@ def test_greedy_is_the_argmax_of_whole_passes(model):
             ids.append(token)
 
 
-def test_filters_are_those_of_flax():
+def test_top_k_and_top_p_match_flax():
     logits = 3 * torch.randn(7, 50, generator=torch.Generator().manual_seed(0))
     logits[0, :4] = 5.0  # equal ones
     seen = torch.rand(7, 50, generator=torch.Generator().manual_seed(1)) < 0.3
@@ -96,7 +96,7 @@ def test_filters_are_those_of_flax():
             )
 
 
-def test_samples_follow_the_distribution(model):
+def test_sampled_frequencies_match_distribution(model):
     """The first new token of 4,000 samples, against softmax after temperature and top_k."""
     prompt, n = torch.tensor([[0, 5, 6]]), 4000
     found = model.generate(
@@ -117,7 +117,7 @@ def test_samples_follow_the_distribution(model):
     assert chi_square < 20.5  # 0.1 % of a chi-square of 5 degrees of freedom
 
 
-def test_a_generator_decides_the_draws(model):
+def test_torch_generator_determines_samples(model):
     def draw(seed, **settings):
         return model.generate(
             PROMPTS,
@@ -133,7 +133,7 @@ def test_a_generator_decides_the_draws(model):
     assert torch.equal(draw(0, top_k=1), greedy)
 
 
-def test_what_cannot_be_generated_is_refused(model):
+def test_invalid_generation_arguments_raise(model):
     for given, message in (
         ({"max_new_tokens": 65}, "continuation of"),
         ({"top_k": 3}, "unless do_sample"),

@@ -35,7 +35,7 @@ DECODER = SMALL.replace(is_decoder=True, add_cross_attention=True)
 
 
 @pytest.mark.parametrize("kind", MODEL_CASES)
-def test_against_flax(kind):
+def test_outputs_match_flax(kind):
     model, config = MODEL_CASES[kind]
     params, batch = random_params(config, model), case_batch(model, config, kind)
     asked = {"output_hidden_states": True, "output_attentions": True}
@@ -52,7 +52,7 @@ def test_against_flax(kind):
 
 
 @pytest.mark.parametrize("kind", MODEL_CASES)
-def test_against_transformers(kind):
+def test_outputs_and_gradients_match_transformers(kind):
     """Outputs and gradients: float64 to the last digits, float32 to the ladder."""
     model, config = MODEL_CASES[kind]
     params, batch = random_params(config, model), with_tokens(case_batch(model, config, kind))
@@ -96,7 +96,7 @@ def test_against_transformers(kind):
 
 
 @pytest.mark.parametrize("kind", ["masked_lm", "cross"])
-def test_gradients_against_flax(kind):
+def test_gradients_match_flax(kind):
     """Where pads are seen, their rows of both tables too, which transformers leaves alone."""
     model, config = MODEL_CASES[kind]
     params, batch = random_params(config, model), case_batch(model, config, kind)
@@ -113,7 +113,7 @@ def test_gradients_against_flax(kind):
             assert_close(found, gradient, f"gradient of {name}", 1e-5, 2e-4)
 
 
-def test_base_size():
+def test_base_size_matches_flax():
     config = RobertaPreLayerNormConfig.preset("roberta-base")
     params, batch = random_params(config, scale=0.05), ragged_batch(config, L=24)
     reference = TorchReference(config, params, batch)
@@ -156,7 +156,7 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("kind", ARGUMENTS)
-def test_arguments_mean_what_they_mean_to_flax(kind):
+def test_call_arguments_match_flax(kind):
     model, changes = ARGUMENTS[kind]
     params = random_params(ODD, model)
     batch = {k: v for k, v in ragged_batch(ODD).items() if k != "labels"} | changes
@@ -168,7 +168,7 @@ def test_arguments_mean_what_they_mean_to_flax(kind):
             assert_close(a, b, name, 3e-6, 3e-5)
 
 
-def test_multiple_choice_takes_vectors_of_four_axes():
+def test_multiple_choice_accepts_inputs_embeds():
     params = random_params(SMALL, "multiple_choice")
     batch = {
         "inputs_embeds": _rng.standard_normal((2, 3, 7, 16), np.float32),
@@ -179,7 +179,7 @@ def test_multiple_choice_takes_vectors_of_four_axes():
     assert_close(found.logits.detach(), expected.logits, "logits", 3e-6, 3e-5)
 
 
-def test_last_hidden_state_is_tied_or_not():
+def test_tie_last_hidden_states():
     ids = torch.tensor([[0, 5, 6, 2]])
     for tied in (True, False):
         config = SMALL.replace(tie_last_hidden_states=tied)
@@ -188,7 +188,7 @@ def test_last_hidden_state_is_tied_or_not():
         assert (found.hidden_states[-1] is found.last_hidden_state) == tied
 
 
-def test_losses_without_a_counted_label_are_zero_and_have_gradients():
+def test_loss_without_counted_labels_is_zero_and_differentiable():
     ids = torch.tensor([[5, 6, 7]])
     ours = twin("masked_lm", SMALL)
     loss = ours(ids, labels=torch.full((1, 3), -100)).loss
@@ -199,7 +199,7 @@ def test_losses_without_a_counted_label_are_zero_and_have_gradients():
     assert twin("question_answering", SMALL)(ids, **outside).loss.item() == 0.0
 
 
-def test_problem_type_is_decided_anew_by_every_call():
+def test_problem_type_is_inferred_by_each_call():
     ours = twin("sequence_classification", SMALL.replace(num_labels=3))
     for labels in (torch.tensor([1]), torch.tensor([[1.0, 0.0, 1.0]]), torch.tensor([2])):
         assert torch.isfinite(ours(torch.tensor([[5, 6, 7]]), labels=labels).loss)
@@ -226,7 +226,7 @@ def rows_of_pads(config):
 
 
 @pytest.mark.parametrize("whole_mask", [False, True])
-def test_steps_with_a_cache_are_one_pass(whole_mask):
+def test_cached_decoding_matches_full_forward(whole_mask):
     """Positions go on over real tokens, whatever the padding; states are read once."""
     ours, batch = twin("causal_lm", DECODER), rows_of_pads(DECODER)
     expected = ours(**batch).logits
@@ -248,7 +248,7 @@ def test_steps_with_a_cache_are_one_pass(whole_mask):
     assert_close(found, expected[real].detach(), "logits", 3e-6, 3e-5)
 
 
-def test_a_cache_is_returned_as_in_transformers():
+def test_cache_is_returned_like_transformers():
     ours = twin("causal_lm", DECODER)
     ids = torch.tensor([[5, 6, 7]])
     assert ours(ids).past_key_values is not None
@@ -308,7 +308,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_input_is_one_line_before_compute(kind):
+def test_bad_input_raises_one_line_before_compute(kind):
     model, given, message = BAD[kind]
     ours = twin(model, DECODER if model == "causal_lm" else SMALL)
     with pytest.raises(InputError, match=message) as error:
@@ -316,7 +316,7 @@ def test_bad_input_is_one_line_before_compute(kind):
     assert "\n" not in str(error.value)
 
 
-def test_cached_rows_must_fit_the_positions():
+def test_cached_rows_beyond_position_table_raise():
     ours = twin("causal_lm", DECODER)
     cache = ours(torch.full((2, 60), 5)).past_key_values
     assert ours(torch.full((2, 4), 5), past_key_values=cache).logits.shape == (2, 4, 60)
@@ -324,7 +324,7 @@ def test_cached_rows_must_fit_the_positions():
         ours(torch.full((2, 5), 5), past_key_values=cache)
 
 
-def test_what_is_refused_when_a_model_is_made():
+def test_invalid_model_arguments_raise():
     with pytest.raises(InputError, match="is_decoder=False, expected True"):
         twin_class("causal_lm")(SMALL)
     with pytest.raises(InputError, match="num_labels=3, expected 2"):
@@ -337,7 +337,7 @@ def test_what_is_refused_when_a_model_is_made():
         twin("masked_lm", SMALL, params)
 
 
-def test_new_values_are_drawn_as_the_table_says():
+def test_initial_values_follow_parameter_table():
     torch.manual_seed(0)
     config = RobertaPreLayerNormConfig.preset("small", num_hidden_layers=1)
     flat = parameters.flatten(twin_class("masked_lm")(config).to_params())

@@ -59,7 +59,7 @@ def answers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_outputs_losses_and_gradients(kind, answers):
+def test_outputs_losses_and_gradients_match_transformers4(kind, answers):
     model, config = CASES[kind]
     batch, expected = batch_of(kind), dict(np.load(answers / kind / "tf.npz"))
     ours = tf_class(model).from_pretrained(answers / kind)
@@ -106,7 +106,7 @@ def test_outputs_losses_and_gradients(kind, answers):
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_old_h5_weights_are_read_to_the_bit(kind, answers):
+def test_h5_weights_of_transformers4_are_read_exactly(kind, answers):
     model, _ = CASES[kind]
     directory = answers / kind / "h5"
     assert sorted(p.name for p in directory.iterdir() if p.suffix in (".h5", ".safetensors")) == [
@@ -119,7 +119,7 @@ def test_old_h5_weights_are_read_to_the_bit(kind, answers):
         np.testing.assert_array_equal(read.variables_by_path()[path], variable, err_msg=path)
 
 
-def test_a_damaged_h5_is_one_line(answers, tmp_path):
+def test_corrupt_h5_raises_one_line(answers, tmp_path):
     whole = (answers / "span" / "h5" / "tf_model.h5").read_bytes()
     config = json.loads((answers / "span" / "h5" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))

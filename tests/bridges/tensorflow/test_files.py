@@ -31,7 +31,7 @@ def made(model, config=None):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_folders_are_those_of_flax_and_transformers_5(model, tmp_path):
+def test_folders_load_in_flax_and_transformers5(model, tmp_path):
     ours = made(model)
     ours.save_pretrained(tmp_path / "ours", max_shard_bytes=4000 if model == "base" else 10**9)
     theirs, info = getattr(transformers, ARCHITECTURES[model]).from_pretrained(
@@ -48,7 +48,7 @@ def test_folders_are_those_of_flax_and_transformers_5(model, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, read, params)
 
 
-def test_heads_are_swapped_and_reported(tmp_path, caplog):
+def test_loading_into_other_head_reports_keys(tmp_path, caplog):
     made("base").save_pretrained(tmp_path)
     cls = bridges.tensorflow.TFRobertaPreLayerNormForSequenceClassification
     headed = cls.from_pretrained(tmp_path, num_labels=3, dtype="mixed_bfloat16", seed=2)
@@ -87,7 +87,7 @@ assert not {"prelnroberta", "bridges", "transformers"} & set(sys.modules)
 
 
 @pytest.mark.parametrize("model", ["masked_lm", "multiple_choice"])
-def test_saved_model_in_a_process_without_our_code(model, tmp_path):
+def test_saved_model_runs_without_this_package(model, tmp_path):
     ours = made(model, ODD)
     save_saved_model(ours, tmp_path / "saved")
     batch = ragged_batch(ODD, B=5, L=17, seed=3)
@@ -109,7 +109,7 @@ def test_saved_model_in_a_process_without_our_code(model, tmp_path):
         ("with_states", ours(batch, **asked)),
     ):
         found = dict(np.load(tmp_path / f"{name}.npz"))
-        wanted = export.flat_fields(expected)
+        wanted = export.flatten_output(expected)
         assert found.keys() == wanted.keys()
         for field, value in wanted.items():
             assert max_relative(found[field], value.numpy()) < 1e-4, (name, field)
@@ -118,7 +118,7 @@ def test_saved_model_in_a_process_without_our_code(model, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["causal_lm", "sequence_classification"])
-def test_tflite_agrees_at_other_shapes(model, tmp_path):
+def test_tflite_matches_at_other_shapes(model, tmp_path):
     config = (DECODER if model == "causal_lm" else SMALL).replace(layer_norm_eps=1e-12)
     ours = made(model, config)
     save_tflite(ours, tmp_path / "model.tflite")
@@ -131,7 +131,7 @@ def test_tflite_agrees_at_other_shapes(model, tmp_path):
         assert_close(found[real], ours(batch).logits[real], "logits", 4e-6, 4e-5)
 
 
-def test_a_file_that_disagrees_is_refused(tmp_path, monkeypatch):
+def test_exported_file_with_wrong_outputs_raises(tmp_path, monkeypatch):
     ours = made("token_classification")
     monkeypatch.setitem(export.TOLERANCE, "float32", -1.0)
     with pytest.raises(InputError, match=r"saved: signature \w+: logits differs .* expected"):
@@ -141,7 +141,7 @@ def test_a_file_that_disagrees_is_refused(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_half_precision_is_saved_by_tensorflow_and_refused_by_tflite(tmp_path):
+def test_half_precision_saves_as_saved_model_and_raises_for_tflite(tmp_path):
     ours = tf_model("base", SMALL, random_params(SMALL, "base"), dtype="mixed_bfloat16")
     save_saved_model(ours, tmp_path / "saved")
     with pytest.raises(InputError, match=r"model.tflite: TFLite cannot hold this model"):
@@ -169,7 +169,7 @@ def test_import_loads_no_torch_and_is_quiet():
 
 
 @pytest.mark.parametrize("how", ["environment", "keras imported before"])
-def test_another_backend_is_named_at_import(how):
+def test_other_keras_backend_raises_at_import(how):
     code = "import bridges.tensorflow"
     if how == "environment":
         done = python(code, KERAS_BACKEND="jax")

@@ -30,7 +30,7 @@ STATES = {
 
 
 @pytest.mark.parametrize("config", [PLAIN, CROSS], ids=["plain", "cross"])
-def test_cached_decoding_is_the_full_forward(config):
+def test_cached_decoding_matches_full_forward(config):
     """A prompt of four columns, then one, one and two: any padding, each row for itself."""
     ours, flax = tf_and_flax("causal_lm", config)
     rng = np.random.default_rng(0)
@@ -77,7 +77,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("config", [PLAIN, CROSS], ids=["plain", "cross"])
-def test_tokens_are_those_of_flax(way, config):
+def test_generated_tokens_match_flax(way, config):
     if config is CROSS and way not in ("greedy", "beams"):
         return
     ours, flax = tf_and_flax("causal_lm", config)
@@ -92,14 +92,14 @@ def test_tokens_are_those_of_flax(way, config):
         assert len(np.unique(new)) > 4 and (new == PAD).any()
 
 
-def test_mixed_precision_generates():
+def test_generate_in_mixed_precision():
     params = random_params(CROSS, "causal_lm", scale=0.1)
     ours = tf_model("causal_lm", CROSS, params, dtype="mixed_bfloat16")
     found = ours.generate(PROMPTS, num_beams=3, max_new_tokens=4, **STATES)
     assert found.sequences.shape == (3, 9) and np.isfinite(found.scores).all()
 
 
-def test_filters_are_those_of_flax():
+def test_top_k_and_top_p_match_flax():
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((6, 30)).astype(np.float32) * 3
     logits[:, 3] = logits[:, 9]
@@ -116,7 +116,7 @@ def test_filters_are_those_of_flax():
     )
 
 
-def test_samples_follow_the_model():
+def test_sampled_frequencies_match_distribution():
     ours = tf_model("causal_lm", PLAIN, random_params(PLAIN, "causal_lm", scale=0.15))
     prompt = PROMPTS[:1]
     settings = {"do_sample": True, "top_k": 6, "temperature": 1.4, "max_new_tokens": 1}
@@ -131,7 +131,7 @@ def test_samples_follow_the_model():
     assert chi2 < 20.5  # 5 degrees of freedom: one in a thousand
 
 
-def test_draws_depend_on_seed_row_and_content_alone():
+def test_samples_depend_only_on_seed_row_and_content():
     ours = tf_model("causal_lm", PLAIN, random_params(PLAIN, "causal_lm", scale=0.15))
     settings = {"do_sample": True, "max_new_tokens": 6, "top_p": 0.95, "eos_token_id": None}
 
@@ -151,7 +151,7 @@ def test_draws_depend_on_seed_row_and_content_alone():
     assert len(np.unique(twins, axis=0)) == 4
 
 
-def test_what_generate_refuses():
+def test_invalid_generation_arguments_raise():
     ours = tf_model("causal_lm", PLAIN)
     for prompts, settings, complaint in (
         (PROMPTS, {"max_new_tokens": 61}, r"continuation of 65 tokens .*64"),

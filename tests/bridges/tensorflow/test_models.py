@@ -44,7 +44,7 @@ def assert_same_output(found, expected, **bounds):
 
 
 @pytest.mark.parametrize("kind", MODEL_CASES)
-def test_parity(kind):
+def test_outputs_and_gradients_match_flax(kind):
     """Outputs with Flax's; outputs and every gradient with torch's in float64."""
     model, config = MODEL_CASES[kind]
     ours, flax = tf_and_flax(model, config)
@@ -100,7 +100,7 @@ def test_parity(kind):
 
 
 @pytest.mark.parametrize("kind", ["cross", "multiple_choice", "span"])
-def test_graph_xla_and_predict_agree_with_eager(kind):
+def test_graph_xla_and_predict_match_eager(kind):
     model, config = MODEL_CASES[kind]
     ours, _ = tf_and_flax(model, config)
     batch = {k: tf.constant(v) for k, v in case_batch(model, config, kind).items()}
@@ -124,7 +124,7 @@ def test_graph_xla_and_predict_agree_with_eager(kind):
         assert_close(value, eager[name].numpy(), name, **BOTH)
 
 
-def test_ways_to_call():
+def test_call_argument_forms():
     ours, flax = tf_and_flax("masked_lm", SMALL)
     mask = (IDS != 1).astype(np.int64)
     expected = flax(IDS, mask).logits
@@ -162,7 +162,7 @@ def test_ways_to_call():
     ],
     ids=str,
 )
-def test_odd_configurations(change):
+def test_odd_configurations_match_flax(change):
     config = SMALL.replace(**change)
     ours, flax = tf_and_flax("masked_lm", config)
     batch = ragged_batch(config, L=9)
@@ -172,7 +172,7 @@ def test_odd_configurations(change):
     assert np.isfinite(found.logits).all()
 
 
-def test_masks_segments_heads_vectors_and_positions():
+def test_optional_inputs_match_flax():
     ours, flax = tf_and_flax("base", ODD)
     rng = np.random.default_rng(0)
     batch = ragged_batch(ODD, L=8)
@@ -194,7 +194,7 @@ def test_masks_segments_heads_vectors_and_positions():
     assert_same_output(*(m(inputs_embeds=vectors) for m in (ours, flax)))
 
 
-def test_reading_the_first_position_alone_is_exact():
+def test_computing_only_first_position_is_exact():
     for model in ("sequence_classification", "multiple_choice"):
         ours, _ = tf_and_flax(model, SMALL)
         ids = np.stack([IDS, IDS[::-1]], 1) if model == "multiple_choice" else IDS
@@ -208,7 +208,7 @@ def test_reading_the_first_position_alone_is_exact():
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-def test_mixed_precision(policy):
+def test_mixed_precision_dtypes_and_errors(policy):
     """Weights stay float32; errors are those of the dtype; a masked row is finite."""
     bounds = {"mixed_bfloat16": 1e-2, "mixed_float16": 1.5e-3}  # measured: 7e-3, 9e-4
     params = random_params(ODD, "masked_lm", scale=0.1)
@@ -232,7 +232,7 @@ def test_mixed_precision(policy):
 
 
 @pytest.mark.parametrize("kind", MODEL_CASES)
-def test_variables_and_leaves_are_a_bijection(kind):
+def test_variables_map_one_to_one_to_parameter_tree(kind):
     model, config = MODEL_CASES[kind]
     params = random_params(config, model)
     ours = tf_model(model, config, params)
@@ -247,7 +247,7 @@ def test_variables_and_leaves_are_a_bijection(kind):
     parameters.check(back, config, model)
 
 
-def test_every_difference_is_listed_with_the_nearest_name():
+def test_mismatched_variables_raise_with_nearest_names():
     params = parameters.flatten(random_params(SMALL))
     params["lm_head/biases"] = params.pop("lm_head/bias")
     params["embeddings/norm/scale"] = params["embeddings/norm/scale"].astype(np.float16)
@@ -269,7 +269,7 @@ def test_every_difference_is_listed_with_the_nearest_name():
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_new_models_start_as_flax_ones_do(model):
+def test_initial_values_match_flax(model):
     config = SMALL.replace(is_decoder=model == "causal_lm")
     expected = parameters.init(config, jax.random.key(3), model)
     found = tf_model(model, config, seed=3).to_params()
@@ -279,7 +279,7 @@ def test_new_models_start_as_flax_ones_do(model):
 # What is refused.
 
 
-def test_bad_input_is_refused_in_eager_mode():
+def test_bad_input_raises_in_eager_mode():
     base, masked, span = (tf_model(m, SMALL) for m in ("base", "masked_lm", "question_answering"))
     for call, complaint in (
         (lambda: base([[0, 60]]), r"input_ids\[0, 1\] is 60, expected 0 to vocab_size - 1"),
@@ -308,14 +308,14 @@ def test_bad_input_is_refused_in_eager_mode():
         tf.function(base, autograph=False)(tf.constant(np.full((1, 65), 5)))
 
 
-def test_no_counted_label_is_a_loss_of_zero():
+def test_loss_without_counted_labels_is_zero():
     masked, span = (tf_model(m, SMALL) for m in ("masked_lm", "question_answering"))
     assert float(masked(IDS, labels=np.full_like(IDS, -100)).loss) == 0.0
     assert float(span(IDS, start_positions=[-1, 9], end_positions=[5, 7]).loss) == 0.0
 
 
 @pytest.mark.slow
-def test_base_size():
+def test_base_size_matches_flax():
     """The ladder of float32 at the published size, every parameter random."""
     config = RobertaPreLayerNormConfig.preset("roberta-base")
     ours, flax = tf_and_flax("masked_lm", config)

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from bridges.tensorflow import variable_mapping
-from bridges.tensorflow.outputs import Output
+from bridges.tensorflow.outputs import ModelOutput
 from prelnroberta import InputError
 from prelnroberta import params as parameters
 from prelnroberta.training.optimizer import OptimizerConfig, adamw
@@ -39,7 +39,7 @@ def easy_rows():
     return ids, ids[:, 1] % 3
 
 
-def test_fit_lowers_the_loss_from_dicts_and_datasets():
+def test_fit_lowers_loss_from_dicts_and_datasets():
     ids, labels = easy_rows()
     model = tf_model("sequence_classification", EASY)
     model.compile(keras.optimizers.AdamW(3e-3), metrics=["accuracy"])
@@ -52,11 +52,11 @@ def test_fit_lowers_the_loss_from_dicts_and_datasets():
     assert found["accuracy"] == np.mean(output.logits.numpy().argmax(-1) == labels) > 0.8
     np.testing.assert_allclose(found["loss"], output.loss, rtol=1e-5)
     predicted = model.predict(features, batch_size=10, verbose=0)
-    assert type(predicted) is Output and list(predicted) == ["logits"]
+    assert type(predicted) is ModelOutput and list(predicted) == ["logits"]
     np.testing.assert_allclose(predicted.logits, output.logits, rtol=1e-4, atol=1e-5)
 
 
-def test_loss_and_metrics_weigh_tokens_not_batches():
+def test_loss_and_metrics_are_weighted_by_tokens():
     """Batches with one counted label and with many: the mean is that of all labels."""
     model = tf_model("token_classification", CONFIG, random_params(CONFIG, "token_classification"))
     model.compile(metrics=["accuracy"], run_eagerly=True)
@@ -71,7 +71,7 @@ def test_loss_and_metrics_weigh_tokens_not_batches():
 
 
 @pytest.mark.parametrize("model", [m for m in MODELS if m != "base"])
-def test_every_class_with_a_head_fits(model):
+def test_fit_with_every_head(model):
     config = QUIET.replace(is_decoder=model == "causal_lm")
     ours = tf_model(model, config)
     metrics = ["accuracy"]
@@ -95,7 +95,7 @@ def test_every_class_with_a_head_fits(model):
     assert history[-1] < history[0]
 
 
-def test_what_fit_refuses():
+def test_invalid_fit_arguments_raise():
     model = tf_model("token_classification", CONFIG)
     model.compile(run_eagerly=True)
     ones = np.ones_like(IDS)
@@ -116,7 +116,7 @@ def test_what_fit_refuses():
         base.fit(IDS, verbose=0)
 
 
-def test_twenty_steps_of_adamw_are_those_of_flax():
+def test_twenty_adamw_steps_match_flax():
     """Same batch, no dropout, biases and norms without decay: the same losses, to 1e-4.
 
     Keras adds epsilon before it corrects the second moment's bias, optax and torch after: in the
@@ -161,7 +161,7 @@ def test_twenty_steps_of_adamw_are_those_of_flax():
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-def test_mixed_precision_trains(policy):
+def test_fit_in_mixed_precision(policy):
     ids, labels = easy_rows()
     model = tf_model("sequence_classification", EASY, dtype=policy)
     model.compile(keras.optimizers.AdamW(3e-3), run_eagerly=True)
@@ -172,7 +172,7 @@ def test_mixed_precision_trains(policy):
     assert {v.dtype for v in model.weights} == {"float32"}
 
 
-def test_dropout_draws_anew_by_seed_for_every_head_and_row():
+def test_dropout_depends_on_seed_head_and_row():
     config = TINY.replace(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.3)
     params = random_params(config)
     ids = np.full((2, 60), 7)
@@ -202,7 +202,7 @@ def test_dropout_draws_anew_by_seed_for_every_head_and_row():
 
 
 @pytest.mark.parametrize("kind", ["encoder", "sequence_classification"])
-def test_keras_files(kind, tmp_path):
+def test_keras_save_and_load_round_trip(kind, tmp_path):
     config = QUIET.replace(pad_token_id=3, num_labels=3)
     ours = tf_model(kind, config, random_params(config, kind), dtype="mixed_bfloat16", seed=4)
     ours.compile(keras.optimizers.AdamW(1e-3), metrics=["accuracy"], jit_compile=False)
@@ -224,7 +224,7 @@ def test_keras_files(kind, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, fresh.to_params(), ours.to_params())
 
 
-def test_part_of_a_functional_model_and_frozen_parts():
+def test_use_in_functional_model_with_frozen_layers():
     ours = tf_model("base", SMALL)
     ids = keras.Input([None], dtype="int32")
     pooled = ours(ids).pooler_output

@@ -11,7 +11,7 @@ from tests.helpers.transformers_files import FILE_CONFIG, FILE_FORMS, tensors_of
 pytestmark = [pytest.mark.torch, pytest.mark.tensorflow]
 
 
-def test_verification_sees_a_swapped_norm(tmp_path):
+def test_swapped_norms_raise(tmp_path):
     """A wrong pairing survives every round trip; it does not survive being run."""
     write_config(tmp_path)
     FILE_FORMS["bin"](tmp_path, tensors_of())

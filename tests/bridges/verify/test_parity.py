@@ -23,7 +23,7 @@ def run(params, config, model, **options):
 
 
 @pytest.mark.parametrize("model", PARITY_MODELS)
-def test_every_class_is_one_function_in_all_frameworks(model):
+def test_every_class_matches_in_all_frameworks(model):
     config = (ODD if model in ("base", "token_classification") else SMALL).replace(
         is_decoder=model == "causal_lm", num_labels=2 if model == "question_answering" else 3
     )
@@ -43,7 +43,7 @@ def test_every_class_is_one_function_in_all_frameworks(model):
         assert worst(mine, "output").rms > 1e-9
 
 
-def test_bfloat16_is_within_its_own_bound_and_not_within_that_of_float32():
+def test_bfloat16_meets_its_own_bound_but_not_that_of_float32():
     errors = run(random_params(SMALL), SMALL, "masked_lm", dtypes=["bfloat16"])
     assert not [e for e in errors if not e.passed]
     for framework in ("flax", "pytorch", "tensorflow"):
@@ -60,7 +60,7 @@ def test_bfloat16_is_within_its_own_bound_and_not_within_that_of_float32():
         ("lm_head/bias", None, "the encoder agrees; logits does not"),
     ],
 )
-def test_a_damaged_weight_fails_and_is_placed(path, layer, said):
+def test_changed_weight_fails_and_is_located(path, layer, said):
     params = random_params(SMALL)
     leaves = {name: np.array(leaf) for name, leaf in parameters.flatten(params).items()}
     leaf = leaves[path] if layer is None else leaves[path][layer]
@@ -71,7 +71,7 @@ def test_a_damaged_weight_fails_and_is_placed(path, layer, said):
     assert diagnose(run(params, SMALL, "masked_lm", tested_params=damaged, **options)) == said
 
 
-def test_a_gradient_that_cancels_is_measured_against_its_terms():
+def test_cancelling_gradient_is_measured_against_its_terms():
     """Two labels, in this batch as frequent as the head thinks: the gradient of the last norm's
     bias is what is left of a sum, and the rounding of its terms is 2e-5 of that."""
     config = SMALL.replace(num_labels=2)
@@ -84,7 +84,7 @@ def test_a_gradient_that_cancels_is_measured_against_its_terms():
     assert gradient.passed and gradient.excess < 0.5
 
 
-def test_nan_is_a_failure():
+def test_nan_fails():
     from bridges.verify.parity import BOUNDS, Comparison
 
     error = Comparison(
@@ -94,7 +94,7 @@ def test_nan_is_a_failure():
 
 
 @pytest.mark.slow
-def test_program_proves_a_run_and_refuses_a_damaged_copy(tmp_path):
+def test_program_passes_a_run_and_fails_a_changed_copy(tmp_path):
     model = finished_run() / "model"
     report = tmp_path / "parity.html"
     fast = ("--framework=pytorch", "--dtype=float32")
@@ -123,7 +123,7 @@ def test_program_proves_a_run_and_refuses_a_damaged_copy(tmp_path):
         (["--checkpoint={run}", "--sequence_length=5000"], "5000"),
     ],
 )
-def test_bad_input_is_one_line(arguments, said):
+def test_bad_input_prints_one_line(arguments, said):
     done = call("parity", *(a.format(run=finished_run()) for a in arguments))
     assert done.returncode == 2
     lines = done.stderr.splitlines()

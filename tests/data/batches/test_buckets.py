@@ -37,7 +37,7 @@ def positions(lengths, buckets):
 
 @settings(max_examples=200, deadline=None)
 @given(LENGTHS, st.integers(1, 4), st.sampled_from([1, 4, 8]))
-def test_buckets_are_the_best_there_are(lengths, count, multiple):
+def test_bucket_lengths_minimize_padding(lengths, count, multiple):
     found = bucket_lengths(np.array(lengths), count, multiple)
     assert list(found) == sorted(set(found)) and 1 <= len(found) <= count
     assert all(bucket % multiple == 0 for bucket in found[:-1])
@@ -52,7 +52,7 @@ def test_buckets_are_the_best_there_are(lengths, count, multiple):
     assert positions(lengths, found) <= best
 
 
-def test_buckets_stay_within_what_there_is():
+def test_bucket_lengths_stay_within_longest_example():
     """A model of 510 positions gets rows of 510, not of 512."""
     assert bucket_lengths(np.array([510, 3]), 2) == (8, 510)
     assert bucket_lengths(np.array([5]), 6) == (8,)
@@ -64,7 +64,7 @@ def test_buckets_stay_within_what_there_is():
 
 @settings(max_examples=100, deadline=None)
 @given(LENGTHS, st.integers(1, 5), st.integers(1, 300), st.integers(1, 3))
-def test_evaluation_asks_for_every_row_once(lengths, count, tokens, multiple):
+def test_bucketed_batches_hold_every_row_once(lengths, count, tokens, multiple):
     features = Rows(lengths)
     buckets = bucket_lengths(features.lengths, count)
     shapes = set()
@@ -83,11 +83,11 @@ def test_evaluation_asks_for_every_row_once(lengths, count, tokens, multiple):
     assert sorted(found) == list(range(len(lengths)))
 
 
-def test_nothing_to_evaluate():
+def test_bucketed_batches_of_no_rows():
     assert list(bucketed_eval_batches(Rows([]), (8,), 64)) == []
 
 
-def test_padding():
+def test_padded_rows():
     rows = [np.array([1, 2]), np.array([3])]
     expected = [[3, 9, 9], [9, 9, 9], [1, 2, 9]]
     assert pad_rows(rows, np.array([1, PADDING_INDEX, 0]), 3, 9).tolist() == expected

@@ -43,7 +43,7 @@ def ragged(n, seed=0):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 9), st.integers(1, 3))
-def test_every_token_of_a_batch_is_there_once(lengths, B, multiple):
+def test_batch_holds_every_token_once(lengths, B, multiple):
     features = Rows(lengths)
     loader = PackedBatches(features, B, 0, steps=8, multiple=multiple, pool=2)
     assert loader.num_rows % multiple == 0
@@ -66,7 +66,7 @@ def test_every_token_of_a_batch_is_there_once(lengths, B, multiple):
 
 @pytest.mark.parametrize("pool", [1, 3, 50])
 @pytest.mark.parametrize("n", [1, 7, 64, 101])
-def test_an_epoch_is_every_example_once(n, pool):
+def test_epoch_holds_every_example_once(n, pool):
     loader = PackedBatches(ragged(n), 8, seed=5, steps=3 * -(-n // 8), pool=pool)
     epochs = []
     for epoch in range(3):
@@ -79,7 +79,7 @@ def test_an_epoch_is_every_example_once(n, pool):
         assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_a_batch_follows_from_seed_and_step_alone():
+def test_batch_depends_only_on_seed_and_step():
     features = ragged(203)
 
     def loader(seed):
@@ -96,7 +96,7 @@ def test_a_batch_follows_from_seed_and_step_alone():
             np.testing.assert_array_equal(next(ahead)["labels"], through[step]["labels"])
 
 
-def test_hosts_share_a_batch_without_overlap():
+def test_host_rows_partition_a_batch():
     loader = PackedBatches(ragged(61), 8, 0, 20, multiple=4, pool=2)
     for step in range(20):
         whole = loader.batch(step)
@@ -106,7 +106,7 @@ def test_hosts_share_a_batch_without_overlap():
             np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
 
 
-def test_pools_fill_rows_and_still_shuffle():
+def test_pools_fill_rows_and_keep_shuffling():
     features = ragged(2000)
     loader, plain = (PackedBatches(features, 16, 0, 250, pool=pool) for pool in (50, 1))
     assert loader.fill_ratio > 0.8 > 0.6 > plain.fill_ratio
@@ -121,7 +121,7 @@ def test_pools_fill_rows_and_still_shuffle():
     assert len({int(np.argmax(longest[at : at + 50])) for at in range(0, 200, 50)}) > 2
 
 
-def test_what_was_not_planned_is_refused():
+def test_unplanned_batches_and_bad_arguments_raise():
     loader = PackedBatches(Rows([8] * 30 + [60] * 8), 8, 0, steps=1, pool=1)
     with pytest.raises(InputError, match=r"step \d+: needs \d+ rows, planned were \d"):
         [loader.batch(step) for step in range(40)]
@@ -171,7 +171,7 @@ KINDS = [
     "settings", [losses.DEFAULT_LOSS, losses.LossSettings(label_smoothing=0.2)]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_sums_and_gradients_are_those_of_padded_examples(kind, settings):
+def test_packed_losses_and_gradients_match_padded_examples(kind, settings):
     task, features = learned(kind)
     config = task.model_config(TINY.replace(vocab_size=600, is_decoder=task.model == "causal_lm"))
     params = random_params(config, task.model, scale=0.1)

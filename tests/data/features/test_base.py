@@ -15,7 +15,7 @@ from prelnroberta.data.readers.swag import ChoiceExample
 from tests.helpers.random_texts import TAGS, random_questions, random_sentences, random_text
 
 
-def test_every_kind_of_features_goes_through_both_loaders(tokenizer):
+def test_every_feature_type_works_with_both_loaders(tokenizer):
     rng = np.random.default_rng(6)
     kinds = {
         "texts": text_features(

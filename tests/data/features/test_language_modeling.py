@@ -13,7 +13,7 @@ from tests.helpers.random_texts import random_text
 
 
 @pytest.mark.oracle
-def test_blocks_as_transformers_group_texts(tokenizer, theirs):
+def test_blocks_match_transformers_group_texts(tokenizer, theirs):
     rng = np.random.default_rng(5)
     documents = [random_text(rng, 40) for _ in range(120)]
     documents = [document for document in documents if document.strip()]
@@ -33,7 +33,7 @@ def test_blocks_as_transformers_group_texts(tokenizer, theirs):
 
 
 @pytest.mark.parametrize("overlap", [1, 2, 7, 15])
-def test_overlapping_blocks_ask_for_every_token_once(overlap):
+def test_overlapping_blocks_label_every_token_once(overlap):
     for size in range(2, 70):
         stream = np.arange(4, 4 + size, dtype=np.int32)
         blocks = TokenBlocks(stream, 16, overlap)
@@ -49,7 +49,7 @@ def test_overlapping_blocks_ask_for_every_token_once(overlap):
             assert first == overlap, "at least that much context"
 
 
-def test_blocks_are_rows_for_the_masking_loader(tokenizer):
+def test_blocks_feed_the_masking_loader(tokenizer):
     stream = token_stream(["one two three " * 30, "four " * 11], tokenizer)
     blocks = TokenBlocks(stream, 24)
     loader = Loader(blocks, Masking(tokenizer.get_vocab_size(), 0.3, "bernoulli"), 4, seed=0)

@@ -11,7 +11,7 @@ from tests.helpers.random_texts import assert_same_ids, random_text
 
 
 @pytest.mark.oracle
-def test_choices_as_transformers(tokenizer, theirs):
+def test_choices_match_transformers(tokenizer, theirs):
     rng = np.random.default_rng(4)
     given = [
         ChoiceExample(
@@ -43,7 +43,7 @@ def test_choices_as_transformers(tokenizer, theirs):
     assert (batch["attention_mask"][~batch["choice_mask"]] == 0).all()
 
 
-def test_absent_choices_are_never_chosen_and_fillers_stay_finite():
+def test_masked_choices_are_never_predicted_and_losses_stay_finite():
     import jax
     import jax.numpy as jnp
 

@@ -37,7 +37,7 @@ def reference_positions(given, offsets, sequence_ids):
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("max_length, stride", [(384, 128), (48, 10), (40, 0), (36, 7)])
-def test_questions_as_transformers(tokenizer, theirs, max_length, stride):
+def test_questions_match_transformers(tokenizer, theirs, max_length, stride):
     rng = np.random.default_rng(max_length)
     bad = RowErrors(skip=True)
     features = question_features(
@@ -70,7 +70,7 @@ def test_questions_as_transformers(tokenizer, theirs, max_length, stride):
     assert inside > 200
 
 
-def test_an_answer_cut_by_windows_is_whole_in_one_or_in_none(tokenizer):
+def test_answer_cut_by_windows_is_labelled_only_where_whole(tokenizer):
     """25,000 characters; windows share 20 tokens, and the answers are shorter or longer."""
     rng = np.random.default_rng(0)
     words = rng.choice(["model", "answer", "window", "of", "the"], 5000)
@@ -102,7 +102,7 @@ def test_an_answer_cut_by_windows_is_whole_in_one_or_in_none(tokenizer):
     assert covered.all()
 
 
-def test_question_batches_and_questions_that_are_too_long(tokenizer):
+def test_question_batches_and_too_long_questions(tokenizer):
     given = [
         Question("f:1", "a", "Who?", "The cat sat.", [Answer("cat", 4)]),
         Question("f:2", "b", "Who?", "The cat sat.", []),
@@ -158,7 +158,7 @@ def reference_answers(features, logits, n_best_size, longest, version_2, thresho
 
 
 @pytest.mark.parametrize("version_2, threshold", [(False, 0.0), (True, 0.0), (True, -2.5)])
-def test_answers_as_transformers(tokenizer, version_2, threshold):
+def test_predicted_answers_match_run_qa(tokenizer, version_2, threshold):
     rng = np.random.default_rng(3)
     given = [q for q in random_questions(rng, 400, 25) if q.context.strip()]
     features = question_features(given, tokenizer, 48, 4, row_errors=RowErrors(skip=True))

@@ -17,7 +17,7 @@ from tests.helpers.random_texts import assert_same_ids, random_text
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("max_length", [4, 9, 16, 40, 512])
-def test_texts_and_pairs_as_transformers(tokenizer, theirs, max_length):
+def test_texts_and_pairs_match_transformers(tokenizer, theirs, max_length):
     rng = np.random.default_rng(max_length)
     firsts, seconds = ([random_text(rng, 14) for _ in range(400)] for _ in range(2))
     for pairs in (None, seconds):
@@ -35,7 +35,7 @@ def test_texts_and_pairs_as_transformers(tokenizer, theirs, max_length):
         assert features.labels is None and "labels" not in features.batch(np.array([0]), 512)
 
 
-def test_what_the_callers_tokenizer_pads_or_cuts_is_not_read_and_stays(tokenizer):
+def test_padding_and_truncation_of_given_tokenizer_are_ignored_and_kept(tokenizer):
     before = tokenizer.encode("one").ids
     other = Tokenizer.from_str(tokenizer.to_str())
     other.enable_truncation(5)
@@ -55,7 +55,7 @@ def test_what_the_callers_tokenizer_pads_or_cuts_is_not_read_and_stays(tokenizer
 
 
 @pytest.mark.oracle
-def test_a_text_that_spells_pads_out_is_seen(tokenizer, theirs):
+def test_pad_token_spelled_in_text_is_attended(tokenizer, theirs):
     features = text_features(
         [TextExample("f:1", "a <pad> b"), TextExample("f:2", "a")], tokenizer, 16
     )
@@ -67,7 +67,7 @@ def test_a_text_that_spells_pads_out_is_seen(tokenizer, theirs):
     assert not batch["attention_mask"][2].any()
 
 
-def test_labels_of_every_kind(tokenizer):
+def test_label_arrays_of_every_problem_type(tokenizer):
     def batch(problem_type, labels, values, indices=(1, -1, 0)):
         examples = [TextExample(f"f:{i}", "a b", None, value) for i, value in enumerate(values)]
         features = text_features(examples, tokenizer, 16, problem_type, labels)
@@ -85,7 +85,7 @@ def test_labels_of_every_kind(tokenizer):
     assert numbers["labels"].tolist() == [-1, 0, 2.5] and numbers["labels"].dtype == np.float32
 
 
-def test_labels_outside_the_map_are_named_and_counted(tokenizer):
+def test_unknown_labels_raise_or_are_counted(tokenizer):
     values = ["yes", "maybe", "no", "perhaps"]
     examples = [TextExample(f"f.csv:{i}", "a", None, v) for i, v in enumerate(values)]
     with pytest.raises(

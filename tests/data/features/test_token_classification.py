@@ -13,7 +13,7 @@ from tests.helpers.random_texts import TAGS, WORDS, assert_same_ids, random_sent
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("max_length, stride", [(512, None), (12, 0), (16, 5), (9, 6)])
-def test_words_as_transformers(tokenizer, folder, max_length, stride):
+def test_words_match_transformers(tokenizer, folder, max_length, stride):
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(folder, add_prefix_space=True)
@@ -72,7 +72,7 @@ def test_later_tokens_of_a_word_have_inside_tags(tokenizer):
     assert (plain.labels[0][1:-1] == 0).all()
 
 
-def test_each_word_is_answered_where_it_has_most_context(tokenizer):
+def test_word_is_predicted_in_window_with_most_context(tokenizer):
     words = ["a"] * 30
     features = token_features([Sentence("f:1", words, None)], tokenizer, 12, doc_stride=6)
     assert features.labels is None and len(features.input_ids) > 2
@@ -84,7 +84,7 @@ def test_each_word_is_answered_where_it_has_most_context(tokenizer):
     assert (np.minimum(middle, 11 - middle) >= 3).all(), "not at the edges of a row"
 
 
-def test_a_sentence_of_25000_characters_loses_no_word(tokenizer):
+def test_sentence_of_25000_characters_keeps_every_word(tokenizer):
     words = np.random.default_rng(0).choice([w for w in WORDS if w.strip()], 5000).tolist()
     tags = np.random.default_rng(1).choice(TAGS, 5000).tolist()
     features = token_features([Sentence("f:1", words, tags)], tokenizer, 64, TAGS)
@@ -93,13 +93,13 @@ def test_a_sentence_of_25000_characters_loses_no_word(tokenizer):
     assert [TAGS[i] for i in found] == tags
 
 
-def test_tags_by_number_get_their_names(tokenizer):
+def test_numeric_tags_map_to_names(tokenizer):
     numbered = [Sentence("f:1", ["a", "b"], ["2", "0"])]
     features = token_features(numbered, tokenizer, 16, TAGS)
     assert features.examples[0].tags == ["I-x", "O"]
 
 
-def test_unknown_tags_and_impossible_strides(tokenizer):
+def test_unknown_tags_and_invalid_strides_raise(tokenizer):
     given = [Sentence("f:1", ["a"], ["B-x"]), Sentence("f:2", ["a", "b"], ["O", "B-q"])]
     with pytest.raises(InputError, match=r"1 of 2 rows are bad: f:2: word 1: label 'B-q' is not"):
         token_features(given, tokenizer, 16, TAGS)
@@ -112,7 +112,7 @@ def test_unknown_tags_and_impossible_strides(tokenizer):
         token_features(given[:1], tokenizer, 16, TAGS, doc_stride=14)
 
 
-def test_entities_have_their_words_and_scores():
+def test_decoded_entities_have_words_and_scores():
     sentence = Sentence("f:1", ["in", "New", "York", "City", "Ann"], None)
     found = decode_entities(
         sentence, ["O", "B-loc", "I-loc", "I-loc", "I-per"], [0.9, 0.5, 0.7, 0.9, 0.4]

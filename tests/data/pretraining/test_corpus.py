@@ -18,7 +18,7 @@ def texts(corpus):
     return [document.text for document in corpus.documents()]
 
 
-def test_split_is_a_function_of_the_key_and_has_the_asked_share():
+def test_split_depends_only_on_key_and_has_requested_share():
     keys = [f"package/module{i}" for i in range(4000)]
     held_out = [in_validation_split(key, 0.1) for key in keys]
     assert held_out == [in_validation_split(key, 0.1) for key in keys]
@@ -46,7 +46,7 @@ def test_blank_lines_end_documents(tmp_path, suffix):
 @given(
     st.lists(st.text(st.sampled_from(list("ab \n\t")), max_size=9), max_size=9), st.integers(3, 9)
 )
-def test_documents_do_not_depend_on_how_text_is_read(chunks, piece):
+def test_documents_do_not_depend_on_chunk_size(chunks, piece):
     whole = "".join(chunks)
     groups = itertools.groupby(whole.split("\n"), key=lambda line: bool(line.strip()))
     documents = ["\n".join(lines).rstrip() for is_text, lines in groups if is_text]
@@ -58,14 +58,14 @@ def test_documents_do_not_depend_on_how_text_is_read(chunks, piece):
     assert "".join("".join(found).split()) == "".join(whole.split())
 
 
-def test_jsonl_gives_a_document_a_line(tmp_path):
+def test_jsonl_has_one_document_per_line(tmp_path):
     lines = [{"body": "first\n\nstill first", "n": 1}, {"body": "second"}, {"body": " "}]
     text = "\n\n".join(json.dumps(line) for line in lines)
     path = write(tmp_path / "a.jsonl.gz", text.encode())
     assert texts(FileCorpus([path], text_field="body")) == ["first\n\nstill first", "second"]
 
 
-def test_long_documents_come_in_pieces_cut_at_lines(tmp_path, monkeypatch):
+def test_long_documents_are_split_at_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_DOCUMENT_CHARS", 100)
     long = "\n".join(f"line {i} of a document" for i in range(50))
     path = write(tmp_path / "a.txt", long.encode())
@@ -108,7 +108,7 @@ def test_manifest_changes_with_the_files(tmp_path):
         ("empty", r"folder .*empty holds no \.txt"),
     ],
 )
-def test_what_cannot_be_found_is_named_at_once(tmp_path, name, message):
+def test_missing_paths_raise_immediately(tmp_path, name, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=message):
         FileCorpus([str(tmp_path / name)])
@@ -117,7 +117,7 @@ def test_what_cannot_be_found_is_named_at_once(tmp_path, name, message):
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("place", [0, 5, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 2_500_000])
 @pytest.mark.parametrize("bad", [b"\xff", b"\xe2\x82"])  # never a character; a cut one
-def test_bytes_that_are_not_utf8_are_placed(tmp_path, suffix, place, bad):
+def test_invalid_utf8_raises_with_position(tmp_path, suffix, place, bad):
     good = "é".encode() * (place // 2) + b"a" * (place % 2)
     path = write(tmp_path / f"a.txt{suffix}", good + bad + b" and more")
     with pytest.raises(InputError, match=rf"a\.txt{suffix}: not UTF-8 at byte {place} "):
@@ -137,13 +137,13 @@ def test_bytes_that_are_not_utf8_are_placed(tmp_path, suffix, place, bad):
         (b'{"text": "\\ud800"}', r"a\.jsonl:3: lone surrogate"),
     ],
 )
-def test_bad_json_lines_are_placed(tmp_path, line, message):
+def test_bad_json_lines_raise_with_line_number(tmp_path, line, message):
     path = write(tmp_path / "a.jsonl", b'{"text": "fine"}\n\n' + line + b"\n")
     with pytest.raises(InputError, match=message):
         texts(FileCorpus([path]))
 
 
-def test_cut_gzip_empty_text_and_nothing_given(tmp_path):
+def test_truncated_gzip_empty_text_and_no_paths_raise(tmp_path):
     path = tmp_path / "a.txt.gz"
     path.write_bytes(gzip.compress(b"some text " * 1000)[:-20])
     with pytest.raises(InputError, match=r"a\.txt\.gz: cannot be read"):

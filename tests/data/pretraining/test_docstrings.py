@@ -80,7 +80,7 @@ def test_prose_is_sentences_without_markup():
 
 @settings(deadline=None)
 @given(st.text(st.sampled_from(list("ab :*`-.>\n[]")), max_size=80))
-def test_prose_takes_any_string(text):
+def test_prose_accepts_any_string(text):
     assert all("\n" not in paragraph for paragraph in extract_prose(text))
 
 
@@ -119,7 +119,7 @@ def test_docstrings_are_read_in_order_and_once(toy):
     assert list(toy.documents()) == list(toy.documents())
 
 
-def test_manifest_names_versions_and_what_is_missing():
+def test_manifest_lists_versions_and_missing_packages():
     corpus = DocstringCorpus(["numpy", "no_such_package"])
     manifest = corpus.manifest()
     assert manifest["missing_packages"] == ["no_such_package"]

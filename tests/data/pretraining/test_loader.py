@@ -55,7 +55,7 @@ def assert_same(one, two):
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(1, 1), (1, 3), (2, 3), (7, 3), (7, 20), (1000, 32)])
-def test_each_row_once_an_epoch(n, batch_size):
+def test_epoch_holds_each_row_once(n, batch_size):
     data = loader(n, batch_size)
     epochs = 3
     steps = -(-epochs * n // batch_size)
@@ -81,7 +81,7 @@ def test_batch_shapes_and_types():
     assert not batch
 
 
-def test_batch_is_a_function_of_the_step():
+def test_batch_depends_only_on_step():
     forward, backward = loader(50, 8), loader(50, 8)
     batches = {step: forward.batch(step) for step in range(20)}
     for step in reversed(range(20)):
@@ -96,13 +96,13 @@ def test_rows_are_masked_by_seed_epoch_and_index():
         assert_same(expected, {name: batch[name][i] for name in batch})
 
 
-def test_masks_are_new_each_epoch():
+def test_masks_differ_between_epochs():
     data = loader(1, 1)
     picks = {tuple(data.batch(step)["masked_positions"][0]) for step in range(20)}
     assert len(picks) > 10
 
 
-def test_masks_belong_to_the_row_not_to_its_place_in_a_batch():
+def test_masks_do_not_depend_on_position_in_batch():
     """Another batch size, with the same seed, shows each row of an epoch under the same mask."""
 
     def shown(batch_size):
@@ -117,7 +117,7 @@ def test_masks_belong_to_the_row_not_to_its_place_in_a_batch():
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4, 8])
-def test_parts_of_a_batch_make_the_whole(hosts):
+def test_parts_of_a_batch_concatenate_to_the_batch(hosts):
     data = loader(21, 8)
     share = 8 // hosts
     for step in (0, 2, 5):
@@ -126,7 +126,7 @@ def test_parts_of_a_batch_make_the_whole(hosts):
         assert_same(joined, data.batch(step))
 
 
-def test_evaluation_shows_each_row_once_in_order_and_the_same_each_time():
+def test_eval_batches_are_ordered_complete_and_deterministic():
     source, masking = Rows(10), Masking(50_000, rate=0.3)
     one, two = (list(masked_eval_batches(source, masking, 4, seed=0)) for _ in range(2))
     assert len(one) == 3
@@ -141,7 +141,7 @@ def test_evaluation_shows_each_row_once_in_order_and_the_same_each_time():
         assert_same(whole, {name: np.concatenate([part[name] for part in parts]) for name in whole})
 
 
-def test_prefetch_gives_what_batch_gives_and_ends():
+def test_prefetch_matches_batch_and_ends():
     data = loader(50, 8)
     with data.prefetch(5) as ahead:
         for step, batch in zip(range(5, 25), ahead, strict=False):
@@ -153,13 +153,13 @@ def test_prefetch_gives_what_batch_gives_and_ends():
     ahead.close()  # twice is once
 
 
-def test_prefetch_gives_a_host_its_rows():
+def test_prefetch_of_host_rows():
     data = loader(50, 8)
     with data.prefetch(0, rows=slice(2, 4)) as ahead:
         assert_same(next(ahead), data.batch(0, slice(2, 4)))
 
 
-def test_closing_early_ends_the_thread():
+def test_closing_prefetch_early_ends_its_thread():
     for _ in range(20):
         loader(50, 8).prefetch(0).close()
     ahead = Prefetch(lambda step: time.sleep(0.05), 0)  # closed in the midst of its work
@@ -170,6 +170,6 @@ def test_closing_early_ends_the_thread():
 @pytest.mark.parametrize(
     ("batch_size", "seed", "message"), [(0, 0, "batch size=0"), (4, -1, "seed=-1")]
 )
-def test_bad_arguments_are_named(batch_size, seed, message):
+def test_bad_arguments_raise(batch_size, seed, message):
     with pytest.raises(InputError, match=message):
         loader(10, batch_size, seed)

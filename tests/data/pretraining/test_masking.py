@@ -82,7 +82,7 @@ MASKINGS = st.builds(
 
 @settings(max_examples=200, deadline=None)
 @given(example=ROWS, masking=MASKINGS, epoch=st.integers(0, 5))
-def test_contract_of_a_masked_row(example, masking, epoch):
+def test_masked_row_invariants(example, masking, epoch):
     before = example.input_ids.copy()
     masked = masking.apply(example, seed=3, epoch=epoch, example=7)
     slots = masking.max_masked_positions(len(before))
@@ -119,7 +119,7 @@ def test_exact_counts_are_floor_or_ceiling(rate, length):
     assert masking.max_masked_positions(length) == math.ceil(rate * length)
 
 
-def test_packed_row_counts_real_tokens():
+def test_mask_count_of_packed_row_uses_real_tokens():
     example = row(100, segment_sizes=[20, 20])
     counts = [len(chosen(make(rate=0.25).apply(example, 0, 0, i))) for i in range(50)]
     assert set(counts) == {10}
@@ -127,7 +127,7 @@ def test_packed_row_counts_real_tokens():
 
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("split", [(0.8, 0.1, 0.1), (1, 0, 0), (0, 0.5, 0.5)])
-def test_split_and_replacements(unit, split):
+def test_rates_of_mask_keep_and_random_tokens(unit, split):
     masking = make(rate=0.4, unit=unit, **dict(zip(("mask", "random", "keep"), split, strict=True)))
     before, after = [], []
     for i in range(2200):
@@ -157,7 +157,7 @@ def test_split_and_replacements(unit, split):
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("rate", [0.01, 0.15, 0.4, 0.9])
-def test_rate_is_unbiased(unit, sampling, rate):
+def test_mask_rate_is_unbiased(unit, sampling, rate):
     """Mean share of chosen tokens, over rows of which half are packed, within 1 % of the rate.
 
     The bound widens to 4 standard errors where 1 % is less than chance allows.
@@ -179,7 +179,7 @@ def test_rate_is_unbiased(unit, sampling, rate):
     assert error < 0.03 * rate or rate == 0.01, "the bound means something"
 
 
-def test_every_position_is_equally_likely():
+def test_every_position_is_masked_equally_often():
     """No position of a row is preferred: neither the ends of words nor those of the row."""
     for unit in UNITS:
         for sampling in SAMPLINGS:
@@ -201,14 +201,14 @@ def test_bernoulli_count_varies_and_exact_does_not():
     assert spread("bernoulli") == pytest.approx(math.sqrt(126 * 0.4 * 0.6), rel=0.1)
 
 
-def test_exact_masks_specials_as_fairseq_does():
+def test_exact_scheme_masks_special_tokens_like_fairseq():
     hits = [BOS_ID in make().apply(row(20), 0, 0, i)["masked_labels"][:1] for i in range(400)]
     assert 0 < sum(hits) < 400
 
 
 @settings(max_examples=100, deadline=None)
 @given(example=ROWS, sampling=st.sampled_from(SAMPLINGS), number=st.integers(0, 10))
-def test_words_are_chosen_whole_and_share_their_fate(example, sampling, number):
+def test_whole_words_are_masked_together(example, sampling, number):
     masking = make(rate=0.3, unit="word", sampling=sampling)
     masked = masking.apply(example, 0, 0, number)
     positions = chosen(masked)
@@ -294,7 +294,7 @@ def test_overflow_keeps_a_random_subset_of_whole_units(unit):
         assert abs(shares - 12 / 62).max() < 5 * math.sqrt(0.2 * 0.8 / 3000), "none preferred"
 
 
-def test_stream_depends_on_seed_epoch_and_example_and_on_nothing_else():
+def test_random_stream_depends_only_on_seed_epoch_and_example():
     masking, example = make(), row(128)
     picks = {
         (seed, epoch, number): tuple(chosen(masking.apply(example, seed, epoch, number)))
@@ -309,7 +309,7 @@ def test_stream_depends_on_seed_epoch_and_example_and_on_nothing_else():
         assert tuple(chosen(masking.apply(example, *key))) == picks[key]
 
 
-def test_streams_of_neighbours_are_independent():
+def test_random_streams_of_neighbouring_examples_are_independent():
     """The overlap of two examples' choices is what chance gives."""
     masking, example = make(rate=0.4), row(128)
     masks = np.zeros((400, 128))
@@ -320,7 +320,7 @@ def test_streams_of_neighbours_are_independent():
         assert overlap == pytest.approx(0.16, abs=0.01)
 
 
-def test_stream_is_pinned():
+def test_random_stream_values_are_pinned():
     """A change of these numbers changes every run's data: it must be meant."""
     masked = make(rate=0.15).apply(row(40), seed=1, epoch=2, example=3)
     assert chosen(masked).tolist() == [3, 8, 9, 11, 32, 35]
@@ -344,6 +344,6 @@ def test_stream_is_pinned():
         ({"vocab_size": 5}, "vocab_size=5"),
     ],
 )
-def test_bad_fields_are_named(fields, message):
+def test_bad_fields_raise(fields, message):
     with pytest.raises(InputError, match=message):
         Masking(**{"vocab_size": V, "word_start_mask": WORD_STARTS, **fields})

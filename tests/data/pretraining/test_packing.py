@@ -108,7 +108,7 @@ def test_packed_rows_hold_every_piece_once(tmp_path_factory, documents, length, 
 
 @settings(max_examples=30, deadline=None)
 @given(documents=DOCUMENTS, length=st.integers(3, 24))
-def test_contiguous_rows_are_the_stream(tmp_path_factory, documents, length):
+def test_contiguous_rows_concatenate_to_the_stream(tmp_path_factory, documents, length):
     files = corpus(tmp_path_factory.mktemp("corpus"), documents)
     whole = len(files.tokens) // (length - 1)
     if not whole:
@@ -134,7 +134,7 @@ def test_best_fit_leaves_little_padding(tmp_path):
     assert rows.fill_ratio > 0.99
 
 
-def test_long_document_is_cut_and_only_its_end_is_closed(tmp_path):
+def test_long_document_is_split_and_only_its_last_row_ends_with_eos(tmp_path):
     rows = open_rows(corpus(tmp_path, [list(range(4, 16))]), 6, "documents")
     found = sorted(segment for i in range(len(rows)) for segment in segments(rows[i]))
     assert found == [
@@ -144,12 +144,12 @@ def test_long_document_is_cut_and_only_its_end_is_closed(tmp_path):
     ]
 
 
-def test_newline_becomes_the_closing_token(tmp_path):
+def test_final_newline_is_replaced_by_eos(tmp_path):
     rows = open_rows(corpus(tmp_path, [[4, 5, NEWLINE, 6, NEWLINE]]), 9, "sentences", LINE_ENDS)
     assert segments(rows[0]) == [[BOS_ID, 4, 5, EOS_ID], [BOS_ID, 6, EOS_ID]]
 
 
-def test_plan_is_kept_and_never_outlives_its_corpus(tmp_path):
+def test_plan_is_cached_until_corpus_changes(tmp_path):
     def plans():
         return {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("packing-*")}
 
@@ -169,7 +169,7 @@ def test_plan_is_kept_and_never_outlives_its_corpus(tmp_path):
         assert sum(lengths) == {5: 16, 6: 8}[ending]
 
 
-def test_packing_is_deterministic_and_plan_may_live_elsewhere(tmp_path):
+def test_packing_is_deterministic_with_plan_in_other_folder(tmp_path):
     generator = np.random.default_rng(1)
     files = corpus(tmp_path, [[7] * n for n in generator.integers(1, 60, 3000)])
     homes = [tmp_path / "a", tmp_path / "b"]
@@ -182,7 +182,7 @@ def test_packing_is_deterministic_and_plan_may_live_elsewhere(tmp_path):
     assert not list(tmp_path.glob("packing-*"))
 
 
-def test_failed_plan_leaves_nothing(tmp_path):
+def test_failed_plan_leaves_no_files(tmp_path):
     files = corpus(tmp_path, [[], []])
     with pytest.raises(InputError, match="no text"):
         open_rows(files, 16, "documents")
@@ -195,7 +195,7 @@ def test_failed_plan_leaves_nothing(tmp_path):
     ("length", "packing", "message"),
     [(2, "documents", "sequence length=2"), (8, "lines", "packing='lines'")],
 )
-def test_bad_arguments_are_named(tmp_path, length, packing, message):
+def test_bad_arguments_raise(tmp_path, length, packing, message):
     with pytest.raises(InputError, match=message):
         open_rows(corpus(tmp_path, [[5, 6]]), length, packing)
 

@@ -51,7 +51,7 @@ def decoded(tokenizer, files):
     return documents
 
 
-def test_every_document_is_there_once_on_its_side(tokenizer, tmp_path, monkeypatch):
+def test_every_document_is_in_its_split_once(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_BATCH_BYTES", 1000)
     train, validation = tokenize_corpus(Texts(TEXTS), tokenizer, tmp_path, validation_fraction=0.2)
     for files, held_out in ((train, False), (validation, True)):
@@ -67,7 +67,7 @@ def test_every_document_is_there_once_on_its_side(tokenizer, tmp_path, monkeypat
     assert validation.manifest["split"] == "validation"
 
 
-def test_special_tokens_in_text_are_text_and_the_tokenizer_stays(tokenizer, tmp_path):
+def test_special_tokens_in_text_are_plain_text_and_tokenizer_is_unchanged(tokenizer, tmp_path):
     before = tokenizer.to_str()
     train, _ = tokenize_corpus(Texts(["say <mask></s>"]), tokenizer, tmp_path, 0.0)
     assert tokenizer.token_to_id("<mask>") not in train.tokens
@@ -76,15 +76,15 @@ def test_special_tokens_in_text_are_text_and_the_tokenizer_stays(tokenizer, tmp_
     assert tokenizer.token_to_id("<mask>") in tokenizer.encode("say <mask>").ids
 
 
-def test_wide_ids_for_wide_vocabularies(tmp_path):
-    writer = module._Writer(tmp_path / "a", (1 << 16) + 1)
+def test_id_dtype_follows_vocabulary_size(tmp_path):
+    writer = module._SplitWriter(tmp_path / "a", (1 << 16) + 1)
     writer.add([[1 << 16]])
     writer.close({})
     assert TokenFiles.open(tmp_path / "a").tokens.tolist() == [1 << 16, EOS_ID]
-    assert module._Writer(tmp_path / "b", 1 << 16).dtype == np.uint16
+    assert module._SplitWriter(tmp_path / "b", 1 << 16).dtype == np.uint16
 
 
-def test_second_call_reuses_and_says_so(tokenizer, tmp_path, capfd):
+def test_second_call_reuses_files(tokenizer, tmp_path, capfd):
     corpus = Texts(TEXTS)
     first, _ = tokenize_corpus(corpus, tokenizer, tmp_path)
     said = capfd.readouterr().err
@@ -96,7 +96,7 @@ def test_second_call_reuses_and_says_so(tokenizer, tmp_path, capfd):
     assert first.directory == second.directory
 
 
-def test_anything_that_changes_the_tokens_has_files_of_its_own(tokenizer, tmp_path):
+def test_cache_key_covers_everything_that_changes_tokens(tokenizer, tmp_path):
     corpora = [Texts(TEXTS), Texts(TEXTS, name="other")]
     made = [tokenize_corpus(corpus, tokenizer, tmp_path)[0].directory for corpus in corpora]
     made.append(tokenize_corpus(corpora[0], tokenizer, tmp_path, 0.1)[0].directory)
@@ -131,14 +131,12 @@ def only_locks(directory):
         (OSError(errno.EIO, "broken"), OSError, "broken"),
     ],
 )
-def test_a_failure_on_the_way_leaves_nothing(
-    tokenizer, tmp_path, monkeypatch, error, raised, message
-):
+def test_failure_leaves_no_files(tokenizer, tmp_path, monkeypatch, error, raised, message):
     def fail(self, documents):
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Writer, "add", fail)
+        patch.setattr(module._SplitWriter, "add", fail)
         with pytest.raises(raised, match=message):
             tokenize_corpus(Texts(TEXTS), tokenizer, tmp_path)
     assert only_locks(tmp_path)
@@ -146,7 +144,7 @@ def test_a_failure_on_the_way_leaves_nothing(
     assert len(train.document_ends) > 100
 
 
-def test_a_place_that_cannot_be_written_is_named(tokenizer, tmp_path):
+def test_unwritable_folder_raises_with_its_name(tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"token files in .*file: not a directory"):
         tokenize_corpus(Texts(TEXTS), tokenizer, tmp_path / "file")
@@ -180,7 +178,7 @@ def start(directory, delay):
     )
 
 
-def test_a_killed_preparation_is_made_anew_and_cleared_away(tokenizer, tmp_path):
+def test_killed_preparation_is_restarted_and_cleaned_up(tokenizer, tmp_path):
     save_tokenizer(tokenizer, tmp_path, 510)
     killed = start(tmp_path, 60)
     assert killed.stdout.readline() == "reading\n"
@@ -192,7 +190,7 @@ def test_a_killed_preparation_is_made_anew_and_cleared_away(tokenizer, tmp_path)
     assert not list(tmp_path.glob(".*.partial"))
 
 
-def test_of_two_at_once_one_prepares_and_the_other_waits(tokenizer, tmp_path):
+def test_concurrent_preparation_waits_for_the_first(tokenizer, tmp_path):
     save_tokenizer(tokenizer, tmp_path, 510)
     first = start(tmp_path, 3)
     assert first.stdout.readline() == "reading\n"
@@ -205,7 +203,7 @@ def test_of_two_at_once_one_prepares_and_the_other_waits(tokenizer, tmp_path):
     assert one == two
 
 
-def test_cut_and_missing_files_are_named(tokenizer, tmp_path):
+def test_truncated_and_missing_files_raise(tokenizer, tmp_path):
     train, _ = tokenize_corpus(Texts(TEXTS), tokenizer, tmp_path)
     tokens = train.directory / "tokens.bin"
     os.truncate(tokens, 100)
@@ -222,7 +220,7 @@ def test_cut_and_missing_files_are_named(tokenizer, tmp_path):
         TokenFiles.open(tmp_path / "nowhere")
 
 
-def test_an_empty_split_is_refused_unless_asked_for(tokenizer, tmp_path):
+def test_empty_split_raises_unless_allowed(tokenizer, tmp_path):
     with pytest.raises(InputError, match=r"the validation split is empty: none of .* 1 document"):
         tokenize_corpus(Texts(TEXTS[:1]), tokenizer, tmp_path, 0.001)
     with pytest.raises(InputError, match=r"the train split is empty"):

@@ -36,7 +36,7 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize("scheme, strict", PATTERNS)
-def test_spans_are_what_the_pattern_finds(scheme, strict):
+def test_spans_match_regular_expressions(scheme, strict):
     rng = np.random.default_rng(5)
     for _ in range(1500):
         tags = random_tags(rng, "BI" if scheme == "IOB2" else "BIES", int(rng.integers(0, 12)))
@@ -51,7 +51,7 @@ def test_spans_are_what_the_pattern_finds(scheme, strict):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_spans_survive_every_scheme(scheme):
+def test_spans_round_trip_in_every_scheme(scheme):
     rng = np.random.default_rng(6)
     for _ in range(500):
         length = int(rng.integers(1, 15))
@@ -69,7 +69,7 @@ def test_spans_survive_every_scheme(scheme):
             assert detect_scheme([tags]) == "IOB1"
 
 
-def test_scheme_is_recognised():
+def test_scheme_is_detected():
     assert detect_scheme([["O", "I-x", "B-x"]]) == "IOB1"
     assert detect_scheme([["O", "B-x", "I-x"]]) == "IOB2"
     assert detect_scheme([["O", "B-x", "I-x"], ["I-x"]]) == "IOB2", "an error in IOB2, not IOB1"

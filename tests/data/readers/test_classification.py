@@ -13,7 +13,7 @@ def test_labels_in_several_columns(write):
     assert bad.problems == {f"{path}:5": "expected 0 or 1 under 'rude', found '2'"}
 
 
-def test_text_files_are_a_text_a_line(write):
+def test_text_files_have_one_text_per_line(write):
     path = write("a.txt", 'one\ttab, "quote\n\n two \n')
     assert [e.text for e in read_text_examples(path, text="text")] == ['one\ttab, "quote', " two "]
     assert len(read_text_examples(path, text=0)) == 2

@@ -39,14 +39,14 @@ def test_conll_2003_with_documents_and_iob1(write):
     assert words.scheme is None and words.examples[0].tags is None
 
 
-def test_wnut_is_tab_separated_with_hashes_and_blank_lines_of_tabs(write):
+def test_wnut_tabs_hashes_and_blank_lines(write):
     path = write("wnut.conll", "#photography\tO\n\u3000\x0b a\tO\n\t\nRick\tB-creative-work\r\n")
     found = read_sentences(path)
     assert [s.words for s in found.examples] == [["#photography", "a"], ["Rick"]]
     assert found.scheme == "IOB2"
 
 
-def test_bioes_and_bilou_become_iob2_and_what_breaks_them_is_counted(write):
+def test_bioes_and_bilou_convert_to_iob2_and_invalid_tags_are_counted(write):
     good = lines("a S-X", "b B-Y", "c I-Y", "d E-Y", "e O", "")
     path = write("bioes.conll", good + lines("a I-X", "b E-X", "", "c B-X", "d O"))
     found = read_sentences(path)
@@ -62,7 +62,7 @@ def test_bioes_and_bilou_become_iob2_and_what_breaks_them_is_counted(write):
     assert found.examples[0].tags == ["B-X", "B-Y", "I-Y", "I-Y", "O"]
 
 
-def test_conllu_takes_syntactic_words(write):
+def test_conllu_reads_syntactic_words(write):
     def row(number, form, tag):
         return f"{number}\t{form}\t_\t{tag}" + "\t_" * 6
 
@@ -87,10 +87,10 @@ def test_conllu_takes_syntactic_words(write):
     broken = write("bad.conllu", text + "\n1\tword\tNOUN\n\n" + row("x", "a", "DET") + "\n")
     message = error_message(read_sentences, broken)
     assert f"2 of 3 rows are bad: {broken}:12: expected 10 columns, found 3" in message
-    assert f"{broken}:14: 'x' is no id of a word" in message
+    assert f"{broken}:14: 'x' is not the id of a word" in message
 
 
-def test_bad_sentences_go_whole_and_are_counted(write):
+def test_bad_sentences_are_skipped_whole_and_counted(write):
     path = write(
         "a.conll", lines("good\tO", "", "one\tO", "two", "three\tO", "", "\tO", "", "x\tO")
     )

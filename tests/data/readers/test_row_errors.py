@@ -5,7 +5,7 @@ from prelnroberta.data.readers.row_errors import RowErrors
 from tests.helpers.raw_files import error_message
 
 
-def test_one_collector_over_several_files_tells_all_at_once(write):
+def test_row_errors_of_several_files_are_reported_together(write):
     first = write("a.tsv", "text\tlabel\nx\n")
     second = write("b.tsv", "text\tlabel\ny\nfine\t1\n")
     bad = RowErrors()

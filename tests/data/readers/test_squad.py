@@ -18,7 +18,7 @@ def qa(name, *answers, **more):
     return {"id": name, "question": "Who?", "answers": listed, **more}
 
 
-def test_squad_of_both_versions(write):
+def test_squad_versions_1_and_2(write):
     path = write(
         "dev.json",
         squad(
@@ -48,7 +48,7 @@ def test_squad_of_both_versions(write):
     assert read_questions(unanswered, answered=False)[0].answers is None
 
 
-def test_bad_questions_are_named(write):
+def test_bad_questions_raise_with_reason(write):
     rows = [
         qa("good", ("cat", 4)),
         qa("moved", ("cat", 5)),
@@ -67,7 +67,7 @@ def test_bad_questions_are_named(write):
     assert [q.id for q in read_questions(path, row_errors=bad)] == ["good"]
     assert bad.num_rows == 11 and len(bad.problems) == 10
     problems = [problem for _, problem in bad.problems.items()]
-    assert "answer 'cat' does not stand at character 5 of the context, but 'at '" in problems[0]
+    assert "answer 'cat' is not at character 5 of the context, found 'at '" in problems[0]
     assert "second time" in problems[5]
     assert "10 of 11 rows are bad" in error_message(read_questions, path)
     assert "no questions" in error_message(read_questions, write("none.json", '{"data": []}'))

@@ -17,7 +17,7 @@ from prelnroberta.errors import InputError
 from tests.helpers.raw_files import CountingStream, json_lines
 
 
-def test_rows_come_as_they_are_read_from_any_stream():
+def test_streams_yield_rows_as_they_arrive():
     data = "".join(f"line {i}\n" for i in range(500_000)).encode()
     source = CountingStream(data)
     bad = RowErrors()
@@ -81,7 +81,7 @@ READERS = {
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_whatever_a_file_holds_each_row_is_read_or_named(name, tmp_path_factory):
+def test_any_content_is_read_or_reported_row_by_row(name, tmp_path_factory):
     path = tmp_path_factory.mktemp("any") / f"file{name}"
 
     @settings(max_examples=80, deadline=None)

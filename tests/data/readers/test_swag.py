@@ -25,7 +25,7 @@ def test_swag_columns_with_any_number_of_choices(write):
     assert [e.prefix for e in found] == ["", "so", ""] and [e.label for e in found] == [4, 1, 0]
 
 
-def test_bad_choices_are_named(write):
+def test_bad_choices_raise_with_reason(write):
     def row(label=0, **more):
         return {"sent1": "A", "label": label, **more}
 

@@ -11,7 +11,7 @@ from prelnroberta.data.readers.tables import read_table
 from tests.helpers.raw_files import error_message, json_lines, lines
 
 
-def test_glue_tsv_has_no_quotes_and_may_have_a_mark_and_crlf(write):
+def test_tsv_ignores_quotes_and_accepts_bom_and_crlf(write):
     path = write(
         "dev.tsv",
         '\ufeffindex\tsentence\tlabel\r\n0\tthe 5" disk "spins\t1\r\n1\t"unbalanced\t0\r\n\r\n',
@@ -40,7 +40,7 @@ def test_files_without_a_header_have_numbered_columns(write):
     assert "no column 2; the file has columns 0, 1" in error_message(read_table, named, [0, 2])
 
 
-def test_csv_quotes_enclose_anything(write):
+def test_csv_quoted_fields(write):
     path = write("a.csv.gz", 'text,label\n"one, ""two""\nthree",x\r\n\nfour,y\n')
     records = read_table(path, ["text", "label"])
     assert [r.values["text"] for r in records] == ['one, "two"\nthree', "four"]
@@ -59,7 +59,7 @@ def test_csv_quotes_enclose_anything(write):
         max_size=5,
     )
 )
-def test_csv_gives_back_what_was_written(tmp_path_factory, rows):
+def test_csv_round_trip(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("csv") / "t.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["a", "b", "c"], *rows])
@@ -67,7 +67,7 @@ def test_csv_gives_back_what_was_written(tmp_path_factory, rows):
     assert [list(record.values.values()) for record in found] == rows
 
 
-def test_a_row_of_empty_cells_is_a_row(write):
+def test_row_of_empty_cells_is_read(write):
     for name, row in (("a.csv", ","), ("a.tsv", "\t")):
         path = write(name, lines("text,label".replace(",", row), row, "", f"a{row}b"))
         assert [list(r.values.values()) for r in read_table(path, ["text", "label"])] == [
@@ -76,14 +76,14 @@ def test_a_row_of_empty_cells_is_a_row(write):
         ]
 
 
-def test_long_fields_are_read_and_the_process_is_left_alone(write):
+def test_long_fields_are_read_without_changing_the_csv_limit(write):
     limit = csv.field_size_limit()
     path = write("long.csv", f'text,label\n"{"word " * 60_000}",1\n')
     assert len(read_table(path, ["text"])[0].values["text"]) == 300_000
     assert csv.field_size_limit() == limit
 
 
-def test_bad_rows_are_all_named_with_their_number(write):
+def test_bad_rows_raise_with_line_numbers(write):
     path = write("a.tsv", lines("text\tlabel", *["fine\t1"] * 5, "short", "a\tb\tc", "fine\t0"))
     message = error_message(read_table, path, ["text", "label"])
     assert message.startswith(
@@ -100,7 +100,7 @@ def test_bad_rows_are_all_named_with_their_number(write):
     assert "1,200 of 1,200 rows" in message and "and 1,195 more" in message
 
 
-def test_a_quote_that_never_closes_is_found_and_reading_goes_on(write):
+def test_unclosed_quote_is_reported_and_reading_continues(write):
     inside = write("a.csv", 'text,label\n"good",1\n"bad" tail,0\ngood,1\n')
     bad = RowErrors(skip=True)
     assert [r.values["text"] for r in read_table(inside, ["text"], row_errors=bad)] == [
@@ -118,7 +118,7 @@ def test_a_quote_that_never_closes_is_found_and_reading_goes_on(write):
         )
 
 
-def test_a_table_without_rows_or_columns_is_refused(write):
+def test_table_without_rows_or_columns_raises(write):
     for name in ("a.csv", "a.tsv", "a.jsonl"):
         assert "no rows" in error_message(read_table, write(name, ""), ["text"])
     assert "no rows" in error_message(read_table, write("header.csv", "text,label\n"), ["text"])
@@ -133,7 +133,7 @@ def test_a_table_without_rows_or_columns_is_refused(write):
     assert "not UTF-8 at byte 8" in error_message(read_table, latin, ["text"])
 
 
-def test_json_lines(write):
+def test_json_lines_tables(write):
     path = write(
         "a.jsonl",
         json_lines(

@@ -46,14 +46,14 @@ def run(case, folder, names, rounds=1):
     return runner.run_case(case, weights, work, rounds, names)
 
 
-def test_names_are_unique_and_every_task_is_there():
+def test_case_names_are_unique_and_cover_every_task():
     names = [case.name for case in all_cases()]
     assert len(set(names)) == len(names)
     assert {case.model for case in all_cases() if case.operation == "train"} == set(TASK_NAMES)
 
 
 @pytest.mark.slow
-def test_all_contenders_agree(folder):
+def test_all_contenders_compute_the_same(folder):
     """`run_case` itself refuses contenders that differ."""
     results = {result.name: result for result in run(CASES[0], folder, None)}
     assert len(results) == 9 and {"ours packed", runner.FLAX, runner.TORCH_SDPA} <= results.keys()
@@ -63,26 +63,26 @@ def test_all_contenders_agree(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["question_answering", "multiple_choice"])
-def test_losses_of_tasks_agree(folder, model):
+def test_task_losses_match_torch(folder, model):
     [case] = [case for case in CASES if case.model == model]
     results = run(case, folder, {"ours packed", runner.TORCH_SDPA})
     assert {"ours packed", "ours padded", runner.TORCH_SDPA} <= {r.name for r in results}
 
 
-def test_first_seconds_hold_the_compiling_and_short_cases_get_more_rounds(folder, monkeypatch):
+def test_first_seconds_include_compilation_and_short_cases_get_more_rounds(folder, monkeypatch):
     monkeypatch.setattr(runner, "_CASE_SECONDS", 1e9)
     for result in run(Case("forward", "base", **RAGGED), folder, {"ours packed"}, rounds=2):
         assert len(result.seconds) == 5 * 2
         assert result.first_seconds > 10 * result.seconds[0]
 
 
-def test_another_function_is_refused(folder, monkeypatch):
+def test_contender_with_other_outputs_raises(folder, monkeypatch):
     monkeypatch.setattr(runner, "_MAX_DIFFERENCE", -1.0)
     with pytest.raises(InputError, match="ours packed differs from ours by"):
         run(CASES[0], folder, {"ours packed"})
 
 
-def test_every_real_token_is_worked_on_and_no_pad_is_counted(folder):
+def test_work_counts_real_tokens_only(folder):
     from experiments.benchmark.contenders.prelnroberta_flax import _training_batches
 
     for case in CASES:
@@ -100,7 +100,7 @@ def test_every_real_token_is_worked_on_and_no_pad_is_counted(folder):
             np.testing.assert_array_equal(np.sort(found), np.sort(ids))
 
 
-def test_packed_answers_are_those_of_the_case_and_the_check_has_no_pads(folder):
+def test_packed_outputs_match_case_without_padding(folder):
     from experiments.benchmark.contenders.prelnroberta_flax import _training_batches
 
     [case] = [case for case in CASES if case.model == "question_answering"]
@@ -130,7 +130,7 @@ def test_ratios_are_taken_within_rounds():
     assert runner.best_peer(ours, [ours, lucky, theirs, flax]) is theirs
 
 
-def test_tables_and_picture(tmp_path):
+def test_tables_and_plot(tmp_path):
     names = ["ours", runner.FLAX, runner.TORCH_SDPA, "transformers 4.57 TF XLA", "our PyTorch"]
     results = [
         {
@@ -159,7 +159,7 @@ def test_tables_and_picture(tmp_path):
     assert plot.stat().st_size
 
 
-def test_a_run_goes_on_with_its_own_results_alone(tmp_path):
+def test_resumed_run_keeps_only_its_own_results(tmp_path):
     run = {"machine": "a", "rounds": 5, "code": report.code_digest()}
     found = report.load_results(tmp_path, run)
     assert found["cases"] == [] and found["code"] == run["code"]
@@ -169,6 +169,6 @@ def test_a_run_goes_on_with_its_own_results_alone(tmp_path):
         report.load_results(tmp_path, run | {"code": "other"})
 
 
-def test_an_unknown_case_is_answered_with_their_names(tmp_path):
+def test_unknown_case_lists_case_names(tmp_path):
     result = call("benchmark", "--case=nothing", f"--output={tmp_path}")
     assert result.returncode == 2 and "pretrain-base-8x128-15%" in result.stderr

@@ -15,7 +15,7 @@ from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.distributed.hardware import CHIP_SPECS
 from prelnroberta.distributed.topology_compile import (
-    Collective,
+    CollectiveStats,
     CompileReport,
 )
 from tests.helpers.programs import ROOT, call, tiny_flags
@@ -25,15 +25,15 @@ def report(**changes):
     [v5e] = [chip for chip in CHIP_SPECS if chip.name == "v5e"]
     values = {
         "chip": v5e,
-        "chips": 256,
-        "params": 1 << 30,
-        "optimizer": 2 << 30,
-        "activations": 4 << 30,
-        "total": 7 << 30,
-        "needed": "",
-        "flops": 197e12,
-        "recomputed": 0.0,
-        "collectives": {"all-gather": Collective(10, 10**9, 4 * 10**11)},
+        "num_chips": 256,
+        "param_bytes": 1 << 30,
+        "optimizer_bytes": 2 << 30,
+        "activation_bytes": 4 << 30,
+        "total_bytes": 7 << 30,
+        "out_of_memory_message": "",
+        "model_flops": 197e12,
+        "remat_flops": 0.0,
+        "collectives": {"all-gather": CollectiveStats(10, 10**9, 4 * 10**11)},
         "compile_seconds": 1.0,
     }
     return CompileReport(**values | changes)
@@ -41,18 +41,26 @@ def report(**changes):
 
 def test_report_of_a_step_that_fits():
     text = format_report(report(), PretrainSettings(run_dir="x"))
-    assert "in all 7.00 of 16 GiB: fits" in text and "try" not in text
+    assert "total 7.00 of 16 GiB: fits" in text and "try" not in text
     # A second of matrix products, two of links.
-    assert "a step takes at least 2.000 s, for its links" in text and "MFU at most 50%" in text
+    assert "a step takes at least 2.000 s, limited by links" in text and "MFU at most 50%" in text
     assert "matrix products 1.000 s" in text
 
 
 @pytest.mark.parametrize(
     ("changes", "advice"),
     [
-        ({"total": 20 << 30}, "--remat=dots, --dtype=bfloat16, --gradient_accumulation_steps=2"),
         (
-            {"params": 8 << 30, "optimizer": 16 << 30, "total": None, "needed": "Used 30G of 16G"},
+            {"total_bytes": 20 << 30},
+            "--remat=dots, --dtype=bfloat16, --gradient_accumulation_steps=2",
+        ),
+        (
+            {
+                "param_bytes": 8 << 30,
+                "optimizer_bytes": 16 << 30,
+                "total_bytes": None,
+                "out_of_memory_message": "Used 30G of 16G",
+            },
             "--mesh_fsdp=8 (parameters and optimizer fill the chip), --remat=dots",
         ),
     ],
@@ -105,7 +113,7 @@ def kernels():
 
 @pytest.mark.libtpu
 @pytest.mark.slow
-def test_the_large_recipe_fits_a_v5e_pod_by_fsdp():
+def test_large_recipe_fits_v5e_pod_with_fsdp():
     found, said = large("v5e:16x16", "--mesh_fsdp=16")
     assert "256 devices (TPU v5 lite), jit, mesh data 16 x fsdp 16" in said and ": fits" in said
     N, V, D = LARGE.num_hidden_layers, LARGE.vocab_size, LARGE.hidden_size
@@ -121,7 +129,7 @@ def test_the_large_recipe_fits_a_v5e_pod_by_fsdp():
 
 @pytest.mark.libtpu
 @pytest.mark.slow
-def test_the_large_recipe_fits_v5p_by_tensor_and_fsdp():
+def test_large_recipe_fits_v5p_with_tensor_and_fsdp():
     found, said = large("v5p:4x4x4", "--mesh_fsdp=4", "--mesh_tensor=4")
     assert "mesh data 4 x fsdp 4 x tensor 4" in said and ": fits" in said
     assert "vocab_size=50,265 is not divisible by mesh_tensor=4: it is not sharded" in said
@@ -130,7 +138,7 @@ def test_the_large_recipe_fits_v5p_by_tensor_and_fsdp():
 
 
 @pytest.mark.libtpu
-def test_the_same_command_is_refused_before_anything_is_compiled():
+def test_rehearse_refuses_bad_batch_size_before_compiling():
     done = call(
         "pretrain", *tiny_flags(batch_size=10), "--run_dir=none", "--compile_topology=v5e:2x2"
     )

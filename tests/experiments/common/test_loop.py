@@ -67,7 +67,7 @@ def saved(directory):
     return sorted(int(p.name) for p in (directory / "checkpoints").iterdir())
 
 
-def test_loop_reports_evaluates_and_saves_in_its_cadence(tmp_path):
+def test_loop_logs_evaluates_and_saves_at_its_intervals(tmp_path):
     state, stopped = loop(tmp_path)
     assert stopped is None and int(state.step) == 20
     assert saved(tmp_path) == [5, 8, 10, 15, 16, 20]
@@ -81,7 +81,7 @@ def test_loop_reports_evaluates_and_saves_in_its_cadence(tmp_path):
     assert train_records[6]["learning_rate"] == 5 and train_records[6]["gradient_norm"] == 6
 
 
-def test_a_signal_ends_the_loop_after_its_step_saved_and_evaluated(tmp_path):
+def test_signal_ends_loop_after_saving_and_evaluating(tmp_path):
     def signalled():
         for number in range(1, 21):
             if number == 8:
@@ -98,7 +98,7 @@ def test_a_signal_ends_the_loop_after_its_step_saved_and_evaluated(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_second_signal_is_not_held_back(tmp_path):
+def test_second_signal_is_not_intercepted(tmp_path):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
         yield np.float32(1)
@@ -109,14 +109,14 @@ def test_a_second_signal_is_not_held_back(tmp_path):
 
 
 @pytest.mark.parametrize("log_every", [1, 3, 100])
-def test_what_is_not_finite_is_refused_and_never_saved(tmp_path, log_every):
+def test_non_finite_loss_raises_and_is_never_saved(tmp_path, log_every):
     batches = iter([np.float32(x) for x in [1, 1, 1, np.nan, 1, 1, 1, 1]])
     with pytest.raises(InputError, match=r"--learning_rate.*another --run_dir"):
         loop(tmp_path, steps=8, batches=batches, log_every=log_every, save_every=1)
     assert saved(tmp_path) == [1, 2, 3]
 
 
-def test_a_save_that_fails_is_told_and_gone_on_from_if_asked(tmp_path, capsys):
+def test_failed_save_is_reported_and_training_continues_if_requested(tmp_path, capsys):
     """The disk is full from step 7 to 12."""
     with filled_disk(tmp_path / "disk", "2m") as disk:
 
@@ -140,7 +140,7 @@ def test_a_save_that_fails_is_told_and_gone_on_from_if_asked(tmp_path, capsys):
     assert "warning: step" in said and "No space left on device" in said and "is whole" in said
 
 
-def test_a_damaged_step_is_set_aside_on_request_alone(tmp_path, capsys):
+def test_corrupt_checkpoint_is_skipped_only_on_request(tmp_path, capsys):
     state, _ = loop(tmp_path)
     largest = max(
         (tmp_path / "checkpoints/20/params").rglob("*"),
@@ -161,7 +161,7 @@ def test_a_damaged_step_is_set_aside_on_request_alone(tmp_path, capsys):
     assert CheckpointManager(tmp_path / "checkpoints").latest_step() == 20
 
 
-def test_what_is_compiled_again_is_told(tmp_path, capsys):
+def test_recompilation_is_reported(tmp_path, capsys):
     def growing(state):
         jax.jit(lambda x: x + 1)(np.zeros(int(state.step)))  # a new shape at every evaluation
         return VALIDATION | {"loss": 1.0}
@@ -173,7 +173,7 @@ def test_what_is_compiled_again_is_told(tmp_path, capsys):
     assert "warning: step 16: something was compiled again" in capsys.readouterr().out
 
 
-def test_the_account_of_time_is_whole(tmp_path, capsys):
+def test_time_summary_covers_all_buckets(tmp_path, capsys):
     loop(tmp_path, compile_seconds=1e6, profile_steps=(3, 4))
     [line] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("time: ")]
     assert "compiling 277:46:40 (100%)" in line and "goodput 0%" in line
@@ -182,7 +182,7 @@ def test_the_account_of_time_is_whole(tmp_path, capsys):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-def test_report_drops_what_is_about_to_run_again_and_a_line_cut_off(tmp_path):
+def test_resumed_report_drops_later_records_and_a_partial_line(tmp_path):
     loop(tmp_path)
     path = tmp_path / "metrics.jsonl"
     whole = path.read_text()
