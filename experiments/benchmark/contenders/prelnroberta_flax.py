@@ -100,7 +100,7 @@ def _training_batches(case: Case, batch: Batch, variant: str) -> list[Batch]:
 
 @dataclasses.dataclass(frozen=True)
 class _Examples(Features):
-    """The case's padded examples for `PackedBatches`: arrays [n], [n, L] or [n, C, L]."""
+    """The case's padded examples for `PackedBatches`: arrays [n], [n, L] or [n, A, L]."""
 
     arrays: Batch
 
@@ -122,7 +122,7 @@ class _Examples(Features):
 
     @property
     def _choice_lengths(self) -> np.ndarray:
-        """[n, C]: tokens of each choice; C is 1 in tasks without choices."""
+        """[n, A]: tokens of each choice; A is 1 in tasks without choices."""
         return self.arrays["attention_mask"].sum(-1).reshape(len(self.arrays["input_ids"]), -1)
 
     def batch(self, indices: np.ndarray, length: int) -> Batch:
