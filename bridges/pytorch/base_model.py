@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from bridges.pytorch.encoder import (
+    AttentionContext,
     BlockAux,
     Embeddings,
     Encoder,
-    LayerContext,
     attention_bias,
     default_position_ids,
-    visible_keys,
+    visibility_mask,
 )
 from bridges.pytorch.input_checks import check_inputs
 from bridges.pytorch.kv_cache import KVCache
@@ -91,8 +91,8 @@ class RobertaPreLayerNormModel(PreTrainedModel):
             InputError: invalid inputs, before anything is computed. Shapes are always checked,
                 values on CPU only; neither under torch.compile and torch.export.
         """
-        output_attentions = self.value_or_config(output_attentions, "output_attentions")
-        output_hidden_states = self.value_or_config(output_hidden_states, "output_hidden_states")
+        output_attentions = self._or_config(output_attentions, "output_attentions")
+        output_hidden_states = self._or_config(output_hidden_states, "output_hidden_states")
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -104,26 +104,26 @@ class RobertaPreLayerNormModel(PreTrainedModel):
             "head_mask": head_mask,
         }
         use_cache = self._resolve_use_cache(use_cache, inputs, skip_padding)
-        needs_cache = use_cache or past_key_values is not None
-        check_inputs(self.config, inputs, past_key_values, needs_cache)
+        uses_cache = use_cache or past_key_values is not None
+        check_inputs(self.config, inputs, past_key_values, uses_cache)
         unpadding = None
         if skip_padding:
-            unpadding = self._find_unpadding(inputs, needs_cache, output_attentions, first_only)
+            unpadding = self._find_unpadding(inputs, uses_cache, output_attentions, first_only)
 
-        non_pad = self._non_pad(input_ids, inputs_embeds)
-        position_ids = self._position_ids(position_ids, non_pad, past_key_values)
+        is_token = self._is_token(input_ids, inputs_embeds)
+        position_ids = self._position_ids(position_ids, is_token, past_key_values)
         cache = past_key_values
         if cache is None and use_cache:
-            cache = KVCache.empty(self.config.num_hidden_layers, non_pad)
+            cache = KVCache.empty(self.config.num_hidden_layers, is_token)
         if cache is not None:
-            cache = cache.append_mask(attention_mask, non_pad, encoder_attention_mask)
+            cache = cache.append_mask(attention_mask, is_token, encoder_attention_mask)
 
         x = self._embed(unpadding, input_ids, inputs_embeds, token_type_ids, position_ids)
-        context = self._layer_context(inputs, x.dtype, non_pad, cache, unpadding)
+        context = self._attention_context(inputs, x.dtype, is_token, cache, unpadding)
         context = context._replace(output_attentions=output_attentions, use_cache=use_cache)
         read_positions = None
         if first_only and not (output_hidden_states or output_attentions):
-            first = non_pad.new_zeros(1, dtype=torch.long)
+            first = is_token.new_zeros(1, dtype=torch.long)
             read_positions = first if unpadding is None else unpadding.row_starts
         x, hidden_states, auxes = self.encoder(
             x,
@@ -140,7 +140,7 @@ class RobertaPreLayerNormModel(PreTrainedModel):
         if output_hidden_states and self.config.tie_last_hidden_states:
             hidden_states[-1] = x
         output = self._make_output(x, hidden_states, auxes, cache, context)
-        if self.value_or_config(return_dict, "return_dict"):
+        if self._or_config(return_dict, "return_dict"):
             return output
         return output.to_tuple()
 
@@ -158,7 +158,7 @@ class RobertaPreLayerNormModel(PreTrainedModel):
     def _find_unpadding(
         self,
         inputs: Mapping[str, Tensor | None],
-        needs_cache: bool,
+        uses_cache: bool,
         output_attentions: bool,
         first_only: bool,
     ) -> Unpadding | None:
@@ -169,7 +169,7 @@ class RobertaPreLayerNormModel(PreTrainedModel):
                 that starts with padding in a model that reads its first position.
         """
         unsupported = {
-            "a cache": needs_cache,
+            "a cache": uses_cache,
             "encoder_hidden_states": inputs["encoder_hidden_states"] is not None,
             "attentions": output_attentions,
             "head_mask": inputs["head_mask"] is not None,
@@ -189,19 +189,19 @@ class RobertaPreLayerNormModel(PreTrainedModel):
             )
         return Unpadding.from_mask(mask)
 
-    def _non_pad(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def _is_token(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """[B, L] bool, tokens that count for positions; embeddings have no pads."""
         if inputs_embeds is None:
             return input_ids != self.config.pad_token_id
         return torch.ones_like(inputs_embeds[..., 0], dtype=torch.bool)
 
     def _position_ids(
-        self, position_ids: Tensor | None, non_pad: Tensor, past: KVCache | None
+        self, position_ids: Tensor | None, is_token: Tensor, past: KVCache | None
     ) -> Tensor:
         if position_ids is not None:
             return position_ids
         past_count = 0 if past is None else past.count[:, None]
-        return default_position_ids(non_pad, self.config.pad_token_id, past_count)
+        return default_position_ids(is_token, self.config.pad_token_id, past_count)
 
     def _embed(
         self,
@@ -220,30 +220,30 @@ class RobertaPreLayerNormModel(PreTrainedModel):
         words = table(input_ids) if words is None else words.to(table.weight.dtype)
         return self.embeddings(words, token_type_ids, position_ids)
 
-    def _layer_context(
+    def _attention_context(
         self,
         inputs: Mapping[str, Tensor | None],
         dtype: torch.dtype,
-        non_pad: Tensor,
+        is_token: Tensor,
         cache: KVCache | None,
         unpadding: Unpadding | None,
-    ) -> LayerContext:
+    ) -> AttentionContext:
         """Which keys and encoder states each query sees, as biases in `dtype`."""
         if unpadding is not None:
-            return LayerContext(row_lengths=unpadding.lengths, causal=self.config.is_decoder)
-        L = non_pad.shape[1]
+            return AttentionContext(row_lengths=unpadding.lengths, causal=self.config.is_decoder)
+        L = is_token.shape[1]
         if cache is not None:
             visible, encoder_mask = cache.visible(L), cache.cross_valid
         else:
-            visible = visible_keys(inputs["attention_mask"])
+            visible = visibility_mask(inputs["attention_mask"])
             encoder_mask = inputs["encoder_attention_mask"]
             if self.config.is_decoder:
-                position = torch.arange(L, device=non_pad.device)
+                position = torch.arange(L, device=is_token.device)
                 causal = (position <= position[:, None])[None]
                 visible = causal if visible is None else visible & causal
-        encoder_bias = attention_bias(visible_keys(encoder_mask), dtype)
+        encoder_bias = attention_bias(visibility_mask(encoder_mask), dtype)
         states = inputs["encoder_hidden_states"]
-        return LayerContext(
+        return AttentionContext(
             bias=attention_bias(visible, dtype),
             encoder_hidden_states=None if states is None else states.to(dtype),
             encoder_bias=encoder_bias,
@@ -255,17 +255,17 @@ class RobertaPreLayerNormModel(PreTrainedModel):
         hidden_states: list[Tensor],
         auxes: list[BlockAux],
         cache: KVCache | None,
-        context: LayerContext,
+        context: AttentionContext,
     ) -> BaseModelOutput:
-        has_cross = context.output_attentions and auxes[0].cross_attention_probs is not None
-        layer_kvs = tuple(aux.layer_kv for aux in auxes)
-        probs = tuple(aux.attention_probs for aux in auxes)
-        cross_probs = tuple(aux.cross_attention_probs for aux in auxes)
+        has_cross = context.output_attentions and auxes[0].cross_attention is not None
+        layer_kvs = tuple(aux.cache for aux in auxes)
+        probabilities = tuple(aux.attention for aux in auxes)
+        cross_probabilities = tuple(aux.cross_attention for aux in auxes)
         return BaseModelOutput(
             last_hidden_state=x,
             pooler_output=None if self.pooler is None else self.pooler["dense"](x[:, 0]).tanh(),
             past_key_values=cache.write_kv(layer_kvs) if context.use_cache else None,
             hidden_states=tuple(hidden_states) or None,
-            attentions=probs if context.output_attentions else None,
-            cross_attentions=cross_probs if has_cross else None,
+            attentions=probabilities if context.output_attentions else None,
+            cross_attentions=cross_probabilities if has_cross else None,
         )

@@ -34,7 +34,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class LayerContext(NamedTuple):
+class AttentionContext(NamedTuple):
     """Arguments that all layers share.
 
     Attributes:
@@ -60,27 +60,27 @@ class LayerContext(NamedTuple):
 class BlockAux(NamedTuple):
     """What a block returns in addition to its hidden states."""
 
-    attention_probs: Tensor | None = None
-    cross_attention_probs: Tensor | None = None
-    layer_kv: LayerKV | None = None
+    attention: Tensor | None = None
+    cross_attention: Tensor | None = None
+    cache: LayerKV | None = None
 
 
 def default_position_ids(
-    non_pad: Tensor, pad_token_id: int, past_count: Tensor | int = 0
+    is_token: Tensor, pad_token_id: int, past_count: Tensor | int = 0
 ) -> Tensor:
-    """Positions that count `non_pad` [B, L] tokens from pad_token_id + 1; pads get pad_token_id.
+    """Positions that count `is_token` [B, L] tokens from pad_token_id + 1; pads get pad_token_id.
 
     Args:
         past_count: [B, 1], number of non-pad tokens in the cache.
     """
-    return (non_pad.long().cumsum(-1) + past_count) * non_pad + pad_token_id
+    return (is_token.long().cumsum(-1) + past_count) * is_token + pad_token_id
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def visible_keys(mask: Tensor | None) -> Tensor | None:
+def visibility_mask(mask: Tensor | None) -> Tensor | None:
     """A mask [B, T] or [B, L, T] as bool [B, L or 1, T]."""
     if mask is None:
         return None
@@ -160,14 +160,14 @@ class Attention(nn.Module):
         keys: Tensor,
         values: Tensor,
         bias: Tensor | None,
-        context: LayerContext,
+        context: AttentionContext,
         head_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of normed [B, M, D] over keys and values [B, H, T, K].
 
         Returns [B, M, D], and the probabilities [B, H, M, T] if they were computed.
         """
-        queries, probs = self.project_heads("query", normed), None
+        queries, probabilities = self.project_heads("query", normed), None
         dropout_rate = self.dropout_rate if self.training else 0.0
         if context.row_lengths is not None:
             attended = attend_by_row(
@@ -176,13 +176,15 @@ class Attention(nn.Module):
         elif context.output_attentions or head_mask is not None:
             scores = at_least_float32(queries * self.head_dim**-0.5 @ keys.mT)
             scores = scores if bias is None else scores + bias
-            probs = F.dropout(scores.softmax(-1).to(queries.dtype), dropout_rate, self.training)
+            probabilities = F.dropout(
+                scores.softmax(-1).to(queries.dtype), dropout_rate, self.training
+            )
             if head_mask is not None:
-                probs = probs * head_mask[:, None, None].to(queries.dtype)
-            attended = probs @ values
+                probabilities = probabilities * head_mask[:, None, None].to(queries.dtype)
+            attended = probabilities @ values
         else:
             attended = F.scaled_dot_product_attention(queries, keys, values, bias, dropout_rate)
-        return self.output["dense"](attended.transpose(1, 2).flatten(-2)), probs
+        return self.output["dense"](attended.transpose(1, 2).flatten(-2)), probabilities
 
 
 def attend_by_row(
@@ -229,7 +231,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        context: LayerContext,
+        context: AttentionContext,
         past: LayerKV,
         head_mask: Tensor | None = None,
         read_positions: Tensor | None = None,
@@ -247,23 +249,23 @@ class Block(nn.Module):
             normed, x = normed.index_select(1, read_positions), x.index_select(1, read_positions)
             if bias is not None and bias.shape[2] != 1:
                 bias = bias.index_select(2, read_positions)
-        attended, probs = self.attention(normed, keys, values, bias, context, head_mask)
+        attended, probabilities = self.attention(normed, keys, values, bias, context, head_mask)
         x = x + self.dropout(attended)
 
-        cross_probs, cross_kv = None, self.cross_keys_and_values(context, past)
+        cross_probabilities, cross_kv = None, self.cross_keys_and_values(context, past)
         if cross_kv[0] is not None:
             normed = self.crossattention.LayerNorm(x)
-            attended, cross_probs = self.crossattention(
+            attended, cross_probabilities = self.crossattention(
                 normed, *cross_kv, context.encoder_bias, context, head_mask
             )
             x = x + self.dropout(attended)
 
         x = x + self.dropout(self.mlp(x))
-        layer_kv = LayerKV(keys, values, *cross_kv) if context.use_cache else None
-        return x, BlockAux(probs, cross_probs, layer_kv)
+        cache = LayerKV(keys, values, *cross_kv) if context.use_cache else None
+        return x, BlockAux(probabilities, cross_probabilities, cache)
 
     def cross_keys_and_values(
-        self, context: LayerContext, past: LayerKV
+        self, context: AttentionContext, past: LayerKV
     ) -> tuple[Tensor | None, Tensor | None]:
         """Keys and values of the encoder states: cached, projected, or (None, None) without any."""
         if context.encoder_hidden_states is not None and past.cross_keys is None:
@@ -286,7 +288,7 @@ class Encoder(nn.Module):
     def forward(
         self,
         x: Tensor,
-        context: LayerContext,
+        context: AttentionContext,
         past: tuple[LayerKV, ...] | None = None,
         head_mask: Tensor | None = None,
         read_positions: Tensor | None = None,

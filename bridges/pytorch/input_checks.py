@@ -86,11 +86,11 @@ def _check_cached_length(
 ) -> None:
     """Checks that cached and new tokens of each row fit the position table."""
     if "input_ids" in host:
-        non_pad = host["input_ids"] != config.pad_token_id
+        is_token = host["input_ids"] != config.pad_token_id
     else:
-        non_pad = np.ones(host["inputs_embeds"].shape[:2], bool)
-    counts = to_host_array("past_key_values", cache.count) + non_pad.sum(-1)
-    config.check_length(int(counts.max()), "a row and what is cached of it")
+        is_token = np.ones(host["inputs_embeds"].shape[:2], bool)
+    counts = to_host_array("past_key_values", cache.count) + is_token.sum(-1)
+    config.check_length(int(counts.max()), "a row including its cached tokens")
 
 
 def check_labels(
@@ -107,14 +107,7 @@ def check_labels(
     """
     if labels is None or inputs is None or is_tracing():
         return
-    B, L, *_ = inputs.shape  # L is A for multiple choice
-    V, C = config.vocab_size, config.num_labels
-    logits_shape = {
-        "sequence_classification": (B, C),
-        "multiple_choice": (B, L),
-        "token_classification": (B, L, C),
-    }.get(model, (B, L, V))
-    input_checks.check_labels(config, model, to_host_array("labels", labels), logits_shape)
+    input_checks.check_labels(config, model, to_host_array("labels", labels), tuple(inputs.shape))
 
 
 def check_span(positions: Mapping[str, Tensor], inputs: Tensor | None, skip_padding: bool) -> None:

@@ -40,9 +40,9 @@ class KVCache:
     cross_valid: Tensor | None = None
 
     @classmethod
-    def empty(cls, num_layers: int, non_pad: Tensor) -> KVCache:
-        """A cache without columns, for the rows of `non_pad` [B, L]."""
-        valid = torch.zeros_like(non_pad[:, :0], dtype=torch.bool)
+    def empty(cls, num_layers: int, is_token: Tensor) -> KVCache:
+        """A cache without columns, for the rows of `is_token` [B, L]."""
+        valid = torch.zeros_like(is_token[:, :0], dtype=torch.bool)
         return cls((LayerKV(),) * num_layers, valid, valid.sum(-1))
 
     @property
@@ -52,26 +52,26 @@ class KVCache:
     def append_mask(
         self,
         attention_mask: Tensor | None,
-        non_pad: Tensor,
+        is_token: Tensor,
         encoder_attention_mask: Tensor | None,
     ) -> KVCache:
         """Appends the validity of L new columns, whose keys and values `write_kv` adds later.
 
         Args:
             attention_mask: [B, L], or [B, T + L]; None: all new columns are valid.
-            non_pad: [B, L] bool, new tokens that count for positions.
+            is_token: [B, L] bool, new tokens that count for positions.
             encoder_attention_mask: [B, S]; kept the first time it is given.
         """
         if attention_mask is None:
-            new_valid = torch.ones_like(non_pad, dtype=torch.bool)
+            new_valid = torch.ones_like(is_token, dtype=torch.bool)
         else:
             new_valid = attention_mask != 0
-        covers_all = new_valid.shape[1] == self.num_columns + non_pad.shape[1]
+        covers_all = new_valid.shape[1] == self.num_columns + is_token.shape[1]
         valid = new_valid if covers_all else torch.cat([self.valid, new_valid], 1)
         cross_valid = self.cross_valid
         if cross_valid is None and encoder_attention_mask is not None:
             cross_valid = encoder_attention_mask != 0
-        return KVCache(self.layers, valid, self.count + non_pad.sum(-1), cross_valid)
+        return KVCache(self.layers, valid, self.count + is_token.sum(-1), cross_valid)
 
     def write_kv(self, layers: tuple[LayerKV, ...]) -> KVCache:
         """The cache with the layers' keys and values, which include the appended columns."""

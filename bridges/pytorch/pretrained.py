@@ -145,6 +145,5 @@ class PreTrainedModel(nn.Module):
 
     # Options.
 
-    def value_or_config(self, value: bool | None, name: str) -> bool:
-        """`value`, or the config's field `name` if it is None."""
-        return getattr(self.config, name) if value is None else value
+    def _or_config(self, value: bool | None, field: str) -> bool:
+        return getattr(self.config, field) if value is None else value

@@ -23,7 +23,7 @@ from prelnroberta.pretrained.outputs import (
     BaseModelOutput,
     CausalLMOutput,
     HeadOutput,
-    Output,
+    ModelOutput,
     QuestionAnsweringOutput,
 )
 
@@ -45,7 +45,7 @@ class ModelWithHead(PreTrainedModel):
         first_only: whether the head reads only the first position.
     """
 
-    output_class: ClassVar[type[Output]] = HeadOutput
+    output_class: ClassVar[type[ModelOutput]] = HeadOutput
     encoder_fields: ClassVar[tuple[str, ...]] = ("hidden_states", "attentions")
     add_pooling_layer: ClassVar[bool] = False
     first_only: ClassVar[bool] = False
@@ -77,7 +77,7 @@ class ModelWithHead(PreTrainedModel):
         return_dict: bool | None = None,
         skip_padding: bool = False,
         **options: Any,
-    ) -> Output | tuple[Any, ...]:
+    ) -> ModelOutput | tuple[Any, ...]:
         """Takes labels, and the arguments of `RobertaPreLayerNormModel.forward`; raises its errors.
 
         Args:
@@ -114,11 +114,11 @@ class ModelWithHead(PreTrainedModel):
 
     def make_output(
         self, encoded: BaseModelOutput, return_dict: bool | None, **fields: Any
-    ) -> Output | tuple[Any, ...]:
+    ) -> ModelOutput | tuple[Any, ...]:
         """The output of the head's `fields` and the encoder's `encoder_fields`."""
         shared = {name: getattr(encoded, name) for name in self.encoder_fields}
         output = self.output_class(**fields, **shared)
-        return output if self.value_or_config(return_dict, "return_dict") else output.to_tuple()
+        return output if self._or_config(return_dict, "return_dict") else output.to_tuple()
 
 
 class ModelWithLMHead(ModelWithHead):

@@ -1,11 +1,11 @@
-"""RobertaPreLayerNorm for TensorFlow: seven Keras 3 models, regenerated from the parameter tree.
+"""RobertaPreLayerNorm for TensorFlow: seven Keras 3 models, built from the parameter tree.
 
     from bridges.tensorflow import TFRobertaPreLayerNormForMaskedLM
 
     model = TFRobertaPreLayerNormForMaskedLM.from_pretrained(folder)
     logits = model(input_ids, attention_mask=mask).logits  # [B, L, V]
 
-`export.save_saved_model` and `export.save_tflite` write files that need none of this code.
+`export.save_saved_model` and `export.save_tflite` write files that load without this package.
 """
 
 from bridges.tensorflow.keras_backend import require_tensorflow

@@ -1,4 +1,4 @@
-"""Imports TensorFlow and Keras without the lines that they print, and settles the backend."""
+"""Import of Keras with its TensorFlow backend, without TensorFlow's banner."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from collections.abc import Iterator
 
 from prelnroberta.errors import InputError
 
-# What TensorFlow's libraries say of themselves before any setting of theirs is read.
+# What TensorFlow's libraries print before they read any log setting.
 _BANNER = re.compile(rb"(?:WARNING: All log messages before absl::|I0000 ).*\n")
 
 
 def require_tensorflow() -> None:
-    """Chooses Keras' TensorFlow backend, unless the user's settings name another.
+    """Selects Keras' TensorFlow backend, unless the user has selected another.
 
     Raises:
-        InputError: they do. A Keras of another backend would accept our models, and compute with
-            arrays that TensorFlow does not know.
+        InputError: another backend is selected. Keras would accept these models, but compute with
+            arrays that TensorFlow cannot read.
     """
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    # Of TensorFlow's own lines on stderr, warnings and errors.
+    # TensorFlow's log on stderr: warnings and errors only.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     backend = os.environ["KERAS_BACKEND"]
     if backend == "tensorflow":
@@ -39,20 +39,20 @@ def require_tensorflow() -> None:
 
 @contextlib.contextmanager
 def _without_banner() -> Iterator[None]:
-    """Holds back file descriptor 2, to which C++ writes, and lets all but the banner through."""
+    """Removes the banner from file descriptor 2, to which C++ code writes."""
     sys.stderr.flush()
     try:
         stderr = os.dup(2)
-    except OSError:  # closed: nobody reads
+    except OSError:  # stderr is closed
         yield
         return
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
         try:
             yield
         finally:
             sys.stderr.flush()
             os.dup2(stderr, 2)
             os.close(stderr)
-            held.seek(0)
-            os.write(2, _BANNER.sub(b"", held.read()))
+            captured.seek(0)
+            os.write(2, _BANNER.sub(b"", captured.read()))

@@ -1,4 +1,4 @@
-"""Keras' fit, evaluate and predict with the model's own loss."""
+"""Keras' fit, evaluate and predict for models that compute their loss themselves."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from bridges.tensorflow.heads import Scores
-from bridges.tensorflow.outputs import Output
+from bridges.tensorflow.losses import Scores
+from bridges.tensorflow.outputs import ModelOutput
 from prelnroberta.errors import InputError
 
 Tensor = tf.Tensor
 
 
-class OwnLoss:
-    """Steps for a keras.Model with `target_names`, `scores` and `metric_arguments`.
+class InternalLossMixin:
+    """Training steps of a keras.Model with `target_names`, `scores` and `metric_inputs`.
 
-    Features are a dict or ids alone; targets are among them or come as y. What fit and evaluate
-    report as the loss is the mean over all targets that count, not a mean of the batches' means;
-    metrics compare labels with logits where labels count.
+    Features are a dict, or input_ids alone. Targets are among the features or given as y. The loss
+    that fit and evaluate report is the mean over all targets that count, not the mean of the
+    batches' means. Metrics compare labels with logits where labels count.
     """
 
     target_names: tuple[str, ...]
 
-    def scores(self, output: Output, targets: Mapping[str, Tensor]) -> Scores:
+    def scores(self, output: ModelOutput, targets: Mapping[str, Tensor]) -> Scores:
         raise NotImplementedError
 
-    def metric_arguments(
-        self, output: Output, targets: Mapping[str, Tensor]
+    def metric_inputs(
+        self, output: ModelOutput, targets: Mapping[str, Tensor]
     ) -> tuple[Any, Any, Any]:
         """(y, y_pred, sample_weight) for Keras' metrics."""
         raise NotImplementedError
@@ -37,10 +37,10 @@ class OwnLoss:
     def compile(self, optimizer: Any = "adamw", *, metrics: Any = None, **settings: Any) -> None:
         """As keras.Model.compile, but without a loss, and with all metrics weighted.
 
-        Keras leaves the weights, and with them the label -100, out of what it calls metrics.
+        Keras computes its unweighted metrics over all labels, including -100.
 
         Raises:
-            InputError: given a loss, or weighted_metrics beside metrics.
+            InputError: a loss is given, or both metrics and weighted_metrics.
         """
         if settings.pop("loss", None) is not None:
             raise InputError("compile: loss given, expected none: the model has its own")
@@ -51,49 +51,51 @@ class OwnLoss:
         super().compile(optimizer=optimizer, weighted_metrics=weighted, **settings)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compiles as a `.keras` file says; Keras does so itself for its own `compile` alone."""
+        """Compiles by the settings of a `.keras` file; Keras' version calls its own `compile`."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
 
     def train_step(self, data: Any) -> dict[str, Tensor]:
-        inputs, targets = self._split(data)
+        inputs, targets = self._split_targets(data)
         with tf.GradientTape() as tape:
             output = self(inputs, training=True, return_dict=True)
             scores = self.scores(output, targets)
             loss = self.optimizer.scale_loss(scores.mean)
         variables = self.trainable_weights
         self.optimizer.apply(tape.gradient(loss, variables), variables)
-        return self._report(scores, output, targets)
+        return self._update_metrics(scores, output, targets)
 
     def test_step(self, data: Any) -> dict[str, Tensor]:
-        inputs, targets = self._split(data)
+        inputs, targets = self._split_targets(data)
         output = self(inputs, training=False, return_dict=True)
-        return self._report(self.scores(output, targets), output, targets)
+        return self._update_metrics(self.scores(output, targets), output, targets)
 
-    def predict_step(self, data: Any) -> Output:
-        inputs, _ = self._features(data)
+    def predict_step(self, data: Any) -> ModelOutput:
+        inputs, *_ = self._unpack(data)
         return self(inputs, training=False)
 
-    def _report(
-        self, scores: Scores, output: Output, targets: Mapping[str, Tensor]
+    def _update_metrics(
+        self, scores: Scores, output: ModelOutput, targets: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        # Keras has no public way to weigh its running loss by anything but rows.
+        # Keras has no public way to weight its running loss by anything but rows.
         self._loss_tracker.update_state(scores.mean, sample_weight=scores.weight)
-        y, y_pred, weights = self.metric_arguments(output, targets)
+        y, y_pred, weights = self.metric_inputs(output, targets)
         return self.compute_metrics(None, y, y_pred, sample_weight=weights)
 
-    def _features(self, data: Any) -> tuple[dict[str, Any], Any]:
-        """The model's inputs without targets, and everything else that `data` holds."""
+    def _unpack(self, data: Any) -> tuple[dict[str, Any], dict[str, Any], Any, Any]:
+        """Inputs, the targets among them, y and the sample weights of `data`."""
         x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
         inputs = dict(x) if isinstance(x, Mapping) else {"input_ids": x}
         targets = {name: inputs.pop(name) for name in self.target_names if name in inputs}
-        return inputs, (targets, y, weights)
+        return inputs, targets, y, weights
 
-    def _split(self, data: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _split_targets(self, data: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Inputs and targets of a step."""
-        inputs, (targets, y, weights) = self._features(data)
+        inputs, targets, y, weights = self._unpack(data)
         if weights is not None:
-            raise InputError("sample_weight: not taken; label with -100 what should not count")
+            raise InputError(
+                "sample_weight is not supported: label with -100 what should not count"
+            )
         if isinstance(y, Mapping):
             targets |= y
         elif y is not None:

@@ -1,4 +1,4 @@
-"""The seven TF* classes: what stands on the encoder, and which loss it has."""
+"""The seven TF* classes: their heads, losses and metrics, and generation."""
 
 from __future__ import annotations
 
@@ -10,24 +10,29 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from bridges.tensorflow import generation, heads
-from bridges.tensorflow.encoder import Dropout, Encoded, Projection, read_encoder
+from bridges.tensorflow import generation, heads, losses
+from bridges.tensorflow.encoder import (
+    Dropout,
+    EncoderOutput,
+    Projection,
+    project_encoder_states,
+)
 from bridges.tensorflow.generation import GenerationOutput
-from bridges.tensorflow.heads import Scores
-from bridges.tensorflow.kv_cache import Cache
-from bridges.tensorflow.kv_cache import sizes as sizes_of
-from bridges.tensorflow.outputs import Output, output
+from bridges.tensorflow.input_checks import to_tensor
+from bridges.tensorflow.kv_cache import KVCache
+from bridges.tensorflow.losses import Scores
+from bridges.tensorflow.outputs import ModelOutput, make_output
 from bridges.tensorflow.pretrained import (
     DECODER_ARGUMENTS,
-    ROW_ARGUMENTS,
+    PER_TOKEN_ARGUMENTS,
     TFRobertaPreLayerNormPreTrainedModel,
-    counted,
-    standardized,
+    weigh_labels,
 )
-from prelnroberta.config import RobertaPreLayerNormConfig
+from bridges.tensorflow.shapes import shape_list
+from prelnroberta.config import SINGLE_LABEL, RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
-from prelnroberta.inference.generation_config import Generation
-from prelnroberta.pretrained.input_checks import as_array, check_inputs, check_integers
+from prelnroberta.inference.generation_config import GenerationConfig
+from prelnroberta.pretrained.input_checks import as_array, check_inputs, check_span_positions
 
 Tensor = tf.Tensor
 _registered = keras.saving.register_keras_serializable(package="prelnroberta")
@@ -43,11 +48,11 @@ class TFRobertaPreLayerNormModel(TFRobertaPreLayerNormPreTrainedModel):
     def __init__(
         self, config: RobertaPreLayerNormConfig, *, add_pooling_layer: bool = True, **options: Any
     ):
-        self.model = self.model_of({"add_pooling_layer": add_pooling_layer})
+        self.model = self.resolve_model({"add_pooling_layer": add_pooling_layer})
         super().__init__(config, **options)
 
     @classmethod
-    def model_of(cls, options: Mapping[str, Any]) -> str:
+    def resolve_model(cls, options: Mapping[str, Any]) -> str:
         return "base" if options.get("add_pooling_layer", True) else "encoder"
 
     def get_config(self) -> dict[str, Any]:
@@ -61,10 +66,12 @@ class TFRobertaPreLayerNormModel(TFRobertaPreLayerNormPreTrainedModel):
         if self.model == "base":
             self.pooler = heads.Pooler(self.config)
 
-    def head(self, encoded: Encoded, drop: Dropout, sizes: list[Any]) -> Output:
+    def compute_head(
+        self, encoded: EncoderOutput, dropout: Dropout, input_shape: list[Any]
+    ) -> ModelOutput:
         hidden = encoded.last_hidden_state
         pooled = self.pooler(hidden) if self.model == "base" else None
-        return output(last_hidden_state=hidden, pooler_output=pooled)
+        return make_output(last_hidden_state=hidden, pooler_output=pooled)
 
 
 @_registered
@@ -76,16 +83,18 @@ class TFRobertaPreLayerNormForMaskedLM(TFRobertaPreLayerNormPreTrainedModel):
     def make_head(self) -> None:
         self.lm_head = heads.LanguageModelHead(self.config)
 
-    def head(self, encoded: Encoded, drop: Dropout, sizes: list[Any]) -> Output:
-        word = self.embeddings.word.value
-        return output(logits=self.lm_head(encoded.last_hidden_state, word))
+    def compute_head(
+        self, encoded: EncoderOutput, dropout: Dropout, input_shape: list[Any]
+    ) -> ModelOutput:
+        word_table = self.embeddings.word.value
+        return make_output(logits=self.lm_head(encoded.last_hidden_state, word_table))
 
 
 @_registered
 class TFRobertaPreLayerNormForCausalLM(TFRobertaPreLayerNormForMaskedLM):
-    """The decoder; its config must have is_decoder, or every token sees what it predicts.
+    """Logits [B, L, V] at t predict the token at t + 1; labels [B, L] are shifted inside.
 
-    Logits [B, L, V] at t predict the token at t + 1; labels [B, L] are shifted inside.
+    The config must have is_decoder=True: otherwise each token would see the one it predicts.
     """
 
     model = "causal_lm"
@@ -102,13 +111,13 @@ class TFRobertaPreLayerNormForCausalLM(TFRobertaPreLayerNormForMaskedLM):
     def argument_names(self) -> tuple[str, ...]:
         return (*super().argument_names, *DECODER_ARGUMENTS)
 
-    def scores(self, output: Output, targets: Mapping[str, Tensor]) -> Scores:
-        return heads.causal_lm_scores(output["logits"], standardized(targets["labels"]))
+    def scores(self, output: ModelOutput, targets: Mapping[str, Tensor]) -> Scores:
+        return losses.causal_lm_scores(output["logits"], to_tensor(targets["labels"]))
 
-    def metric_arguments(
-        self, output: Output, targets: Mapping[str, Tensor]
+    def metric_inputs(
+        self, output: ModelOutput, targets: Mapping[str, Tensor]
     ) -> tuple[Any, Any, Any]:
-        return counted(standardized(targets["labels"])[:, 1:], output["logits"][:, :-1])
+        return weigh_labels(to_tensor(targets["labels"])[:, 1:], output["logits"][:, :-1])
 
     def generate(
         self,
@@ -120,75 +129,85 @@ class TFRobertaPreLayerNormForCausalLM(TFRobertaPreLayerNormForMaskedLM):
         encoder_attention_mask: Any = None,
         **settings: Any,
     ) -> GenerationOutput:
-        """Continues prompts [B, L], padded on either side or amid.
+        """Continues prompts [B, L], padded anywhere.
 
         Args:
-            attention_mask: [B, L]; None: whatever is not the pad id.
-            seed: to sample.
+            attention_mask: [B, L]; None: everything but the pad id is visible.
+            seed: for sampling.
             encoder_hidden_states, encoder_attention_mask: [B, S, D] and [B, S].
-            settings: fields of `prelnroberta.inference.generation_config.Generation`.
+            settings: fields of `prelnroberta.inference.generation_config.GenerationConfig`.
 
         Raises:
-            InputError: prompts or settings that don't fit, or rows that would outgrow the
-                model's positions.
+            InputError: invalid prompts or settings, or rows that would exceed the model's
+                positions.
         """
-        prompts = np.asarray(as_array("input_ids", input_ids))
+        input_ids = np.asarray(as_array("input_ids", input_ids))
         if attention_mask is None:
-            attention_mask = prompts != self.config.pad_token_id
-        given = {
-            "input_ids": prompts,
-            "attention_mask": np.asarray(attention_mask),
+            attention_mask = input_ids != self.config.pad_token_id
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
             "encoder_hidden_states": encoder_hidden_states,
             "encoder_attention_mask": encoder_attention_mask,
         }
-        given = {name: np.asarray(value) for name, value in given.items() if value is not None}
-        check_inputs(self.config, given)
-        mask = given["attention_mask"] != 0
-        if mask.shape != prompts.shape or not mask.any(axis=1).all():
+        inputs = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
+        defaults = {
+            "eos_token_id": self.config.eos_token_id,
+            "pad_token_id": self.config.pad_token_id,
+        }
+        check_inputs(self.config, inputs)
+        self._check_prompts(input_ids, inputs["attention_mask"] != 0)
+        generation_config = GenerationConfig(**{**defaults, **settings})
+        self._check_generation(generation_config, input_ids)
+        tensors = {name: to_tensor(value) for name, value in inputs.items()}
+        specs = tuple((name, tf.TensorSpec.from_tensor(x)) for name, x in tensors.items())
+        compiled = self._compile_generate(generation_config, specs)
+        return compiled(tensors, tf.constant([seed, 0], tf.int32))
+
+    def _check_prompts(self, input_ids: np.ndarray, mask: np.ndarray) -> None:
+        if mask.shape != input_ids.shape or not mask.any(axis=1).all():
             raise InputError(
-                f"generate: attention_mask {list(mask.shape)}, expected {list(prompts.shape)} "
+                f"generate: attention_mask {list(mask.shape)}, expected {list(input_ids.shape)} "
                 "with a token in every row"
             )
-        ends = {"eos_token_id": self.config.eos_token_id, "pad_token_id": self.config.pad_token_id}
-        wanted = Generation(**{**ends, **settings})
+
+    def _check_generation(self, settings: GenerationConfig, input_ids: np.ndarray) -> None:
         V = self.config.vocab_size
-        for token in (*wanted.eos_ids, wanted.pad_token_id):
+        for token in (*settings.eos_token_ids, settings.pad_token_id):
             if token >= V:
                 raise InputError(f"generation: eos or pad id {token}, expected one in [0, V={V})")
-        _, most = wanted.new_tokens(prompts.shape[1])
-        longest = int((prompts != self.config.pad_token_id).sum(-1).max())
-        self.config.check_length(longest + most - 1, "a prompt and its continuation")
-        tensors = {name: standardized(value) for name, value in given.items()}
-        specs = tuple((n, tf.TensorSpec.from_tensor(x)) for n, x in tensors.items())
-        return self._search(wanted, most, specs)(tensors, tf.constant([seed, 0], tf.int32))
+        _, max_new = settings.new_token_bounds(input_ids.shape[1])
+        longest = int((input_ids != self.config.pad_token_id).sum(-1).max())
+        self.config.check_length(longest + max_new - 1, "a prompt and its continuation")
 
     @functools.cached_property
-    def _search(self) -> Callable[..., Callable[..., GenerationOutput]]:
-        """(settings, most, shapes of the inputs) -> the whole search as one graph, kept."""
+    def _compile_generate(self) -> Callable[..., Callable[..., GenerationOutput]]:
+        """(settings, input specs) -> generation as one graph, traced once for each of them."""
 
-        def decode(ids: Tensor, mask: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-            found = self(ids, mask, past_key_values=cache, return_dict=True)
-            return found["logits"], found["past_key_values"]
+        def decode(input_ids: Tensor, mask: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
+            output = self(input_ids, mask, past_key_values=cache, return_dict=True)
+            return output["logits"], output["past_key_values"]
 
         @functools.cache
-        def graph(
-            settings: Generation, most: int, specs: tuple[tuple[str, tf.TensorSpec], ...]
+        def compile_generate(
+            settings: GenerationConfig, specs: tuple[tuple[str, tf.TensorSpec], ...]
         ) -> Callable[[dict[str, Tensor], Tensor], GenerationOutput]:
-            def run(given: dict[str, Tensor], seed: Tensor) -> GenerationOutput:
-                ids = given["input_ids"]
-                least, _ = settings.new_tokens(ids.shape[1])
-                cache = self.init_cache(ids.shape[0], ids.shape[1] + most - 1)
-                if "encoder_hidden_states" in given:
-                    states = tf.cast(given["encoder_hidden_states"], self.compute_dtype)
-                    valid = given.get("encoder_attention_mask")
-                    cache |= read_encoder(self.encoder, states, valid)
-                mask = tf.cast(given["attention_mask"] != 0, tf.int32)
-                return generation.search(decode, settings, least, most, cache, ids, mask, seed)
+            def run(inputs: dict[str, Tensor], seed: Tensor) -> GenerationOutput:
+                input_ids = inputs["input_ids"]
+                B, L = input_ids.shape
+                _, max_new = settings.new_token_bounds(L)
+                cache = self.init_cache(B, L + max_new - 1)
+                if "encoder_hidden_states" in inputs:
+                    states = tf.cast(inputs["encoder_hidden_states"], self.compute_dtype)
+                    encoder_mask = inputs.get("encoder_attention_mask")
+                    cache |= project_encoder_states(self.encoder, states, encoder_mask)
+                mask = tf.cast(inputs["attention_mask"] != 0, tf.int32)
+                return generation.generate(decode, settings, cache, input_ids, mask, seed)
 
             traced = tf.function(run, autograph=False)
             return traced.get_concrete_function(dict(specs), tf.TensorSpec([2], tf.int32))
 
-        return graph
+        return compile_generate
 
 
 @_registered
@@ -201,24 +220,26 @@ class TFRobertaPreLayerNormForSequenceClassification(TFRobertaPreLayerNormPreTra
     def make_head(self) -> None:
         self.classifier = heads.ClassificationHead(self.config)
 
-    def head(self, encoded: Encoded, drop: Dropout, sizes: list[Any]) -> Output:
-        return output(logits=self.classifier(encoded.last_hidden_state[:, 0], drop=drop))
+    def compute_head(
+        self, encoded: EncoderOutput, dropout: Dropout, input_shape: list[Any]
+    ) -> ModelOutput:
+        return make_output(logits=self.classifier(encoded.last_hidden_state[:, 0], dropout=dropout))
 
-    def scores(self, output: Output, targets: Mapping[str, Tensor]) -> Scores:
-        return heads.sequence_scores(self.config, output["logits"], standardized(targets["labels"]))
+    def scores(self, output: ModelOutput, targets: Mapping[str, Tensor]) -> Scores:
+        return losses.sequence_scores(self.config, output["logits"], to_tensor(targets["labels"]))
 
-    def metric_arguments(
-        self, output: Output, targets: Mapping[str, Tensor]
+    def metric_inputs(
+        self, output: ModelOutput, targets: Mapping[str, Tensor]
     ) -> tuple[Any, Any, Any]:
-        labels = standardized(targets["labels"])
-        if heads.problem_type(self.config, labels) == "single_label_classification":
-            return counted(labels, output["logits"])
+        labels = to_tensor(targets["labels"])
+        if losses.infer_problem_type(self.config, labels) == SINGLE_LABEL:
+            return weigh_labels(labels, output["logits"])
         return labels, output["logits"], None
 
 
 @_registered
 class TFRobertaPreLayerNormForMultipleChoice(TFRobertaPreLayerNormPreTrainedModel):
-    """Inputs have an axis of choices, [B, C, L], inputs_embeds [B, C, L, D]; logits [B, C]."""
+    """Logits [B, A]; inputs have an axis of choices, [B, A, L] or [B, A, L, D]; labels [B]."""
 
     model = "multiple_choice"
     reads_first_position = True
@@ -227,15 +248,17 @@ class TFRobertaPreLayerNormForMultipleChoice(TFRobertaPreLayerNormPreTrainedMode
         self.pooler = heads.Pooler(self.config)
         self.classifier = Projection("classifier", (self.config.hidden_size,), (1,))
 
-    def as_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def flatten_choices(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {
-            name: tf.reshape(x, [-1, *sizes_of(x)[2:]]) if name in ROW_ARGUMENTS else x
+            name: tf.reshape(x, [-1, *shape_list(x)[2:]]) if name in PER_TOKEN_ARGUMENTS else x
             for name, x in inputs.items()
         }
 
-    def head(self, encoded: Encoded, drop: Dropout, sizes: list[Any]) -> Output:
-        pooled = drop(self.pooler(encoded.last_hidden_state), self.config.hidden_dropout_prob)
-        return output(logits=tf.reshape(self.classifier(pooled), sizes[:2]))
+    def compute_head(
+        self, encoded: EncoderOutput, dropout: Dropout, input_shape: list[Any]
+    ) -> ModelOutput:
+        pooled = dropout(self.pooler(encoded.last_hidden_state), self.config.hidden_dropout_prob)
+        return make_output(logits=tf.reshape(self.classifier(pooled), input_shape[:2]))
 
 
 @_registered
@@ -248,9 +271,11 @@ class TFRobertaPreLayerNormForTokenClassification(TFRobertaPreLayerNormPreTraine
         D, C = self.config.hidden_size, self.config.num_labels
         self.classifier = Projection("classifier", (D,), (C,))
 
-    def head(self, encoded: Encoded, drop: Dropout, sizes: list[Any]) -> Output:
-        hidden = drop(encoded.last_hidden_state, heads.classifier_dropout(self.config))
-        return output(logits=self.classifier(hidden))
+    def compute_head(
+        self, encoded: EncoderOutput, dropout: Dropout, input_shape: list[Any]
+    ) -> ModelOutput:
+        rate = heads.classifier_dropout_rate(self.config)
+        return make_output(logits=self.classifier(dropout(encoded.last_hidden_state, rate)))
 
 
 @_registered
@@ -263,34 +288,38 @@ class TFRobertaPreLayerNormForQuestionAnswering(TFRobertaPreLayerNormPreTrainedM
     def make_head(self) -> None:
         self.span = Projection("span", (self.config.hidden_size,), (2,))
 
-    def head(self, encoded: Encoded, drop: Dropout, sizes: list[Any]) -> Output:
+    def compute_head(
+        self, encoded: EncoderOutput, dropout: Dropout, input_shape: list[Any]
+    ) -> ModelOutput:
         logits = self.span(encoded.last_hidden_state)
-        return output(start_logits=logits[..., 0], end_logits=logits[..., 1])
+        return make_output(start_logits=logits[..., 0], end_logits=logits[..., 1])
 
-    def check_targets(self, targets: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> None:
-        for name, value in targets.items():
-            if value.shape != tuple(shape[:1]):
-                raise InputError(f"{name} has shape {list(value.shape)}, expected [{shape[0]}]")
-            check_integers(name, np.abs(value), None, None)
+    def check_targets(
+        self, targets: Mapping[str, np.ndarray], input_shape: tuple[int, ...]
+    ) -> None:
+        for name, positions in targets.items():
+            check_span_positions(name, positions, input_shape[0])
 
-    def scores(self, output: Output, targets: Mapping[str, Tensor]) -> Scores:
+    def scores(self, output: ModelOutput, targets: Mapping[str, Tensor]) -> Scores:
         """The mean of both sides' means, as in transformers."""
-        starts, ends = (heads.label_scores(*pair) for pair in self._sides(output, targets))
+        starts, ends = (losses.label_scores(*pair) for pair in self._sides(output, targets))
         weight = (starts.weight + ends.weight) / 2
         return Scores((starts.mean + ends.mean) / 2 * weight, weight)
 
-    def metric_arguments(
-        self, output: Output, targets: Mapping[str, Tensor]
+    def metric_inputs(
+        self, output: ModelOutput, targets: Mapping[str, Tensor]
     ) -> tuple[Any, Any, Any]:
-        sides = [counted(labels, logits) for logits, labels in self._sides(output, targets)]
+        sides = [weigh_labels(labels, logits) for logits, labels in self._sides(output, targets)]
         columns = zip(*sides, strict=True)
         return tuple(dict(zip(("start_logits", "end_logits"), c, strict=True)) for c in columns)
 
-    def _sides(self, output: Output, targets: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def _sides(
+        self, output: ModelOutput, targets: Mapping[str, Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
         """(logits, labels) of the start and of the end."""
         sides = []
         for name in ("start", "end"):
             logits = output[f"{name}_logits"]
-            positions = standardized(targets[f"{name}_positions"])
-            sides.append((logits, heads.span_labels(positions, sizes_of(logits)[1])))
+            positions = to_tensor(targets[f"{name}_positions"])
+            sides.append((logits, losses.span_labels(positions, shape_list(logits)[1])))
         return sides

@@ -1,7 +1,7 @@
-"""What the TF* classes return: a dict that is also read by attribute and by number.
+"""Output of the TF* classes: a dict that can also be read by attribute and by number.
 
-One class serves all seven, because TensorFlow and Keras rebuild structures (out of `tf.function`,
-`predict`, functional models) by class and keys alone.
+One class serves all seven, because TensorFlow and Keras rebuild structures (from `tf.function`,
+`predict` and functional models) by class and keys alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import optree
 
-# In transformers' order, which numbers follow: tf.function returns dicts sorted by name.
+# The order of transformers, for access by number: tf.function returns dicts sorted by name.
 FIELDS = (
     "loss",
     "logits",
@@ -25,16 +25,15 @@ FIELDS = (
 )
 
 
-class Output(dict):
-    """Fields of `FIELDS`, those that are not None; their shapes are those of
-    `prelnroberta/pretrained/outputs.py`.
+class ModelOutput(dict):
+    """Those of `FIELDS` that are not None; shapes as in `prelnroberta/pretrained/outputs.py`.
 
-    By attribute an absent field is None, by name a KeyError; numbers and slices skip it.
+    A missing field is None by attribute and a KeyError by name; numbers and slices skip it.
     """
 
     def __getattr__(self, name: str) -> Any:
         if name not in FIELDS:
-            raise AttributeError(f"Output has no field {name!r}, expected one of {FIELDS}")
+            raise AttributeError(f"ModelOutput has no field {name!r}, expected one of {FIELDS}")
         return self.get(name)
 
     def __getitem__(self, key: int | slice | str) -> Any:
@@ -43,20 +42,20 @@ class Output(dict):
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(self[name] for name in FIELDS if name in self)
 
-    # How Keras takes it apart and puts it together.
+    # Registration as a pytree of Keras.
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[str, ...], tuple[str, ...]]:
         names = tuple(sorted(self))
         return tuple(self[name] for name in names), names, names
 
     @classmethod
-    def tree_unflatten(cls, names: tuple[str, ...], values: tuple[Any, ...]) -> Output:
+    def tree_unflatten(cls, names: tuple[str, ...], values: tuple[Any, ...]) -> ModelOutput:
         return cls(zip(names, values, strict=True))
 
 
-optree.register_pytree_node_class(Output, namespace="keras")
+optree.register_pytree_node_class(ModelOutput, namespace="keras")
 
 
-def output(**fields: Any) -> Output:
-    """An Output of the fields that are not None."""
-    return Output({name: value for name, value in fields.items() if value is not None})
+def make_output(**fields: Any) -> ModelOutput:
+    """A ModelOutput of the fields that are not None."""
+    return ModelOutput({name: value for name, value in fields.items() if value is not None})

@@ -1,7 +1,7 @@
-"""The parameter tree <-> the variables of a Keras model.
+"""Conversion between the parameter tree and the variables of a Keras model.
 
-A variable's path is its leaf's path in the parameter table, and so is its shape; only layers, which
-the tree stacks on a leading N axis, are variables of their own here, with their number in the path:
+A variable has the path and the shape of its leaf in the parameter table. Only the layers, which the
+tree stacks on a leading N axis, are separate variables, with the layer's number in the path:
 
     encoder/layers/mlp/wi/kernel [N, D, F]  <->  encoder/layers/{n}/mlp/wi/kernel [D, F]
 """
@@ -16,25 +16,25 @@ import numpy as np
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
 
-_STACK = "encoder/layers/"
+_LAYERS = "encoder/layers/"
 
 
 def variable_paths(
     config: RobertaPreLayerNormConfig, model: str
 ) -> dict[str, tuple[str, int | None]]:
-    """Of every variable: path -> (path of its leaf, number of its layer or None)."""
+    """Path of each variable -> (path of its leaf, number of its layer or None)."""
     paths = {}
     for leaf, row in parameters.table(config, model).items():
-        if row.stacked:
-            rest = leaf.removeprefix(_STACK)
-            paths |= {f"{_STACK}{n}/{rest}": (leaf, n) for n in range(config.num_hidden_layers)}
+        if row.is_stacked:
+            suffix = leaf.removeprefix(_LAYERS)
+            paths |= {f"{_LAYERS}{n}/{suffix}": (leaf, n) for n in range(config.num_hidden_layers)}
         else:
             paths[leaf] = (leaf, None)
     return paths
 
 
 def variable_shapes(config: RobertaPreLayerNormConfig, model: str) -> dict[str, tuple[int, ...]]:
-    """path -> shape of every variable; all are float32."""
+    """Path -> shape of each variable; all are float32."""
     shapes = parameters.shapes(config, model)
     return {
         path: shapes[leaf] if n is None else shapes[leaf][1:]
@@ -48,7 +48,7 @@ def to_variables(
     model: str,
     source: str = "params",
 ) -> dict[str, np.ndarray]:
-    """path of variable -> value, of a tree of float32 arrays.
+    """Path of each variable -> its value in a tree of float32 arrays.
 
     Raises:
         InputError: one message listing every leaf that is missing, unexpected (with the nearest
@@ -68,10 +68,10 @@ def from_variables(
     model: str,
     source: str = "variables",
 ) -> parameters.Tree:
-    """The inverse of `to_variables`: the tree, float32 numpy, of path -> array.
+    """The inverse of `to_variables`: path -> array to a tree of float32 numpy arrays.
 
     Raises:
-        InputError: as `to_variables`, for variables.
+        InputError: as in `to_variables`.
     """
     expected = parameters.float32_leaves(variable_shapes(config, model))
     parameters.check_leaves(expected, values, source)

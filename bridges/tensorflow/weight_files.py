@@ -1,4 +1,4 @@
-"""The weights beside a config.json, those of transformers 4's TF classes included."""
+"""Weights of a Hugging Face directory, including those of transformers 4's TF classes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prelnroberta.pretrained import hf_checkpoint
 
 
 def read_weights(directory: str | Path) -> tuple[dict[str, np.ndarray], str]:
-    """As `hf_checkpoint.read_weights`; from tf_model.h5 where nothing else holds the weights.
+    """As `hf_checkpoint.read_weights`, or from tf_model.h5 if it is the only weight file.
 
     Raises:
         InputError: naming the file that is missing or damaged.
