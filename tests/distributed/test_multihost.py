@@ -126,46 +126,16 @@ def test_stopped_and_killed_job_resumes_to_the_same_result(tmp_path):
     assert [repr(r) for r in records(run_dir)] == [repr(r) for r in records(undisturbed())]
 
 
-RESTORE = """
-import json, sys
-import jax, numpy as np
-from prelnroberta import params as parameters
-from prelnroberta.training.checkpoint import CheckpointManager
-from prelnroberta.config import RobertaPreLayerNormConfig
-from prelnroberta.training.optimizer import OptimizerConfig, adamw
-from prelnroberta.params import flatten
-from prelnroberta.distributed.sharding import Layout, Parallelism
-from prelnroberta.training.train_step import TrainState
-
-run_dir, steps = sys.argv[1], int(sys.argv[2])
-config = RobertaPreLayerNormConfig.from_json(run_dir + "/model")
-optimizer = adamw(OptimizerConfig(steps=steps, learning_rate=1e-3), config)
-checkpoints = CheckpointManager(run_dir + "/checkpoints")
-for name, parallelism, count in (
-    ("pmap8", Parallelism(strategy="pmap"), 8),
-    ("mixed8", Parallelism(data=2, fsdp=2, tensor=2), 8),
-    ("fsdp4", Parallelism(data=1, fsdp=4), 4),
-    ("one", Parallelism(), 1),
-):
-    layout = Layout(parallelism, config, devices=jax.devices()[:count])
-    like = jax.eval_shape(
-        lambda: TrainState.create(parameters.init(config, jax.random.key(9)), optimizer)
-    )
-    like = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        like, layout.shardings(like),
-    )
-    with layout.use_mesh():
-        state, _ = checkpoints.restore(like)
-    assert int(state.step) == steps
-    assert len(state.params["embeddings"]["word"].sharding.device_set) == count
-    np.savez(f"{sys.argv[3]}/{name}.npz", **flatten(layout.gather_to_host(state.params)))
-"""
-
-
 def test_checkpoint_of_two_hosts_restores_on_eight_four_and_one_devices(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", RESTORE, undisturbed(), str(LAST), tmp_path],
+        [
+            sys.executable,
+            "-m",
+            "tests.programs.restore_on_meshes",
+            undisturbed(),
+            str(LAST),
+            tmp_path,
+        ],
         cwd=ROOT,
         env=ENVIRONMENT
         | {

@@ -27,22 +27,13 @@ RECIPE = """\
 --eval_rows=32
 --save_every=200
 """
-# The demo itself, with a recipe that takes no minutes.
-DEMO = """
-import sys
-from pathlib import Path
-from experiments import demo
-from experiments.flags.launch import launch
-demo.RECIPE = Path(sys.argv.pop(1))
-launch(demo.main, demo.DemoSettings)
-"""
 
 
 def start(tmp_path, run_dir) -> subprocess.Popen:
     recipe = tmp_path / "recipe.flags"
     recipe.write_text(RECIPE + f"--cache_dir={tmp_path / 'cache'}\n")
     return subprocess.Popen(
-        [sys.executable, "-c", DEMO, recipe, f"--run_dir={run_dir}"],
+        [sys.executable, "-m", "tests.programs.short_demo", recipe, f"--run_dir={run_dir}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -13,47 +13,12 @@ import torch
 from experiments.export import batches, flax
 from prelnroberta.pretrained.hf_checkpoint import load_pretrained, save_pretrained
 from tests.helpers.export_cases import export_case
-from tests.helpers.programs import call, finished_run
+from tests.helpers.programs import ROOT, call, finished_run
 from tests.helpers.tolerances import max_relative
 
 pytestmark = [pytest.mark.torch, pytest.mark.tensorflow]
 
 torch.set_num_threads(1)
-
-
-STRANGER = """
-import json, sys
-for name in ("prelnroberta", "bridges", "experiments", "flax"):
-    sys.modules[name] = None
-import numpy as np
-out, form = sys.argv[1:]
-batch = dict(np.load(out + "/batch.npz"))
-if form == "onnx":
-    import onnxruntime
-    session = onnxruntime.InferenceSession(out + "/exported/onnx/model.onnx")
-    logits, = session.run(["logits"], {n: x.astype(np.int64) for n, x in batch.items()})
-elif form == "tensorflow":
-    sys.modules["keras"] = None
-    import tensorflow as tf
-    loaded = tf.saved_model.load(out + "/exported/tensorflow")
-    serve = loaded.signatures["serving_default"]
-    taken = serve.structured_input_signature[1]
-    logits = serve(**{n: tf.constant(batch[n]) for n in taken})["logits"].numpy()
-else:
-    import jax.export
-    from safetensors.numpy import load_file
-    with open(out + "/exported/stablehlo/model.stablehlo", "rb") as file:
-        program = jax.export.deserialize(bytearray(file.read()))
-    params = {}
-    for path, leaf in load_file(out + "/exported/stablehlo/params.safetensors").items():
-        *parents, name = path.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    logits = np.asarray(program.call(params, *batch.values())["logits"])
-np.save(out + "/" + form + ".npy", logits)
-"""
 
 
 @pytest.mark.slow
@@ -69,7 +34,7 @@ def test_exported_run_loads_without_this_package(tmp_path):
     expected = flax(params, config, "masked_lm")(batch)["logits"]
     for form in ("onnx", "tensorflow", "stablehlo"):
         done = subprocess.run(
-            [sys.executable, "-c", STRANGER, str(tmp_path), form],
+            [sys.executable, ROOT / "tests/programs/run_exported.py", str(tmp_path), form],
             cwd=tmp_path,
             capture_output=True,
             text=True,

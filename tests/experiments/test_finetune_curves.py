@@ -3,7 +3,7 @@
 Same initial weights, same batches, no dropout, for each task: losses agree step by step, ours of
 packed rows, theirs of padded ones. Data is what `experiments.example_data` makes, from three
 packages' documentation. With dropout the metrics at the end are compared over seeds by
-oracle/dropout_seeds.py.
+tests/oracle/dropout_seeds.py.
 """
 
 import numpy as np

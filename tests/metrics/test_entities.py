@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 
 def test_entity_scores_match_seqeval():
-    """Its answers are kept in a file; oracle/seqeval_cases.py tells how it was made."""
+    """Its answers are kept in a file; tests/oracle/seqeval_cases.py writes it."""
     lines = (HERE / "seqeval_cases.txt").read_text().splitlines()
     assert len(lines) > 400
     for line in lines:

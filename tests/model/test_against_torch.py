@@ -111,7 +111,7 @@ def test_encoder_and_head_match_torch(case):
 
 
 def test_loss_and_gradients_match_torch(case):
-    """As an accelerator runs it; `test_modeling.py` has unrolled and scanned for equal."""
+    """As an accelerator runs it; by test_encoder.py scanned and unrolled layers are equal."""
     config, params, batch, reference = case
     execution = Execution(scan_layers=True, remat="full")
     loss, _, gradients = jax_gradients(config, params, batch, execution)

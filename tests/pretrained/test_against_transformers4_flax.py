@@ -23,7 +23,7 @@ from tests.helpers.tolerances import assert_gradients_match, assert_outputs_matc
 
 pytestmark = pytest.mark.oracle
 
-# Each class in another configuration than `test_models.py` has for it.
+# Each class in another configuration than in MODEL_CASES.
 CASES = with_minimal_positions(
     {
         "base": ("base", TWO_TYPES),

@@ -18,6 +18,7 @@ from prelnroberta.pretrained.hf_checkpoint import (
     save_pretrained,
     to_state_dict,
 )
+from tests.helpers.programs import ROOT
 from tests.helpers.small_models import ODD, TINY, ragged_batch, random_params
 from tests.helpers.tolerances import assert_close
 
@@ -55,21 +56,6 @@ def test_files_saved_by_transformers_are_loaded(config, tmp_path):
     assert_close(logits, expected.numpy(), "logits")
 
 
-LOAD_BY_AUTO_CLASSES = """
-import json, sys, warnings
-warnings.simplefilter("error")
-import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer
-directory, text = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(directory)
-model = AutoModelForMaskedLM.from_pretrained(directory).eval()
-inputs = tokenizer(text, return_tensors="pt")
-with torch.no_grad():
-    logits = model(**inputs).logits
-print(json.dumps([inputs["input_ids"].tolist(), logits.tolist()]))
-"""
-
-
 def test_auto_classes_load_without_warnings_and_match(tmp_path):
     """Model and tokenizer in a fresh process: nothing on standard error, our ids, our logits."""
     tokenizer = train_tokenizer(["the cat sat on the mat, and that was that"] * 20, 300)
@@ -79,7 +65,7 @@ def test_auto_classes_load_without_warnings_and_match(tmp_path):
     save_tokenizer(tokenizer, tmp_path, config.max_length)
     text = "the cat <mask> on that"
     result = subprocess.run(
-        [sys.executable, "-c", LOAD_BY_AUTO_CLASSES, tmp_path, text],
+        [sys.executable, ROOT / "tests/programs/load_by_auto_classes.py", tmp_path, text],
         capture_output=True,
         text=True,
         check=True,

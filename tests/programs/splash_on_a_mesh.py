@@ -1,4 +1,4 @@
-"""Run by test_fused_attention.py in a process of its own, with 8 CPU devices: a step of gradient
+"""Run by test_attention_kernels.py in a process of its own, with 8 CPU devices: a step of gradient
 descent by the interpreted kernel on a mesh and by pmap, and how far it ends from XLA's on one.
 """
 

@@ -72,19 +72,6 @@ def test_loading_into_other_head_reports_keys(tmp_path, caplog):
 
 # Files that need none of our code.
 
-FRESH = """
-import sys
-import numpy as np
-import tensorflow as tf
-loaded = tf.saved_model.load(sys.argv[1])
-batch = dict(np.load(sys.argv[2]))
-for name, signature in loaded.signatures.items():
-    taken = signature.structured_input_signature[1]
-    found = signature(**{k: tf.constant(batch[k]) for k in taken})
-    np.savez(f"{sys.argv[3]}/{name}.npz", **{k: v.numpy() for k, v in found.items()})
-assert not {"prelnroberta", "bridges", "transformers"} & set(sys.modules)
-"""
-
 
 @pytest.mark.parametrize("model", ["masked_lm", "multiple_choice"])
 def test_saved_model_runs_without_this_package(model, tmp_path):
@@ -97,7 +84,13 @@ def test_saved_model_runs_without_this_package(model, tmp_path):
     np.savez(tmp_path / "batch.npz", **batch)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     subprocess.run(
-        [sys.executable, "-c", FRESH, tmp_path / "saved", tmp_path / "batch.npz", tmp_path],
+        [
+            sys.executable,
+            ROOT / "tests/programs/run_saved_model.py",
+            tmp_path / "saved",
+            tmp_path / "batch.npz",
+            tmp_path,
+        ],
         check=True,
         cwd="/",
         env=environment | {"TF_CPP_MIN_LOG_LEVEL": "3"},

@@ -150,28 +150,10 @@ def test_unwritable_folder_raises_with_its_name(tokenizer, tmp_path):
         tokenize_corpus(Texts(TEXTS), tokenizer, tmp_path / "file")
 
 
-SCRIPT = """
-import sys, time
-from prelnroberta.data.pretraining import token_files
-from prelnroberta.data.pretraining.corpus import FileCorpus
-from prelnroberta.data.tokenizer import load_tokenizer
-directory, delay = sys.argv[1], float(sys.argv[2])
-class Slow(FileCorpus):
-    def documents(self):
-        for number, document in enumerate(super().documents()):
-            if number == 50:
-                print("reading", flush=True)
-                time.sleep(delay)
-            yield document
-train, _ = token_files.tokenize_corpus(Slow([directory + "/a.txt"]), load_tokenizer(directory), directory)
-print(len(train.tokens))
-"""
-
-
 def start(directory, delay):
     (directory / "a.txt").exists() or (directory / "a.txt").write_text("\n\n".join(TEXTS))
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(directory), str(delay)],
+        [sys.executable, "-m", "tests.programs.tokenize_slowly", str(directory), str(delay)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -230,23 +212,6 @@ def test_empty_split_raises_unless_allowed(tokenizer, tmp_path):
     assert len(validation.tokens) == len(validation.document_ends) == 0
 
 
-MEMORY = """
-import pathlib, re, sys
-from prelnroberta.data.pretraining import token_files
-from prelnroberta.data.pretraining.corpus import FileCorpus
-from prelnroberta.data.pretraining.token_files import tokenize_corpus
-from prelnroberta.data.tokenizer import load_tokenizer
-token_files._BATCH_BYTES >>= 3  # what a batch takes must not hide what is kept
-peaks = []
-for name in ("small.txt", "large.txt"):
-    tokenize_corpus(FileCorpus([f"{sys.argv[1]}/{name}"]), load_tokenizer(sys.argv[1]), sys.argv[1])
-    # Not getrusage: its peak begins with that of the process that started this one.
-    status = pathlib.Path("/proc/self/status").read_text()
-    peaks.append(int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) / 1024)
-print(peaks[1] - peaks[0])
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """3 MB and then 23 MB: the second may take a little more for pools and caches, not 20 MB."""
@@ -256,6 +221,9 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         numbered = (f"{i} {paragraph}\n\n" for i in range(count))
         (tmp_path / f"{name}.txt").write_text("".join(numbered))
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "tests.programs.tokenize_and_measure", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert float(done.stdout) < 10, done.stdout
