@@ -50,7 +50,7 @@ def main(settings: ExampleDataSettings) -> int:
     from prelnroberta.files import atomic_write
 
     corpus = DocstringCorpus()
-    documents, strings = list(corpus.documents()), list(corpus.strings())
+    documents, strings = list(corpus.documents()), list(corpus.multiline_strings())
     max_examples = {"train": settings.train_examples, "dev": settings.dev_examples}
     with atomic_write(settings.output) as partial:
         for name, (find, format_file, from_strings) in FILES.items():

@@ -358,7 +358,7 @@ def run(
         optimizer_config=plan.optimizer_config,
         optimizer=plan.optimizer,
         score=score,
-        loader=task.batches(
+        loader=task.training_batches(
             data.train,
             settings.batch_size,
             settings.seed,
@@ -423,7 +423,7 @@ def train(
 
     def validate(state: TrainState) -> dict[str, float]:
         rows, scores = evaluate(evaluator, state, data, settings, training.layout)
-        metrics = {"loss": float(scores.mean), **data.task.measure(data.dev, rows).metrics}
+        metrics = {"loss": float(scores.mean), **data.task.evaluate(data.dev, rows).metrics}
         selection.add(int(state.step), metrics)
         return metrics
 

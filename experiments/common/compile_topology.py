@@ -51,76 +51,77 @@ def compile_topology(
         lambda: TrainState.create(parameters.init(config, jax.random.key(0), model), optimizer)
     )
 
-    def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    def with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    state = jax.tree.map(placed, state, layout.shardings(state))
+    state = jax.tree.map(with_sharding, state, layout.shardings(state))
     batch = {
         name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=layout.batch_sharding)
         for name, (shape, dtype) in row.items()
     }
     forward = flops_per_row * batch_size / layout.num_devices
     with layout.use_mesh():
-        found = topology_compile.compile_for_topology(
+        report = topology_compile.compile_for_topology(
             compile_train_step(
                 make_train_step(score, optimizer, settings.seed, microbatches), layout
             ),
             state,
             batch,
             devices,
-            flops=3 * forward,
-            recomputed=forward if settings.remat == "full" else 0.0,
+            model_flops=3 * forward,
+            remat_flops=forward if settings.remat == "full" else 0.0,
         )
-    print(format_report(found, settings))
-    return 0 if found.fits else 1
+    print(format_report(report, settings))
+    return 0 if report.fits else 1
 
 
-def format_report(found: CompileReport, settings: PretrainSettings) -> str:
-    """The report as readable lines."""
-    chip = found.chip
-    room = chip.memory_bytes / _GIB
+def format_report(report: CompileReport, settings: PretrainSettings) -> str:
+    """Formats memory, collectives, lower bounds on time, and advice if the step does not fit."""
+    chip = report.chip
+    chip_gib = chip.memory_bytes / _GIB
     lines = [
-        f"compiled in {found.compile_seconds:.0f} s for {found.chips} chips {chip.name} "
-        f"({room:.0f} GiB, {chip.peak_flops / 1e12:.0f} TFLOP/s)",
-        f"a chip holds   parameters {found.params / _GIB:.2f} GiB, optimizer "
-        f"{found.optimizer / _GIB:.2f} GiB",
+        f"compiled in {report.compile_seconds:.0f} s for {report.num_chips} {chip.name} chips "
+        f"({chip_gib:.0f} GiB, {chip.peak_flops / 1e12:.0f} TFLOP/s)",
+        f"memory per chip: parameters {report.param_bytes / _GIB:.2f} GiB, optimizer "
+        f"{report.optimizer_bytes / _GIB:.2f} GiB",
     ]
-    if found.total is None:
-        lines.append(f"it does not fit: the compiler says {found.needed}")
+    if report.total_bytes is None:
+        lines.append(f"it does not fit; the compiler reports: {report.out_of_memory_message}")
     else:
-        verdict = "fits" if found.fits else "does not fit"
+        verdict = "fits" if report.fits else "does not fit"
         lines[-1] += (
-            f", activations {found.activations / _GIB:.2f} GiB; in all {found.total / _GIB:.2f} of "
-            f"{room:.0f} GiB: {verdict}"
+            f", activations {report.activation_bytes / _GIB:.2f} GiB; total "
+            f"{report.total_bytes / _GIB:.2f} of {chip_gib:.0f} GiB: {verdict}"
         )
-    if found.collectives:
-        lines.append("collectives of a step, a chip:")
-    for kind, moves in found.collectives.items():
+    if report.collectives:
+        lines.append("collectives per step and chip:")
+    for kind, stats in report.collectives.items():
         lines.append(
-            f"  {kind:<18} {moves.count:>6,} times, arrays of {moves.bytes / 1e9:8.3f} GB, "
-            f"{moves.moved / 1e9:8.3f} GB sent"
+            f"  {kind:<18} {stats.count:>6,} times, arrays of {stats.array_bytes / 1e9:8.3f} GB, "
+            f"{stats.bytes_sent / 1e9:8.3f} GB sent"
         )
-    if found.total is not None:
-        slowest = max(found.seconds, key=found.seconds.__getitem__)
+    if report.total_bytes is not None:
+        bounds = report.min_seconds
+        slowest = max(bounds, key=bounds.__getitem__)
         lines.append(
-            f"a step takes at least {found.seconds[slowest]:.3f} s, for its {slowest} ("
-            + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in found.seconds.items())
-            + f"); MFU at most {found.mfu_ceiling:.0%}"
+            f"a step takes at least {bounds[slowest]:.3f} s, limited by {slowest} ("
+            + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in bounds.items())
+            + f"); MFU at most {report.max_mfu:.0%}"
         )
-    return "\n".join(lines + advice(found, settings))
+    return "\n".join(lines + advice(report, settings))
 
 
-def advice(found: CompileReport, settings: PretrainSettings) -> list[str]:
+def advice(report: CompileReport, settings: PretrainSettings) -> list[str]:
     """Which flags to change if it does not fit, the one that frees most memory first."""
-    if found.fits:
+    if report.fits:
         return []
-    state, room = found.params + found.optimizer, found.chip.memory_bytes
+    state_bytes, chip_bytes = report.param_bytes + report.optimizer_bytes, report.chip.memory_bytes
     advised = []
-    if state > room / 4:
-        fsdp, ways = settings.mesh_fsdp, 1
-        while state / ways > room / 4 and abs(fsdp) * ways < found.chips:
-            ways *= 2
-        advised.append(f"--mesh_fsdp={abs(fsdp) * ways} (parameters and optimizer fill the chip)")
+    if state_bytes > chip_bytes / 4:
+        fsdp, shards = settings.mesh_fsdp, 1
+        while state_bytes / shards > chip_bytes / 4 and abs(fsdp) * shards < report.num_chips:
+            shards *= 2
+        advised.append(f"--mesh_fsdp={abs(fsdp) * shards} (parameters and optimizer fill the chip)")
     if settings.remat != "full":
         advised.append(f"--remat={'dots' if settings.remat == 'none' else 'full'}")
     if settings.dtype == "float32":

@@ -102,8 +102,8 @@ class DeviceSettings:
         check_positive(self, "heartbeat_timeout_seconds")
         from prelnroberta.distributed import multihost
 
-        multihost.start(*by_hand, self.heartbeat_timeout_seconds)
-        if not multihost.is_first():
+        multihost.initialize(*by_hand, self.heartbeat_timeout_seconds)
+        if not multihost.is_primary_host():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
 
     def layout(

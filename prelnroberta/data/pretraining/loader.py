@@ -1,15 +1,16 @@
-"""Batches as a pure function of the step.
+"""Masked language model batches as a pure function of the step.
 
-Global example g is row `order(g mod n)` of epoch `g div n`, and step s takes examples s * B to
-(s + 1) * B - 1, so an epoch may end inside a batch and no row is dropped. Order and masks follow
-from (seed, epoch, row) alone: whatever the number of hosts, workers or restarts, step s is the same
-batch, and the whole iterator state is s.
+Global example g is row `permute(g mod n)` of epoch `g div n`, and step s takes examples s * B to
+(s + 1) * B - 1, so an epoch may end inside a batch and no row is dropped. Order and masks depend on
+(seed, epoch, row index) alone: step s is the same batch for any number of hosts, workers or
+restarts, and s is the whole state of the iterator.
 
-A batch is a dict of numpy arrays (B batch, L length, M masked positions):
+A batch is a dict of numpy arrays:
     input_ids, segment_ids, position_ids              int32 [B, L]
     masked_positions, masked_labels                   int32 [B, M]
     masked_weights                                    float32 [B, M], 1 where scored, else 0
 """
+
 
 from collections.abc import Iterable, Iterator
 
@@ -24,10 +25,13 @@ _ALL = slice(None)
 
 
 class Loader:
-    """Shuffled, freshly masked training batches without end."""
+    """Endless shuffled training batches, masked anew in each epoch."""
 
     def __init__(self, source: Rows, masking: Masking, batch_size: int, seed: int):
-        """Reads `source` at random; `batch_size` is B, over all hosts.
+        """
+        Args:
+            source: the rows, read at random.
+            batch_size: B, over all hosts.
 
         Raises:
             InputError: a batch size below 1, or a seed that is negative or beyond 63 bits.
@@ -41,29 +45,29 @@ class Loader:
         self.seed = seed
 
     def batch(self, step: int, rows: slice | np.ndarray = _ALL) -> Batch:
-        """Batch `step`, or the part of it that `rows` selects (a host's share)."""
+        """Batch `step`, or only its rows `rows` (a host's share)."""
         n = len(self.source)
         examples = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[rows]
-        epochs, places = np.divmod(examples, n)
+        epochs, indices = np.divmod(examples, n)
         for epoch in np.unique(epochs):
-            inside = epochs == epoch
-            places[inside] = permute(places[inside], n, self.seed, int(epoch))
-        pairs = zip(epochs.tolist(), places.tolist(), strict=True)
+            in_epoch = epochs == epoch
+            indices[in_epoch] = permute(indices[in_epoch], n, self.seed, int(epoch))
+        pairs = zip(epochs.tolist(), indices.tolist(), strict=True)
         return _assemble(self.source, self.masking, self.seed, pairs)
 
     @property
-    def rows(self) -> int:
-        """Of every batch."""
+    def num_rows(self) -> int:
+        """Number of rows of every batch: B."""
         return self.batch_size
 
     def describe(self) -> str:
-        """Half a line for whoever starts a run."""
+        """The size of a batch in words, for the start of a run."""
         return f"{self.batch_size} a step"
 
     def prefetch(
         self, start_step: int, depth: int = 2, rows: slice | np.ndarray = _ALL
     ) -> Prefetch:
-        """Batches from `start_step` on, made ahead by a thread; close it when done."""
+        """Batches from `start_step` on, prepared ahead by a thread; close it when done."""
         return Prefetch(lambda step: self.batch(step, rows), start_step, depth)
 
 
@@ -74,9 +78,9 @@ def masked_eval_batches(
     seed: int,
     rows: slice | np.ndarray = _ALL,
 ) -> Iterator[Batch]:
-    """Every row once, in order, under the masks of epoch 0, so that evaluations compare.
+    """Yields every row once, in order, with the masks of epoch 0, so that evaluations compare.
 
-    The last batch is filled up with copies of the last row whose `masked_weights` are 0.
+    The last batch is filled up with copies of the last row that have `masked_weights` 0.
     """
     n = len(source)
     for start in range(0, n, batch_size):

@@ -1,25 +1,25 @@
-"""Token files to rows of one static length, read at random and never held in memory.
+"""Rows of one static length from token files, read at random and never held in memory.
 
 A row is `input_ids`, `segment_ids` and `position_ids`, each int32 [L]. Segment ids count 1, 2, ..
-along the row and are 0 on padding; attention stays inside a segment. Positions start at
+along the row and are 0 on padding; attention is limited to a segment. Positions start at
 `PAD_ID + 1` in every segment and are `PAD_ID` on padding, as RoBERTa counts them.
 
-Three ways to fill a row:
+Three ways to pack a row:
 
 contiguous
-    L - 1 consecutive tokens of the stream after one `<s>`, across document ends, as fairseq trains
+    `<s>` and L - 1 consecutive tokens of the stream, across document ends, as fairseq trains
     RoBERTa (`sample_break_mode=none`, block size `tokens_per_sample - 1`, PrependTokenDataset:
-    fairseq/data/token_block_dataset.py, fairseq/tasks/masked_lm.py). One segment. fairseq keeps the
-    shorter last block; shapes here are static, so fewer than L - 1 trailing tokens are dropped.
+    fairseq/data/token_block_dataset.py, fairseq/tasks/masked_lm.py). One segment. fairseq keeps a
+    shorter last block; shapes here are static, so up to L - 2 trailing tokens are dropped.
 documents
-    Whole documents, `<s> document </s>`, several to a row. A document that does not fit is cut
-    into pieces of L - 1 tokens, each a segment `<s> piece`; only its last piece carries `</s>`,
+    Whole documents, `<s> document </s>`, several to a row. A document that does not fit is split
+    into pieces of L - 1 tokens, each a segment `<s> piece`; only the last piece ends in `</s>`,
     because only there does the text end.
 sentences
     The same with the lines of documents as units. The newline that closes a line becomes `</s>`,
-    so a segment reads `<s> line </s>`, the form a lone sentence has in fine-tuning.
+    so a segment is `<s> line </s>`, the form of a single sentence in fine-tuning.
 
-A unit or rest of one that is nothing but its `</s>` (an empty document or line) is left out.
+A unit or piece that is nothing but `</s>` (an empty document or line) is left out.
 """
 
 import hashlib
@@ -36,11 +36,10 @@ from prelnroberta.files import atomic_write
 
 PACKINGS = ("contiguous", "documents", "sentences")
 
-# Rows that wait for a unit that fills them. Wide enough that nearly every gap finds its unit,
-# small enough that what waits fits any memory.
-_WAITING_ROWS = 1024
+# Rows that are open for further pieces: enough to fill nearly every row, few enough for any memory.
+_MAX_OPEN_ROWS = 1024
 _SMALLEST_SEGMENT = 3  # `<s>`, one token, `</s>`
-_CHUNK = 1 << 20  # tokens, documents or pieces handled at once
+_CHUNK = 1 << 20  # tokens, documents or pieces processed together
 
 
 class Row(NamedTuple):
@@ -51,21 +50,21 @@ class Row(NamedTuple):
     position_ids: np.ndarray
 
 
-class Tokens(Protocol):
-    """What packing reads of a tokenized corpus (`token_files.TokenFiles`)."""
+class TokenizedCorpus(Protocol):
+    """The part of `token_files.TokenFiles` that packing reads."""
 
-    tokens: np.ndarray  # uint16 or uint32 [T]: documents one after another, each closed by `</s>`
-    document_ends: np.ndarray  # int64 [documents]: exclusive ends, past the `</s>`
-    manifest: dict  # what the text is, by digest
+    tokens: np.ndarray  # uint16 or uint32 [U]: documents in sequence, each followed by `</s>`
+    document_ends: np.ndarray  # int64 [documents]: exclusive ends, after the `</s>`
+    manifest: dict  # identifies the text
     directory: Path
 
 
 class Rows(Protocol):
-    """Rows of one length, read at random."""
+    """Rows of one length, with random access."""
 
     @property
-    def fill(self) -> float:
-        """Share of the rows' positions that hold real tokens."""
+    def fill_ratio(self) -> float:
+        """Share of the rows' positions that hold tokens, not padding."""
 
     def __len__(self) -> int: ...
 
@@ -73,25 +72,25 @@ class Rows(Protocol):
 
 
 def open_rows(
-    corpus: Tokens,
+    corpus: TokenizedCorpus,
     length: int,
     packing: str,
     newline_mask: np.ndarray | None = None,
     directory: Path | None = None,
 ) -> Rows:
-    """Rows of `length` tokens, with `len(rows)` and `rows[i]`.
+    """Opens rows of `length` tokens; makes or reuses a packing plan if one is needed.
 
     Args:
         corpus: token stream and document ends.
-        length: L, row length in tokens, specials included.
-        packing: 'contiguous', 'documents' or 'sentences' (module docstring).
-        newline_mask: bool [V], ids whose text holds a newline; read for 'sentences' only.
-        directory: where the packing plan is kept and found again, by default beside the token
-            files. Unread for 'contiguous', which needs no plan.
+        length: L, the row length in tokens, including special tokens.
+        packing: 'contiguous', 'documents' or 'sentences', see the module docstring.
+        newline_mask: bool [V], ids whose text holds a newline; needed for 'sentences' only.
+        directory: the folder of packing plans, by default that of the token files. Unused for
+            'contiguous', which needs no plan.
 
     Raises:
-        InputError: unknown packing, rows too short to hold text, or a corpus with less text than
-            one row needs.
+        InputError: an unknown packing, a length too short to hold text, or a corpus with less text
+            than one row needs.
     """
     if packing not in PACKINGS:
         raise InputError(f"packing={packing!r}: expected one of {', '.join(PACKINGS)}")
@@ -106,19 +105,19 @@ def open_rows(
         raise InputError(
             "packing='sentences' needs newline_mask, the ids whose text holds a newline"
         )
-    closing = newline_mask if packing == "sentences" else None
-    plan = _plan(corpus, length, closing, directory or corpus.directory)
-    return PackedRows(corpus, length, closing, plan)
+    newline_mask = newline_mask if packing == "sentences" else None
+    plan = _open_plan(corpus, length, newline_mask, directory or corpus.directory)
+    return PackedRows(corpus, length, newline_mask, plan)
 
 
 class ContiguousRows:
     """Row i is `<s>` and the stream's tokens i * (L - 1) to (i + 1) * (L - 1)."""
 
-    def __init__(self, corpus: Tokens, length: int):
+    def __init__(self, corpus: TokenizedCorpus, length: int):
         self._tokens = np.asarray(corpus.tokens)
         self._block = length - 1
-        self._length = len(self._tokens) // self._block
-        if not self._length:
+        self._num_rows = len(self._tokens) // self._block
+        if not self._num_rows:
             raise InputError(
                 f"the corpus has {len(self._tokens)} tokens, but a row of sequence length {length} "
                 f"takes {self._block}: give more text or a shorter sequence length"
@@ -127,14 +126,14 @@ class ContiguousRows:
         self._position_ids = np.arange(PAD_ID + 1, PAD_ID + 1 + length, dtype=np.int32)
 
     @property
-    def fill(self) -> float:
+    def fill_ratio(self) -> float:
         return 1.0
 
     def __len__(self) -> int:
-        return self._length
+        return self._num_rows
 
     def __getitem__(self, index: int) -> Row:
-        if not 0 <= index < self._length:
+        if not 0 <= index < self._num_rows:
             raise IndexError(index)
         input_ids = np.empty(self._block + 1, np.int32)
         input_ids[0] = BOS_ID
@@ -142,24 +141,30 @@ class ContiguousRows:
         return Row(input_ids, self._segment_ids.copy(), self._position_ids.copy())
 
 
-class Plan(NamedTuple):
-    """Which pieces of the stream share a row; both arrays are memory-mapped."""
+class PackingPlan(NamedTuple):
+    """Which pieces of the stream share a row; the arrays are memory-mapped."""
 
-    pieces: np.ndarray  # int64 [pieces, 2]: start in the stream and tokens, row after row
+    pieces: np.ndarray  # int64 [pieces, 2]: start and length in the stream, row by row
     row_ends: np.ndarray  # int64 [rows]: exclusive end of each row's pieces
 
 
 class PackedRows:
     """Rows of several segments `<s> piece`, padded at the end."""
 
-    def __init__(self, corpus: Tokens, length: int, newline_mask: np.ndarray | None, plan: Plan):
+    def __init__(
+        self,
+        corpus: TokenizedCorpus,
+        length: int,
+        newline_mask: np.ndarray | None,
+        plan: PackingPlan,
+    ):
         self._tokens = np.asarray(corpus.tokens)
         self._length = length
         self._line_ends = newline_mask
         self._plan = plan
 
     @property
-    def fill(self) -> float:
+    def fill_ratio(self) -> float:
         pieces, row_ends = self._plan
         return float(pieces[:, 1].sum() + len(pieces)) / (len(row_ends) * self._length)
 
@@ -174,66 +179,69 @@ class PackedRows:
         starts, sizes = pieces[first : row_ends[index]].T
         sizes = sizes + 1  # `<s>`
         used = sizes.sum()
-        opens = np.cumsum(sizes) - sizes
-        inside = np.arange(used) - np.repeat(opens, sizes)
+        segment_starts = np.cumsum(sizes) - sizes
+        position_in_segment = np.arange(used) - np.repeat(segment_starts, sizes)
 
         input_ids = np.full(self._length, PAD_ID, np.int32)
         segment_ids = np.zeros(self._length, np.int32)
         position_ids = np.full(self._length, PAD_ID, np.int32)
-        # `<s>` has no place in the stream: its slot reads a neighbour and is then overwritten.
-        text = self._tokens[np.repeat(starts - 1, sizes) + inside]
+        # `<s>` is not in the stream: its position reads a neighbouring token and is overwritten.
+        text = self._tokens[np.repeat(starts - 1, sizes) + position_in_segment]
         if self._line_ends is not None:
             text = np.where(self._line_ends[text], EOS_ID, text)
         input_ids[:used] = text
-        input_ids[opens] = BOS_ID
+        input_ids[segment_starts] = BOS_ID
         segment_ids[:used] = np.repeat(np.arange(1, len(sizes) + 1), sizes)
-        position_ids[:used] = inside + (PAD_ID + 1)
+        position_ids[:used] = position_in_segment + (PAD_ID + 1)
         return Row(input_ids, segment_ids, position_ids)
 
 
-def _plan(corpus: Tokens, length: int, newline_mask: np.ndarray | None, directory: Path) -> Plan:
-    """The packing plan: found in `directory`, or made and kept there.
+def _open_plan(
+    corpus: TokenizedCorpus, length: int, newline_mask: np.ndarray | None, directory: Path
+) -> PackingPlan:
+    """The packing plan: found in `directory`, or computed and written there.
 
-    Its name is a digest of all that it depends on, so that another corpus never meets it. Of two
-    processes that make the same plan at once either may win.
+    Its name includes a digest of everything it depends on, so a plan is never used for another
+    corpus. If two processes write the same plan at the same time, either one is kept.
     """
     digest = hashlib.sha256(json.dumps(corpus.manifest, sort_keys=True).encode())
-    digest.update(f"{len(corpus.tokens)} {len(corpus.document_ends)} {_WAITING_ROWS}".encode())
+    digest.update(f"{len(corpus.tokens)} {len(corpus.document_ends)} {_MAX_OPEN_ROWS}".encode())
     if newline_mask is not None:
         digest.update(np.packbits(newline_mask).tobytes())
     unit = "documents" if newline_mask is None else "sentences"
-    home = directory / f"packing-{unit}-{length}-{digest.hexdigest()[:16]}"
-    if not home.is_dir():
+    plan_dir = directory / f"packing-{unit}-{length}-{digest.hexdigest()[:16]}"
+    if not plan_dir.is_dir():
         try:
-            with atomic_write(home) as partial:
+            with atomic_write(plan_dir) as partial:
                 partial.mkdir()
-                _write_plan(_pieces(_unit_ends(corpus, newline_mask), length), length, partial)
+                pieces = _split_units(_unit_ends(corpus, newline_mask), length)
+                _write_plan(pieces, length, partial)
         except OSError as error:
-            if not home.is_dir():
+            if not plan_dir.is_dir():
                 raise InputError(
                     f"{directory}: the packing plan cannot be written ({error.strerror}); make "
                     "room or give a writable directory"
                 ) from error
-    return Plan(
-        np.memmap(home / "pieces.int64", np.int64, mode="r").reshape(-1, 2),
-        np.memmap(home / "row_ends.int64", np.int64, mode="r"),
+    return PackingPlan(
+        np.memmap(plan_dir / "pieces.int64", np.int64, mode="r").reshape(-1, 2),
+        np.memmap(plan_dir / "row_ends.int64", np.int64, mode="r"),
     )
 
 
-def _unit_ends(corpus: Tokens, newline_mask: np.ndarray | None) -> Iterator[np.ndarray]:
-    """Exclusive ends of documents or lines in stream order, a chunk at a time."""
+def _unit_ends(corpus: TokenizedCorpus, newline_mask: np.ndarray | None) -> Iterator[np.ndarray]:
+    """Yields the exclusive ends of documents or lines in stream order, in chunks."""
     if newline_mask is None:
-        for at in range(0, len(corpus.document_ends), _CHUNK):
-            yield np.asarray(corpus.document_ends[at : at + _CHUNK])
+        for start in range(0, len(corpus.document_ends), _CHUNK):
+            yield np.asarray(corpus.document_ends[start : start + _CHUNK])
         return
-    closes = newline_mask.copy()
-    closes[EOS_ID] = True
-    for at in range(0, len(corpus.tokens), _CHUNK):
-        yield at + 1 + np.flatnonzero(closes[corpus.tokens[at : at + _CHUNK]])
+    ends_unit = newline_mask.copy()
+    ends_unit[EOS_ID] = True
+    for start in range(0, len(corpus.tokens), _CHUNK):
+        yield start + 1 + np.flatnonzero(ends_unit[corpus.tokens[start : start + _CHUNK]])
 
 
-def _pieces(unit_ends: Iterator[np.ndarray], length: int) -> Iterator[tuple[list, list]]:
-    """Units cut to at most L - 1 tokens: (starts, tokens), a chunk at a time."""
+def _split_units(unit_ends: Iterator[np.ndarray], length: int) -> Iterator[tuple[list, list]]:
+    """Yields units, split into pieces of at most L - 1 tokens: (starts, sizes), in chunks."""
     longest = length - 1
     previous = 0
     for ends in unit_ends:
@@ -244,9 +252,9 @@ def _pieces(unit_ends: Iterator[np.ndarray], length: int) -> Iterator[tuple[list
         counts = -((starts - ends) // longest)
         index = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         piece_starts = np.repeat(starts, counts) + index * longest
-        tokens = np.minimum(np.repeat(ends, counts) - piece_starts, longest)
-        keep = tokens > 1  # what is one token long is only the mark that closes the unit
-        yield piece_starts[keep].tolist(), tokens[keep].tolist()
+        sizes = np.minimum(np.repeat(ends, counts) - piece_starts, longest)
+        keep = sizes > 1  # a piece of one token is only the end of its unit
+        yield piece_starts[keep].tolist(), sizes[keep].tolist()
 
 
 def _write_plan(pieces: Iterator[tuple[list, list]], length: int, directory: Path) -> None:
@@ -264,7 +272,7 @@ def _write_plan(pieces: Iterator[tuple[list, list]], length: int, directory: Pat
             flat.clear()
             row_ends.clear()
 
-        for row in _best_fit(pieces, length):
+        for row in _best_fit_rows(pieces, length):
             flat += row
             written += len(row) // 2
             row_ends.append(written)
@@ -275,24 +283,25 @@ def _write_plan(pieces: Iterator[tuple[list, list]], length: int, directory: Pat
         raise InputError("the corpus has no text: every document is empty; give other files")
 
 
-def _best_fit(pieces: Iterator[tuple[list, list]], length: int) -> Iterator[list[int]]:
-    """Full rows, each as a flat list start, tokens, start, tokens, ..
+def _best_fit_rows(pieces: Iterator[tuple[list, list]], length: int) -> Iterator[list[int]]:
+    """Yields packed rows, each as a flat list start, size, start, size, ..
 
-    Online best fit: a piece goes to the waiting row it fills most tightly, or opens one. When too
-    many wait, the fullest leaves. Rows wait in one stack a free space; the bits of `spaces` say
-    which stacks hold any, so that the tightest is a shift and a lowest bit away.
+    Online best fit: a piece goes to the open row that it fills most tightly, or opens a new one. If
+    too many rows are open, the fullest is closed. Open rows are kept in one stack per free space.
+    Bit s of `spaces` is set if the stack of free space s is not empty, so finding the tightest row
+    takes a shift and a lowest set bit.
     """
     stacks: list[list[list[int]]] = [[] for _ in range(length)]
-    spaces = waiting = 0
-    for starts, tokens in pieces:
-        for start, size in zip(starts, tokens, strict=True):
-            needed = size + 1  # `<s>`
+    spaces = num_open = 0
+    for starts, sizes in pieces:
+        for start, size in zip(starts, sizes, strict=True):
+            needed = size + 1  # with `<s>`
             fitting = spaces >> needed
             if fitting:
                 space = needed + (fitting & -fitting).bit_length() - 1
                 stack = stacks[space]
                 row = stack.pop()
-                waiting -= 1
+                num_open -= 1
                 if not stack:
                     spaces ^= 1 << space
             else:
@@ -304,11 +313,11 @@ def _best_fit(pieces: Iterator[tuple[list, list]], length: int) -> Iterator[list
                 continue
             stacks[space].append(row)
             spaces |= 1 << space
-            waiting += 1
-            if waiting > _WAITING_ROWS:
+            num_open += 1
+            if num_open > _MAX_OPEN_ROWS:
                 space = (spaces & -spaces).bit_length() - 1
                 yield stacks[space].pop()
-                waiting -= 1
+                num_open -= 1
                 if not stacks[space]:
                     spaces ^= 1 << space
     for stack in stacks:
@@ -316,15 +325,15 @@ def _best_fit(pieces: Iterator[tuple[list, list]], length: int) -> Iterator[list
 
 
 class _EvenSubset:
-    """`count` rows of another source, evenly spaced over it."""
+    """`count` rows of another source, evenly spaced."""
 
     def __init__(self, rows: Rows, count: int):
         self._rows = rows
         self._count = count
 
     @property
-    def fill(self) -> float:
-        return self._rows.fill
+    def fill_ratio(self) -> float:
+        return self._rows.fill_ratio
 
     def __len__(self) -> int:
         return self._count
@@ -336,5 +345,5 @@ class _EvenSubset:
 
 
 def subsample_evenly(rows: Rows, count: int) -> Rows:
-    """At most `count` rows, taken evenly from all over, so that a few stand for the whole."""
+    """At most `count` rows, evenly spaced over all, to represent the whole."""
     return rows if len(rows) <= count else _EvenSubset(rows, count)
