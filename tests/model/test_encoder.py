@@ -5,7 +5,6 @@ import functools
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from prelnroberta.model.encoder import Encoder, Execution
 from prelnroberta.model.heads import MaskedLM
 from prelnroberta.model.losses import masked_lm_scores
 from tests.helpers.masked_batches import masked_rows
+from tests.helpers.programs import ROOT
 from tests.helpers.small_models import ODD, TINY, random_params
 
 SIMILAR = {"rtol": 2e-5, "atol": 2e-5}
@@ -191,9 +191,9 @@ def test_vmap_matches_loop():
 
 
 def test_pmap_of_every_module():
-    script = Path(__file__).parents[1] / "oracle" / "eight_devices.py"
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, script], check=True, timeout=600, env=environment)
+    command = [sys.executable, "-m", "tests.programs.pmap_every_module"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    subprocess.run(command, check=True, timeout=600, env=environment, cwd=ROOT)
 
 
 def test_batch_matches_single_rows_and_jit_matches_eager(case):

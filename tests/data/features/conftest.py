@@ -6,12 +6,12 @@ from prelnroberta.data.tokenizer import save_tokenizer, train_tokenizer
 from tests.helpers.programs import corpus_file
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tokenizer():
     return train_tokenizer(corpus_file().read_text().split("\n\n"), 600)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(tokenizer, folder, 512)
@@ -19,7 +19,7 @@ def folder(tokenizer, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def theirs(folder):
     from transformers import AutoTokenizer
 

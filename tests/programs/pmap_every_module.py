@@ -1,4 +1,4 @@
-"""The pure modules under pmap on eight virtual devices, against plain calls of the same.
+"""Run by test_encoder.py: every module under pmap on eight virtual devices, against plain calls.
 
 In a process of its own, because their number is fixed when jax starts; raises where they differ.
 """
