@@ -104,11 +104,11 @@ class RobertaPreLayerNormModel(PreTrainedModel):
             "head_mask": head_mask,
         }
         use_cache = self._resolve_use_cache(use_cache, inputs, skip_padding)
-        uses_cache = use_cache or past_key_values is not None
-        check_inputs(self.config, inputs, past_key_values, uses_cache)
+        with_cache = use_cache or past_key_values is not None
+        check_inputs(self.config, inputs, past_key_values, with_cache)
         unpadding = None
         if skip_padding:
-            unpadding = self._find_unpadding(inputs, uses_cache, output_attentions, first_only)
+            unpadding = self._find_unpadding(inputs, with_cache, output_attentions, first_only)
 
         is_token = self._is_token(input_ids, inputs_embeds)
         position_ids = self._position_ids(position_ids, is_token, past_key_values)
@@ -158,7 +158,7 @@ class RobertaPreLayerNormModel(PreTrainedModel):
     def _find_unpadding(
         self,
         inputs: Mapping[str, Tensor | None],
-        uses_cache: bool,
+        with_cache: bool,
         output_attentions: bool,
         first_only: bool,
     ) -> Unpadding | None:
@@ -169,7 +169,7 @@ class RobertaPreLayerNormModel(PreTrainedModel):
                 that starts with padding in a model that reads its first position.
         """
         unsupported = {
-            "a cache": uses_cache,
+            "a cache": with_cache,
             "encoder_hidden_states": inputs["encoder_hidden_states"] is not None,
             "attentions": output_attentions,
             "head_mask": inputs["head_mask"] is not None,

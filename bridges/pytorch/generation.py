@@ -104,7 +104,7 @@ def _check_prompts(
     settings: GenerationConfig,
     max_new: int,
 ) -> None:
-    check_inputs(config, {"input_ids": input_ids, "attention_mask": mask}, uses_cache=True)
+    check_inputs(config, {"input_ids": input_ids, "attention_mask": mask}, with_cache=True)
     empty = (~mask.any(1)).nonzero().flatten().tolist()
     if empty:
         raise InputError(

@@ -45,13 +45,13 @@ def check_inputs(
     config: RobertaPreLayerNormConfig,
     inputs: Mapping[str, Tensor | None],
     cache: KVCache | None = None,
-    uses_cache: bool = False,
+    with_cache: bool = False,
     batch_axes: int = 1,
 ) -> None:
     """Checks inputs against the config, the cache and each other.
 
     Args:
-        uses_cache: whether a cache is given or made.
+        with_cache: whether a cache is given or made.
         batch_axes: number of axes before L: 1 for [B, L], 2 for [B, A, L].
 
     Raises:
@@ -61,7 +61,7 @@ def check_inputs(
         return
     host = {name: to_host_array(name, value) for name, value in inputs.items() if value is not None}
     masks = [value for name, value in host.items() if name.endswith("attention_mask")]
-    if uses_cache and any(mask.ndim != 2 for mask in masks):
+    if with_cache and any(mask.ndim != 2 for mask in masks):
         raise InputError("a cache takes masks of two axes, [B, L] and [B, S]")
     if cache is None:
         input_checks.check_inputs(config, host, batch_axes)
