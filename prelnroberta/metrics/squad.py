@@ -1,8 +1,8 @@
-"""Exact match and F1 of answers, by the definitions of SQuAD's evaluation scripts.
+"""Exact match and F1 of answers, as defined by SQuAD's evaluation scripts.
 
-v1.1 and v2.0 differ where nothing is left of an answer once case, punctuation and articles are
-gone: v1.1 gives such a pair no F1, v2.0 gives it 1 if both are empty. In v2.0 a question without
-answers has one right answer, the empty one.
+v1.1 and v2.0 differ for answers that are empty once case, punctuation and articles are removed.
+v1.1 gives such a pair an F1 of 0, v2.0 gives 1 if both are empty. In v2.0 a question without
+answers has one correct answer, the empty one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without ASCII punctuation, English articles and extra whitespace."""
+    """Lower-cases text and removes ASCII punctuation, English articles and extra whitespace."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
@@ -29,24 +29,24 @@ def exact_match(prediction: str, answer: str) -> float:
 
 
 def answer_f1(prediction: str, answer: str, version_2: bool = False) -> float:
-    """F1 of the two bags of words."""
-    predicted, wanted = normalize_answer(prediction).split(), normalize_answer(answer).split()
-    if version_2 and not (predicted and wanted):
-        return float(predicted == wanted)
-    shared = sum((Counter(predicted) & Counter(wanted)).values())
-    return 2 * shared / (len(predicted) + len(wanted)) if shared else 0.0
+    """F1 of the words of two answers, as bags."""
+    predicted, target = normalize_answer(prediction).split(), normalize_answer(answer).split()
+    if version_2 and not (predicted and target):
+        return float(predicted == target)
+    shared = sum((Counter(predicted) & Counter(target)).values())
+    return 2 * shared / (len(predicted) + len(target)) if shared else 0.0
 
 
 class QuestionScores(NamedTuple):
-    """Of each question [n]: exact match and F1 in [0, 1], and whether it has an answer."""
+    """Exact match and F1 in [0, 1] of each question, and whether it has an answer; [n] each."""
 
     exact: np.ndarray
     f1: np.ndarray
     answerable: np.ndarray
 
     def metrics(self, questions: np.ndarray | slice = slice(None)) -> dict[str, float]:
-        """exact_match and f1 in percent; and, where some questions have no answer, the same of
-        those that have one (has_answer_) and of the others (no_answer_)."""
+        """exact_match and f1 in percent. If some questions have no answer, also the same of those
+        with an answer (has_answer_) and of those without (no_answer_)."""
         exact, f1, answerable = (x[questions] for x in self)
         groups = {"": np.ones(len(exact), bool)}
         if not self.answerable.all():
@@ -61,39 +61,40 @@ class QuestionScores(NamedTuple):
 def question_scores(
     predictions: Mapping[str, str], answers: Mapping[str, Sequence[str]], version_2: bool = False
 ) -> QuestionScores:
-    """Scores of the questions of `answers`, in its order; the best over the answers of each.
+    """Scores of the questions of `answers`, in its order: the best over the answers of each.
 
     Args:
-        predictions: id -> text; a question that is missing here is answered wrongly.
-        answers: id -> right answers, none where the question has no answer.
+        predictions: id -> text. A missing prediction scores 0.
+        answers: id -> correct answers; empty if the question has no answer.
     """
     exact, f1, answerable = [], [], []
-    for name, right in answers.items():
-        answerable.append(bool(right))
+    for question_id, targets in answers.items():
+        answerable.append(bool(targets))
         if version_2:
-            right = [answer for answer in right if normalize_answer(answer)] or [""]
-        text = predictions.get(name)
-        known = text is not None and len(right) > 0
-        exact.append(max(exact_match(text, answer) for answer in right) if known else 0.0)
-        f1.append(max(answer_f1(text, answer, version_2) for answer in right) if known else 0.0)
+            targets = [target for target in targets if normalize_answer(target)] or [""]
+        text = predictions.get(question_id)
+        scored = text is not None and len(targets) > 0
+        exact.append(max(exact_match(text, target) for target in targets) if scored else 0.0)
+        f1.append(max(answer_f1(text, target, version_2) for target in targets) if scored else 0.0)
     return QuestionScores(np.array(exact), np.array(f1), np.array(answerable, bool))
 
 
 def find_best_null_threshold(
-    scores: np.ndarray, answerable: np.ndarray, null_differences: np.ndarray
+    scores: np.ndarray, answerable: np.ndarray, null_score_diffs: np.ndarray
 ) -> tuple[float, float]:
-    """The mean score, in percent, at the best threshold of null_difference, and that threshold.
+    """Returns the best mean score in percent over thresholds on null_score_diff, and its threshold.
 
-    Above the threshold 'no answer' is given. As the v2.0 script's find_best_thresh.
+    A question whose difference exceeds the threshold is predicted to have no answer. Same as
+    find_best_thresh of the v2.0 script.
 
     Args:
-        scores: [n], exact match or F1 of each question's best answer that is not empty.
+        scores: [n], exact match or F1 of the best non-empty answer to each question.
         answerable: bool [n], whether the question has an answer.
-        null_differences: [n], score of 'no answer' minus that of the best answer.
+        null_score_diffs: [n], score of "no answer" minus that of the best non-empty answer.
     """
-    order = np.argsort(null_differences, kind="stable")
+    order = np.argsort(null_score_diffs, kind="stable")
     gains = np.where(answerable, scores, -1.0)[order]
     totals = (~answerable).sum() + np.concatenate([[0.0], np.cumsum(gains)])
     best = int(totals.argmax())
-    threshold = 0.0 if best == 0 else float(null_differences[order[best - 1]])
+    threshold = 0.0 if best == 0 else float(null_score_diffs[order[best - 1]])
     return 100 * float(totals[best]) / len(scores), threshold

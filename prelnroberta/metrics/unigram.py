@@ -1,7 +1,7 @@
-"""What a masked language model is measured against: word frequencies alone.
+"""The unigram baseline of masked language models: token frequencies alone.
 
-A model that has learned nothing but how often each token occurs sits exactly on this line, which
-is where masked language models trained from scratch are known to linger.
+A model that has learned only token frequencies reaches exactly this loss. Masked language models
+that are trained from scratch are known to stay there for a while.
 """
 
 from __future__ import annotations
@@ -16,21 +16,25 @@ class UnigramBaseline:
 
     Args:
         counts: [V] int, how often each id occurs in the training text.
-        specials: ids that are never asked for and so get no share.
+        special_ids: ids that are never masked and have probability 0.
+
+    Attributes:
+        log_probabilities: [V] float64.
     """
 
-    def __init__(self, counts: np.ndarray, specials: tuple[int, ...]):
+    def __init__(self, counts: np.ndarray, special_ids: tuple[int, ...]):
         smoothed = counts.astype(np.float64) + 1.0
-        smoothed[list(specials)] = 0.0
+        smoothed[list(special_ids)] = 0.0
         with np.errstate(divide="ignore"):
             self.log_probabilities = np.log(smoothed / smoothed.sum())
-        self.most_frequent = int(smoothed.argmax())
+        self._most_frequent_id = int(smoothed.argmax())
 
     def scores(self, labels: np.ndarray, weights: np.ndarray) -> Scores:
-        """Summed loss (nats), right guesses and weight of labels [...] int, weights [...]."""
+        """Loss in nats, correct predictions and weight, summed over labels [...] int with weights
+        [...] > 0."""
         counted = labels[weights > 0]
         return Scores(
             loss=-self.log_probabilities[counted].sum(),
-            correct=(counted == self.most_frequent).sum(),
+            correct=(counted == self._most_frequent_id).sum(),
             weight=counted.size,
         )
