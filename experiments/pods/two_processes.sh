@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Two processes of four virtual CPU devices on this machine: what a pod does, in small.
+# Two processes with four virtual CPU devices each, on this machine: a small model of a pod.
 #   RUN=runs/two ./experiments/pods/two_processes.sh --preset=tiny --steps=20 --mesh_fsdp=2
 set -uo pipefail
 : "${RUN:=runs/two}" "${PORT:=9911}"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# GKE by xpk: a job set that is started again when preempted.
+# GKE with xpk: a job set that is restarted after preemption.
 #   CLUSTER=my-cluster TPU=v5litepod-256 IMAGE=... RUN=/shared/runs/large ./xpk.sh --flagfile=...
-# IMAGE holds the repository in /prelnroberta with its .venv and jax[tpu]; RUN is on a shared mount.
+# IMAGE must contain the repository in /prelnroberta with its .venv and jax[tpu]. RUN must be on a
+# shared mount.
 set -euo pipefail
 : "${CLUSTER:?}" "${TPU:?a TPU type}" "${IMAGE:?}" "${RUN:?a folder that all hosts share}"
 

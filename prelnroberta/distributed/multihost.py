@@ -51,8 +51,8 @@ def initialize(
     except (ValueError, RuntimeError) as error:
         raise InputError(
             f"could not connect to the other hosts of the job: {str(error).splitlines()[0]}; pass "
-            "--coordinator=address:port, --hosts and --host, or start the job under SLURM, "
-            "Kubernetes, Open MPI or on a TPU pod"
+            "--coordinator_address=address:port, --num_processes and --process_id, or start the "
+            "job under SLURM, Kubernetes, Open MPI or on a TPU pod"
         ) from error
 
 
