@@ -73,12 +73,12 @@ def read_checkpoint(path: Path, head: str | None) -> Checkpoint:
     Raises:
         InputError: a file is missing, damaged or unsafe.
     """
-    tensors, form = _read_tensors(path)
-    return describe_checkpoint(path, tensors, form, head)
+    tensors, format_name = _read_tensors(path)
+    return describe_checkpoint(path, tensors, format_name, head)
 
 
 def describe_checkpoint(
-    path: Path, file_tensors: Mapping[str, Any], form: str, head: str | None
+    path: Path, file_tensors: Mapping[str, Any], format_name: str, head: str | None
 ) -> Checkpoint:
     """As `read_checkpoint`, for tensors that have been read, by the names of their file."""
     fields = _read_config_fields(path.with_name(hf_checkpoint.CONFIG_NAME))
@@ -101,7 +101,7 @@ def describe_checkpoint(
         )
     model = "encoder" if head == "none" else found
     return Checkpoint(
-        format=form,
+        format=format_name,
         path=path,
         tensors=tensors,
         config=config,
@@ -125,14 +125,14 @@ def describe_checkpoint(
 
 def _read_tensors(path: Path) -> tuple[dict[str, Any], str]:
     """Returns the tensors of a file and the description of its format."""
-    form = FORMATS.get(path.name, "transformers file")
+    format_name = FORMATS.get(path.name, "transformers file")
     if path.name == BIN_INDEX_NAME:
-        return _read_bin_shards(path), form
+        return _read_bin_shards(path), format_name
     if path.suffix == ".h5":
-        return read_h5(path), form
+        return read_h5(path), format_name
     if path.suffix in (".bin", ".pt"):
-        return require_state_dict(path, torch_pickle.load(path)), form
-    return hf_checkpoint.read_weights(path)[0], form
+        return require_state_dict(path, torch_pickle.load(path)), format_name
+    return hf_checkpoint.read_weights(path)[0], format_name
 
 
 def require_state_dict(path: Path, saved: Any) -> dict[str, Any]:

@@ -315,7 +315,7 @@ def _head_problems(source: FairseqModel, model: str, head: str | None) -> list[s
     problems = []
     if model == "masked_lm" and source["activation_fn"] != "gelu":
         problems.append(
-            f"activation_fn={source['activation_fn']!r}: fairseq's LM head has it too, "
+            f"activation_fn={source['activation_fn']!r}: fairseq's LM head uses it too, "
             "transformers' is always gelu (--head=none converts the encoder alone)"
         )
     if model == "sequence_classification":

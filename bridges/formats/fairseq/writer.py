@@ -151,7 +151,7 @@ def _unsupported(config: RobertaPreLayerNormConfig, model: str) -> list[str]:
         problems.append(f"hidden_act={config.hidden_act!r}; it has {', '.join(_ACTIVATIONS)}")
     elif model == "masked_lm" and config.hidden_act != "gelu":
         problems.append(
-            f"hidden_act={config.hidden_act!r}; its LM head would have it too, ours is gelu"
+            f"hidden_act={config.hidden_act!r}; its LM head would use it too, ours is always gelu"
         )
     return problems
 
