@@ -6,8 +6,8 @@ set -uo pipefail
 
 export JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=4
 for host in 0 1; do
-  .venv/bin/python -m experiments.pretrain --coordinator_address="localhost:$PORT" --num_processes=2 --process_id=$host \
-    --run_dir="$RUN" "$@" &
+  .venv/bin/python -m experiments.pretrain --coordinator_address="localhost:$PORT" \
+    --num_processes=2 --process_id=$host --run_dir="$RUN" "$@" &
 done
 code=0
 for job in $(jobs -p); do wait "$job" || code=$?; done

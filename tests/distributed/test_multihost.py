@@ -113,7 +113,7 @@ def test_stopped_and_killed_job_resumes_to_the_same_result(tmp_path):
     job.until_reported(run_dir, 9)
     job.processes[1].send_signal(signal.SIGKILL)
     begin = time.monotonic()
-    codes = job.codes(timeout=60)  # lost_after_seconds is 20
+    codes = job.codes(timeout=60)  # heartbeat_timeout_seconds is 20
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, 2), job.said()
     assert time.monotonic() - begin < 60
     assert "another host of this job is gone" in job.said(), job.said()
