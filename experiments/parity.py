@@ -17,6 +17,7 @@ from pydoc_data.topics import topics
 from typing import TYPE_CHECKING, NamedTuple
 
 from experiments.common.model_folder import find_model_folder
+from experiments.common.plots import pyplot
 from experiments.flags.checks import check_installed, check_positive
 from experiments.flags.launch import launch
 from experiments.flags.programs import ParitySettings
@@ -151,23 +152,22 @@ def columns(texts: list[str]) -> str:
 
 
 def write_html(path: Path, title: str, runs: list[list[Comparison]]) -> None:
-    """The table, and the error of every hidden state of every run."""
+    """Writes the table, and a plot of the error of every hidden state of every run."""
     from bridges.verify.parity import ARRAY_KINDS
 
-    head = "".join(f"<th>{name}</th>" for name in ("class", "framework", "dtype", *ARRAY_KINDS, ""))
-    rows = "".join(
-        "<tr>"
-        + "".join(f"<td>{html.escape(c)}</td>" for c in [*cells(run), verdict(run)])
-        + "</tr>"
-        for run in runs
-    )
+    header = _table_row("th", ["class", "framework", "dtype", *ARRAY_KINDS, ""])
+    rows = "".join(_table_row("td", [*cells(run), verdict(run)]) for run in runs)
     page = (
         f"<!doctype html><meta charset='utf-8'><title>Parity</title><style>{_STYLE}</style>"
         f"<h1>{html.escape(title)}</h1>\n<p>{NOTE}</p>\n"
-        f"<table><tr>{head}</tr>\n{rows}</table>\n{layer_plots(runs)}\n"
+        f"<table>{header}{rows}</table>\n{layer_plots(runs)}\n"
     )
     with atomic_write(path) as partial:
         partial.write_text(page, encoding="utf-8")
+
+
+def _table_row(tag: str, texts: list[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts) + "</tr>\n"
 
 
 _STYLE = (
@@ -177,12 +177,8 @@ _STYLE = (
 
 
 def layer_plots(runs: list[list[Comparison]]) -> str:
-    """An SVG: rms error by hidden state, a panel for each class, a line for each run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Draws rms errors by hidden state as SVG: a panel for each class, a line for each run."""
+    plt = pyplot()
     models = list(dict.fromkeys(run[0].model for run in runs))
     figure, axes = plt.subplots(
         -(-len(models) // 2), 2, figsize=(11, 3 * -(-len(models) // 2)), squeeze=False
