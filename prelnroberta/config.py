@@ -209,7 +209,7 @@ class RobertaPreLayerNormConfig:
             self.problem_type in (None, *PROBLEM_TYPES), "problem_type", f"one of {PROBLEM_TYPES}"
         )
         self._require(
-            not (self.problem_type == "single_label_classification" and len(names) == 1),
+            not (self.problem_type == SINGLE_LABEL and len(names) == 1),
             "problem_type",
             "another type when num_labels is 1: a single class has no alternatives",
         )

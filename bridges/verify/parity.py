@@ -18,7 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from prelnroberta import params as parameters
-from prelnroberta.config import ARCHITECTURES, IGNORE_INDEX, RobertaPreLayerNormConfig
+from prelnroberta.config import (
+    ARCHITECTURES,
+    IGNORE_INDEX,
+    MULTI_LABEL,
+    REGRESSION,
+    RobertaPreLayerNormConfig,
+)
 from prelnroberta.errors import InputError
 from prelnroberta.params import Tree
 from prelnroberta.pretrained.hf_checkpoint import from_state_dict
@@ -257,8 +263,8 @@ def _add_targets(
         return batch | {"start_positions": starts, "end_positions": rng.integers(starts, last + 1)}
     if model == "sequence_classification":
         labels = {
-            "regression": rng.standard_normal((B, C)).astype(np.float32),
-            "multi_label_classification": rng.integers(0, 2, (B, C)).astype(np.float32),
+            REGRESSION: rng.standard_normal((B, C)).astype(np.float32),
+            MULTI_LABEL: rng.integers(0, 2, (B, C)).astype(np.float32),
             None: rng.integers(0, C, B) if C > 1 else rng.standard_normal(B).astype(np.float32),
         }
         kind = config.problem_type
