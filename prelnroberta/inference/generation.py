@@ -29,7 +29,7 @@ Array = jax.Array
 # decode(params, input_ids [B, L], attention_mask [B, L], cache) -> (logits [B, L, V], cache).
 # Appends L columns to the cache. A column where the mask is 0 holds no token and is never attended
 # to. Logits are float32. A model that computes only those of each row's last real token may return
-# [B, 1, V]. Position ids are the function's own business: they continue those in the cache.
+# [B, 1, V]. The function computes position ids itself: they continue those in the cache.
 DecodeFn = Callable[[Any, Array, Array, KVCache], tuple[Array, KVCache]]
 
 

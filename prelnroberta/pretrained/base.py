@@ -1,7 +1,7 @@
-"""What the seven Flax* classes share: an owner of `params` around a pure module of `heads.py`.
+"""Base class of the seven Flax* classes: holds `params` and calls a pure module of `heads.py`.
 
-Files, changes to parameters, checks of input on the host and the call itself, by the names and
-arguments of transformers 4.57's `FlaxPreTrainedModel` (`modeling_flax_utils.py`).
+It reads and writes files, changes parameters, checks inputs on the host and runs the module. Names
+and arguments are those of `FlaxPreTrainedModel` in transformers 4.57 (`modeling_flax_utils.py`).
 """
 
 from __future__ import annotations
@@ -29,48 +29,49 @@ from prelnroberta.pretrained.input_checks import (
     as_array,
     check_cache,
     check_inputs,
-    check_key,
     check_labels,
+    check_prng_key,
 )
 
 Array = jax.Array
 
 
 class FlaxRobertaPreLayerNormPreTrainedModel:
-    """What the seven classes share.
+    """Base class of the seven classes.
 
-    The inside is read without hooks: `output_hidden_states` gives the residual stream before and
-    after each block, `output_attentions` each head's probabilities, `head_mask` silences heads, and
-    `jax.grad` with respect to `inputs_embeds` attributes to tokens. `module.apply` has all of it as
-    `keep_residuals` (the last one always before the final norm) and `keep_attentions`.
+    Internals need no hooks. `output_hidden_states` returns the residual stream before and after
+    each block, `output_attentions` the probabilities of each head; `head_mask` disables heads, and
+    `jax.grad` with respect to `inputs_embeds` gives attributions. `module.apply` offers the same as
+    `keep_residuals` (always before the final norm) and `keep_attentions`.
     `optimizer.freeze_labels` freezes parameters by patterns of their paths.
 
     Attributes:
         module: the pure module.
         params: its parameter tree.
-        loading_info: the `hf_checkpoint.LoadingInfo` of from_pretrained.
+        loading_info: a `hf_checkpoint.LoadingInfo`: the tensors that from_pretrained initialized
+            and those it ignored.
 
     Args:
         config: the architecture.
-        input_shape: accepted for transformers' sake; no shape is needed to make parameters.
+        input_shape: accepted for compatibility with transformers and ignored.
         seed: of the initial parameters.
-        dtype: of the computation: float32 or bfloat16. Parameters are float32.
-        _do_init: False leaves `params` unset: make them with `init_weights`, and give them to
-            each call.
-        gradient_checkpointing: compute blocks again in the backward pass.
-        attention: xla, cudnn or splash; see `fused_attention.py`.
+        dtype: of the computation, float32 or bfloat16. Parameters are float32.
+        _do_init: False leaves `params` unset; make them with `init_weights` and pass them to each
+            call.
+        gradient_checkpointing: recompute blocks in the backward pass.
+        attention: xla, cudnn or splash; see `model/attention_kernels.py`.
     """
 
     config_class = RobertaPreLayerNormConfig
     base_model_prefix = "roberta_prelayernorm"
     model: ClassVar[str]
     module_class: ClassVar[type[TableModule]]
-    # What from_pretrained passes on.
+    # Arguments of the constructor that from_pretrained accepts.
     options: ClassVar[frozenset[str]] = frozenset(
         {"input_shape", "gradient_checkpointing", "attention"}
     )
-    # Whether past_key_values go in and come out.
-    decodes: ClassVar[bool] = False
+    # Whether calls take and return past_key_values.
+    supports_cache: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -84,14 +85,15 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
     ):
         require_config(config)
         self.config = config
-        self.dtype = _float_type(dtype)
+        self.dtype = _floating_dtype(dtype)
         self.execution = Execution(
             dtype=self.dtype,
             remat="full" if gradient_checkpointing else "none",
             attention=attention,
         )
         self.loading_info = hf_checkpoint.LoadingInfo()
-        self._last_prepared: tuple[list[Array], Tree] = ([], {})
+        # The leaves of a tree, and that tree in the form of `Execution.params_for_inference`.
+        self._inference_params: tuple[list[Array], Tree] = ([], {})
         self._params = self.init_weights(jax.random.key(seed)) if _do_init else None
 
     @property
@@ -103,18 +105,21 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
     def params(self) -> Tree:
         """The parameter tree, nested dicts of arrays. Setting it checks paths and shapes."""
         if self._params is None:
-            raise InputError("params: made with _do_init=False, give `params` to each call")
+            raise InputError("params: made with _do_init=False, pass `params` to each call")
         return self._params
 
     @params.setter
     def params(self, tree: Tree) -> None:
-        self._params = self._checked(tree)
+        self._params = self._checked_params(tree)
 
-    def _checked(self, tree: Tree) -> Tree:
-        """The tree itself, if its paths and shapes are the model's; of any floating dtype."""
+    def _checked_params(self, tree: Tree) -> Tree:
+        """The tree itself; raises InputError unless its paths and shapes are the model's. Any
+        dtype is accepted."""
         leaves = jax.tree.leaves(tree)
         if not (isinstance(tree, Mapping) and all(hasattr(leaf, "shape") for leaf in leaves)):
-            raise InputError("params: expected a tree of arrays in nested dicts, as `model.params`")
+            raise InputError(
+                "params: expected a tree of arrays in nested dicts, like `model.params`"
+            )
         expected = parameters.float32_leaves(parameters.shapes(self.config, self.model))
         found = parameters.float32_leaves(
             {path: leaf.shape for path, leaf in parameters.flatten(tree).items()}
@@ -125,12 +130,11 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
     def init_weights(
         self, rng: Array, input_shape: tuple[int, ...] = (1, 1), params: Tree | None = None
     ) -> Tree:
-        """New parameters, with the leaves of `params` in place of theirs."""
-        fresh = parameters.init(self.config, rng, self.model)
+        """New parameters, except for the leaves given in `params`."""
+        initial = parameters.init(self.config, rng, self.model)
         if params is None:
-            return fresh
-        given = {**parameters.flatten(fresh), **parameters.flatten(params)}
-        tree = parameters.unflatten(given)
+            return initial
+        tree = parameters.unflatten({**parameters.flatten(initial), **parameters.flatten(params)})
         parameters.check(tree, self.config, self.model)
         return tree
 
@@ -153,30 +157,30 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
         seed: int = 0,
         _do_init: bool = True,
         from_pt: bool = False,
-        **changes: Any,
+        **kwargs: Any,
     ) -> Any:
         """Reads a local Hugging Face directory: safetensors, shards, or Flax msgpack.
 
-        Parts the files lack as a whole, such as a head, get new values; parts this class has no
-        place for are dropped; both are logged as a warning and kept in `loading_info`.
+        Modules that the files lack completely, such as a head, are newly initialized. Modules that
+        this class lacks are ignored. Both are logged as a warning and listed in `loading_info`.
 
         Args:
-            config: in place of the directory's.
-            ignore_mismatched_sizes: new values for tensors of another shape, too.
-            seed: of new values.
+            config: overrides the directory's config.
+            ignore_mismatched_sizes: also initialize tensors of another shape.
+            seed: of newly initialized tensors.
             _do_init: False returns (model, params).
-            from_pt: accepted for transformers' sake; the files say what they are.
-            changes: arguments of the class, or fields of the config to replace.
+            from_pt: accepted for compatibility with transformers; the file type is detected.
+            kwargs: arguments of the constructor, or fields of the config to replace.
 
         Raises:
-            InputError: a file that is missing or damaged; one message listing every missing,
-                unexpected, mis-shaped and non-finite tensor; an unknown argument.
+            InputError: if a file is missing or damaged, or an argument is unknown; one message
+                lists every missing, unexpected, mis-shaped and non-finite tensor.
         """
-        config, options = hf_checkpoint.resolve_config(cls, directory, config, cls.options, changes)
+        config, options = hf_checkpoint.resolve_config(cls, directory, config, cls.options, kwargs)
         model = cls(config, seed=seed, dtype=dtype, _do_init=False, **options)
-        tensors, source = hf_checkpoint.read_weights(directory)
-        tree, model.loading_info = hf_checkpoint.load_state_dict(
-            tensors,
+        state_dict, source = hf_checkpoint.read_weights(directory)
+        params, model.loading_info = hf_checkpoint.load_state_dict(
+            state_dict,
             config,
             model.model,
             source,
@@ -184,10 +188,10 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
             ignore_mismatched_sizes,
         )
         hf_checkpoint.log_loading_info(model.loading_info, source, cls)
-        tree = jax.device_put(tree)
+        params = jax.device_put(params)
         if not _do_init:
-            return model, tree
-        model._params = tree
+            return model, params
+        model._params = params
         return model
 
     def save_pretrained(
@@ -202,7 +206,7 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
     # Changes to parameters.
 
     def to_bf16(self, params: Tree, mask: Tree | None = None) -> Tree:
-        """A tree with floats in bfloat16, where `mask` is True."""
+        """Casts floating leaves to bfloat16, all or those where `mask` is True."""
         return _cast(params, jnp.bfloat16, mask)
 
     def to_fp16(self, params: Tree, mask: Tree | None = None) -> Tree:
@@ -217,16 +221,18 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
         pad_to_multiple_of: int | None = None,
         seed: int = 0,
     ) -> None:
-        """Grows or cuts the vocabulary: word table, output bias and untied output.
+        """Grows or shrinks the vocabulary: word table, output bias and untied output.
 
-        New rows are drawn like initial ones, new biases are 0; config.vocab_size follows.
+        New rows are initialized like a new model's, new biases to 0. Updates config.vocab_size.
 
         Args:
-            new_num_tokens: None: as many as there are.
-            pad_to_multiple_of: round the number of rows up to one.
+            new_num_tokens: the new vocabulary size; None: the current one.
+            pad_to_multiple_of: round the size up to a multiple of this.
+            seed: of the new rows.
 
         Raises:
-            InputError: for a number that is not one, or that cuts off the pad, bos or eos id.
+            InputError: if an argument is not a positive int, or the new vocabulary lacks the pad,
+                bos or eos id.
         """
         V = self.config.vocab_size if new_num_tokens is None else new_num_tokens
         multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
@@ -235,48 +241,41 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
                 raise InputError(f"resize_token_embeddings: {name}={value!r}, expected an int > 0")
         V = -(-int(V) // int(multiple)) * int(multiple)
         config = self.config.replace(vocab_size=V)
-        old, table = parameters.flatten(self.params), parameters.table(config, self.model)
-        fresh = parameters.flatten(parameters.init(config, jax.random.key(seed), self.model))
+        leaves, table = parameters.flatten(self.params), parameters.table(config, self.model)
+        initial = parameters.flatten(parameters.init(config, jax.random.key(seed), self.model))
         for path, row in table.items():
             if row.shape.startswith("V"):
-                kept = old[path][:V]
-                old[path] = jnp.concatenate([kept, fresh[path][len(kept) :].astype(kept.dtype)])
-        self.config, self._params = config, parameters.unflatten(old)
+                kept = leaves[path][:V]
+                added = initial[path][len(kept) :].astype(kept.dtype)
+                leaves[path] = jnp.concatenate([kept, added])
+        self.config, self._params = config, parameters.unflatten(leaves)
 
     def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
-        """Takes heads out of the self-attention of layers, {layer: heads}, by setting them to 0.
+        """Removes heads from the self-attention of layers by setting their parameters to 0.
 
-        It makes nothing smaller or faster: all layers share one array, so shapes, `config` and
-        saved files stay as they are (transformers 4 cut the matrices). What becomes 0 are the
-        heads' values and their rows of the output projection. That is the function without them,
-        after saving and loading as well; and as each of the two has a zero gradient while the
-        other is 0, they stay out in training. Their attention probabilities are still reported.
+        This makes nothing smaller or faster: layers share stacked arrays, so shapes, `config` and
+        saved files keep their sizes (transformers 4 cut the matrices). The heads' values and their
+        rows of the output projection become 0, which removes the heads from the function, also
+        after saving and loading. They stay removed in training, because each of the two has a zero
+        gradient while the other is 0. Their attention probabilities are still returned.
+
+        Args:
+            heads_to_prune: {layer: [head, ...]}.
 
         Raises:
-            InputError: for a layer or head that there is not.
+            InputError: for a layer or head that does not exist.
         """
-        flat = parameters.flatten(self.params)
+        leaves = parameters.flatten(self.params)
         N, H = self.config.num_hidden_layers, self.config.num_attention_heads
-        if not isinstance(heads_to_prune, Mapping):
-            raise InputError(f"prune_heads: {heads_to_prune!r}, expected {{layer: [head, ...]}}")
-        for n, pruned in heads_to_prune.items():
-            for head in pruned:
-                if n not in range(N) or head not in range(H):
-                    raise InputError(
-                        f"prune_heads: layer {n!r}, head {head!r}, expected 0 to {N - 1}, "
-                        f"0 to {H - 1}"
-                    )
-        where = np.zeros((N, H), bool)
-        for n, pruned in heads_to_prune.items():
-            where[n, list(pruned)] = True
+        pruned = _pruned_heads(heads_to_prune, N, H)
         for leaf, mask in {
-            "value/kernel": where[:, None, :, None],
-            "value/bias": where[:, :, None],
-            "output/kernel": where[:, :, None, None],
+            "value/kernel": pruned[:, None, :, None],
+            "value/bias": pruned[:, :, None],
+            "output/kernel": pruned[:, :, None, None],
         }.items():
             path = f"encoder/layers/attention/{leaf}"
-            flat[path] = jnp.where(mask, 0.0, flat[path]).astype(flat[path].dtype)
-        self._params = parameters.unflatten(flat)
+            leaves[path] = jnp.where(mask, 0.0, leaves[path]).astype(leaves[path].dtype)
+        self._params = parameters.unflatten(leaves)
 
     # The forward pass.
 
@@ -303,116 +302,132 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
         inputs_embeds: Any = None,
         segment_ids: Any = None,
     ) -> Any:
-        """Runs the model. Arrays, numpy arrays or lists; shapes as in `Encoder.__call__`.
+        """Runs the model. Takes jax or numpy arrays or lists; shapes as in `Encoder.__call__`.
 
         Args:
-            params: in place of the model's own.
-            dropout_rng: key for dropout; needed when `train`.
-            output_attentions, output_hidden_states, return_dict: None: as the config says.
-            past_key_values: from `init_cache`; attention_mask is then of the new tokens alone.
-            labels: masked LM, causal LM [B, L] (the latter shifted inside), token classes [B, L],
-                sequence [B] or [B, C], choice [B]; -100 does not count.
-            start_positions, end_positions: [B], for question answering; outside of the row does
-                not count.
+            params: used instead of the model's own.
+            dropout_rng: a jax PRNG key, required if `train`.
+            train: apply dropout.
+            output_attentions, output_hidden_states, return_dict: None: as in the config.
+            past_key_values: from `init_cache`; attention_mask then covers the new tokens only.
+            labels: [B, L] for masked LM, causal LM (shifted inside) and token classification; [B]
+                or [B, C] for sequence classification; [B] for multiple choice. -100 is ignored.
+            start_positions, end_positions: [B], for question answering; positions outside of the
+                row are ignored.
 
         Returns:
-            A dataclass of `outputs.py`, or a tuple without return_dict.
+            A dataclass of `outputs.py`, or a tuple if return_dict is False.
 
         Raises:
-            InputError: for whatever does not fit, before anything is computed.
+            InputError: for arguments that do not fit, before anything is computed.
         """
-        named = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-            "head_mask": head_mask,
-            "encoder_hidden_states": encoder_hidden_states,
-            "encoder_attention_mask": encoder_attention_mask,
-            "inputs_embeds": inputs_embeds,
-            "segment_ids": segment_ids,
-        }
-        inputs = {name: as_array(name, value) for name, value in named.items()}
-        check_inputs(self.config, inputs, rows=2 if self.model == "multiple_choice" else 1)
+        inputs = self._checked_inputs(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            head_mask=head_mask,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            inputs_embeds=inputs_embeds,
+            segment_ids=segment_ids,
+        )
         if train:
-            check_key("dropout_rng (which train=True needs)", dropout_rng)
-        targets = self._targets(labels, start_positions, end_positions)
+            check_prng_key("dropout_rng (which train=True needs)", dropout_rng)
+        targets = self._collect_targets(
+            labels=labels, start_positions=start_positions, end_positions=end_positions
+        )
         if past_key_values is not None:
-            if not (self.decodes and self.config.is_decoder):
-                raise InputError(
-                    f"past_key_values: {type(self).__name__} with "
-                    f"is_decoder={self.config.is_decoder} does not decode with a cache"
-                )
-            check_cache(self.config, past_key_values, inputs)
-        inputs["cache"] = past_key_values
-
-        def either(given: bool | None, name: str) -> bool:
-            return getattr(self.config, name) if given is None else given
-
-        module = self.module
-        tree = self.params if params is None else self._checked(params)
-        keep = {
-            "keep_residuals": either(output_hidden_states, "output_hidden_states"),
-            "keep_attentions": either(output_attentions, "output_attentions"),
-        }
-        inputs = {name: value for name, value in inputs.items() if value is not None}
-        rng = dropout_rng if train else None
+            self._check_cache(past_key_values, inputs)
+            inputs["cache"] = past_key_values
+        params = self.params if params is None else self._checked_params(params)
         if targets:
-            run = partial(_apply, module, **keep)
-            found = jax.eval_shape(run, tree, rng, inputs)[0]
-            self._check_targets(targets, found)
-        head, encoded = _apply(module, self._prepared(tree), rng, inputs, **keep)
-        output = self._output(head, encoded, targets)
-        return output if either(return_dict, "return_dict") else output.to_tuple()
+            embeds = inputs.get("inputs_embeds")
+            self._check_targets(targets, (inputs["input_ids"] if embeds is None else embeds).shape)
+        head, encoded = _apply(
+            self.module,
+            self._params_for_inference(params),
+            dropout_rng if train else None,
+            inputs,
+            keep_residuals=self._or_config(output_hidden_states, "output_hidden_states"),
+            keep_attentions=self._or_config(output_attentions, "output_attentions"),
+        )
+        output = self._make_output(head, encoded, targets)
+        return output if self._or_config(return_dict, "return_dict") else output.to_tuple()
 
-    def _prepared(self, tree: Tree) -> Tree:
-        """`Execution.params_for_inference`, once for the same arrays; what is scanned, traced, numpy's or
-        on several devices, as it is."""
-        if self.execution.uses_scan:  # enable_gradient_checkpointing may have changed it since
-            return tree
-        leaves = jax.tree.leaves(tree)
-        known, prepared = self._last_prepared
+    def _or_config(self, value: bool | None, field: str) -> bool:
+        return getattr(self.config, field) if value is None else value
+
+    def _checked_inputs(self, **inputs: Any) -> dict[str, Any]:
+        """The inputs as arrays, without those that are None."""
+        arrays = {name: as_array(name, value) for name, value in inputs.items()}
+        check_inputs(self.config, arrays, batch_axes=2 if self.model == "multiple_choice" else 1)
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    def _check_cache(self, cache: KVCache, inputs: Mapping[str, Any]) -> None:
+        if not (self.supports_cache and self.config.is_decoder):
+            raise InputError(
+                f"past_key_values: {type(self).__name__} with "
+                f"is_decoder={self.config.is_decoder} does not decode with a cache"
+            )
+        check_cache(self.config, cache, inputs)
+
+    def _params_for_inference(self, params: Tree) -> Tree:
+        """`Execution.params_for_inference`, computed once for the same arrays.
+
+        Returns the tree unchanged if layers are scanned, or if its leaves are traced, numpy arrays
+        or on several devices.
+        """
+        if self.execution.uses_scan:  # enable_gradient_checkpointing may have changed it
+            return params
+        leaves = jax.tree.leaves(params)
+        known, converted = self._inference_params
         if len(known) == len(leaves) and all(a is b for a, b in zip(known, leaves, strict=True)):
-            return prepared
-        if not all(map(_lies_on_one_device, leaves)):
-            return tree
+            return converted
+        if not all(map(_is_on_one_device, leaves)):
+            return params
         with jax.ensure_compile_time_eval():  # a caller may be tracing something else
-            self._last_prepared = leaves, self.execution.params_for_inference(tree)
-        return self._last_prepared[1]
+            self._inference_params = leaves, self.execution.params_for_inference(params)
+        return self._inference_params[1]
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache for `past_key_values`; see `cache.py`."""
+        """An empty cache for `past_key_values`; see `model/kv_cache.py`."""
         return caches.init_cache(self.config, batch_size, max_length, self.dtype)
 
-    def _targets(self, labels: Any, starts: Any, ends: Any) -> dict[str, Any]:
-        allowed = {"base": (), "question_answering": ("start_positions", "end_positions")}
-        given = {"labels": labels, "start_positions": starts, "end_positions": ends}
-        given = {name: as_array(name, v) for name, v in given.items() if v is not None}
-        allowed = allowed.get(self.model, ("labels",))
+    def _collect_targets(self, **targets: Any) -> dict[str, Any]:
+        """The targets as arrays, without those that are None; checks their names."""
+        given = {name: as_array(name, v) for name, v in targets.items() if v is not None}
+        expected = {
+            "encoder": (),
+            "base": (),
+            "question_answering": ("start_positions", "end_positions"),
+        }.get(self.model, ("labels",))
         for name in given:
-            if name not in allowed:
-                takes = " and ".join(allowed) or "no labels"
-                raise InputError(f"{name}: {type(self).__name__} takes {takes}")
-        if len(given) == 1 and len(allowed) == 2:
-            raise InputError(f"give both of {', '.join(allowed)}, or none")
+            if name not in expected:
+                accepted = " and ".join(expected) or "no labels"
+                raise InputError(f"{name}: {type(self).__name__} takes {accepted}")
+        if len(given) == 1 and len(expected) == 2:
+            raise InputError(f"give both of {', '.join(expected)}, or none")
         return given
 
-    def _check_targets(self, targets: Mapping[str, Any], logits: jax.ShapeDtypeStruct) -> None:
-        check_labels(self.config, self.model, targets["labels"], logits.shape)
+    def _check_targets(self, targets: Mapping[str, Any], input_shape: tuple[int, ...]) -> None:
+        check_labels(self.config, self.model, targets["labels"], input_shape)
 
-    def _hidden(self, encoded: EncoderOutput) -> dict[str, Any]:
-        """hidden_states and attentions by transformers' names."""
-        streams = encoded.residuals
-        if streams is not None and self.config.tie_last_hidden_states:
-            streams = (*streams[:-1], encoded.last_hidden_state)
-        return {"hidden_states": streams, "attentions": encoded.attentions}
+    def _hidden_fields(self, encoded: EncoderOutput) -> dict[str, Any]:
+        """hidden_states and attentions, as transformers names them."""
+        hidden_states = encoded.residuals
+        if hidden_states is not None and self.config.tie_last_hidden_states:
+            hidden_states = (*hidden_states[:-1], encoded.last_hidden_state)
+        return {"hidden_states": hidden_states, "attentions": encoded.attentions}
 
-    def _output(self, logits: Array, encoded: EncoderOutput, targets: Mapping[str, Any]) -> Any:
+    def _make_output(
+        self, logits: Array, encoded: EncoderOutput, targets: Mapping[str, Any]
+    ) -> Any:
         loss = self.loss(logits, targets["labels"]) if targets else None
-        return outputs.HeadOutput(loss=loss, logits=logits, **self._hidden(encoded))
+        return outputs.HeadOutput(loss=loss, logits=logits, **self._hidden_fields(encoded))
 
     def loss(self, logits: Array, labels: Array) -> Array:
-        """[] float32: the mean over the labels that count; a finite 0 where none does."""
+        """[] float32: the mean over labels that are not ignored; 0 if all are."""
         return losses.label_scores(logits, jnp.asarray(labels)).mean
 
 
@@ -420,34 +435,50 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
 def _apply(
     module: TableModule, params: Tree, rng: Array | None, inputs: dict[str, Any], **keep: bool
 ) -> tuple[Any, EncoderOutput]:
-    """What stands on the encoder, and the encoder's output."""
-    found = module.apply(
+    """The output of the head, None for the bare encoder, and that of the encoder."""
+    output = module.apply(
         {"params": params},
         **inputs,
         **keep,
         deterministic=rng is None,
         rngs=None if rng is None else {"dropout": rng},
     )
-    return (None, found) if isinstance(found, EncoderOutput) else found
+    return (None, output) if isinstance(output, EncoderOutput) else output
 
 
-def _lies_on_one_device(leaf: Any) -> bool:
-    concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-    return concrete and len(leaf.sharding.device_set) == 1
+def _pruned_heads(heads_to_prune: Mapping[int, Sequence[int]], N: int, H: int) -> np.ndarray:
+    """[N, H] bool; raises InputError for a layer or head that does not exist."""
+    if not isinstance(heads_to_prune, Mapping):
+        raise InputError(f"prune_heads: {heads_to_prune!r}, expected {{layer: [head, ...]}}")
+    pruned = np.zeros((N, H), bool)
+    for layer, layer_heads in heads_to_prune.items():
+        for head in layer_heads:
+            if layer not in range(N) or head not in range(H):
+                raise InputError(
+                    f"prune_heads: layer {layer!r}, head {head!r}, expected 0 to {N - 1}, "
+                    f"0 to {H - 1}"
+                )
+        pruned[layer, list(layer_heads)] = True
+    return pruned
 
 
-def _float_type(dtype: Any) -> jnp.dtype:
+def _is_on_one_device(leaf: Any) -> bool:
+    is_concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    return is_concrete and len(leaf.sharding.device_set) == 1
+
+
+def _floating_dtype(dtype: Any) -> jnp.dtype:
     try:
-        found = jnp.dtype(dtype)
+        resolved = jnp.dtype(dtype)
     except TypeError:
-        found = None
-    if found is None or not jnp.issubdtype(found, jnp.floating):
+        resolved = None
+    if resolved is None or not jnp.issubdtype(resolved, jnp.floating):
         raise InputError(f"dtype={dtype!r}, expected float32 or bfloat16")
-    return found
+    return resolved
 
 
 def _cast(params: Tree, dtype: Any, mask: Tree | None) -> Tree:
-    def cast(leaf: Array, chosen: bool = True) -> Array:
-        return leaf.astype(dtype) if chosen and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+    def cast(leaf: Array, selected: bool = True) -> Array:
+        return leaf.astype(dtype) if selected and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     return jax.tree.map(cast, params) if mask is None else jax.tree.map(cast, params, mask)

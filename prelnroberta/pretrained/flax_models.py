@@ -1,9 +1,9 @@
-"""The seven Flax* classes: owners of `params` around the pure modules of `heads.py`.
+"""The seven Flax* classes: each holds `params` and calls a pure module of `model/heads.py`.
 
-Names, arguments and outputs are those of transformers 4.57's Flax classes
-(`modeling_flax_roberta_prelayernorm.py`), and more: every class takes `labels` and
-`inputs_embeds` and checks its input on the host. All that is computed is in `module`, which can be
-used alone under jit, grad, vmap and pmap. What the classes share is in `pretrained_base.py`.
+Names, arguments and outputs are those of the Flax classes of transformers 4.57
+(`modeling_flax_roberta_prelayernorm.py`). In addition, every class takes `labels` and
+`inputs_embeds` and checks its inputs on the host. All computation is in `module`, which also works
+alone under jit, grad, vmap and pmap. The base class is in `base.py`.
 """
 
 from __future__ import annotations
@@ -18,35 +18,37 @@ import numpy as np
 
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
+from prelnroberta.inference.generation import GenerationOutput, generate
+from prelnroberta.inference.generation_config import GenerationConfig
 from prelnroberta.model import heads, losses
 from prelnroberta.model.encoder import Encoder, EncoderOutput, project_encoder_states
 from prelnroberta.model.kv_cache import KVCache
 from prelnroberta.params import Tree
 from prelnroberta.pretrained import outputs
 from prelnroberta.pretrained.base import FlaxRobertaPreLayerNormPreTrainedModel
-from prelnroberta.pretrained.input_checks import as_array, check_inputs, check_key, check_span
+from prelnroberta.pretrained.input_checks import check_prng_key, check_span_positions
 
 Array = jax.Array
 
 
 class FlaxRobertaPreLayerNormModel(FlaxRobertaPreLayerNormPreTrainedModel):
-    """The encoder (or decoder) and, unless add_pooling_layer is False, its pooler: no labels."""
+    """The encoder (or decoder) and, unless add_pooling_layer is False, its pooler. No labels."""
 
     options = FlaxRobertaPreLayerNormPreTrainedModel.options | {"add_pooling_layer"}
-    decodes = True
+    supports_cache = True
 
     def __init__(
         self,
         config: RobertaPreLayerNormConfig,
         *args: Any,
         add_pooling_layer: bool = True,
-        **named: Any,
+        **kwargs: Any,
     ):
         self.model = "base" if add_pooling_layer else "encoder"
         self.module_class = heads.Base if add_pooling_layer else Encoder
-        super().__init__(config, *args, **named)
+        super().__init__(config, *args, **kwargs)
 
-    def _output(
+    def _make_output(
         self, pooled: Array | None, encoded: EncoderOutput, targets: Mapping[str, Any]
     ) -> outputs.BaseModelOutput:
         return outputs.BaseModelOutput(
@@ -54,7 +56,7 @@ class FlaxRobertaPreLayerNormModel(FlaxRobertaPreLayerNormPreTrainedModel):
             pooler_output=pooled,
             past_key_values=encoded.cache,
             cross_attentions=encoded.cross_attentions,
-            **self._hidden(encoded),
+            **self._hidden_fields(encoded),
         )
 
 
@@ -66,38 +68,39 @@ class FlaxRobertaPreLayerNormForMaskedLM(FlaxRobertaPreLayerNormPreTrainedModel)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Decoder:
-    """One decoding step as `generation.Decode`: equal for equal modules, so it compiles once."""
+class _DecodeFn:
+    """A decoding step as a `generation.DecodeFn`. Equal for equal modules, so it compiles once."""
 
     module: heads.CausalLM
 
     def __call__(
         self, params: Tree, input_ids: Array, attention_mask: Array, cache: KVCache
     ) -> tuple[Array, KVCache]:
-        named = {"attention_mask": attention_mask, "cache": cache}
-        logits, output = self.module.apply({"params": params}, input_ids, **named)
+        logits, output = self.module.apply(
+            {"params": params}, input_ids, attention_mask=attention_mask, cache=cache
+        )
         return logits, output.cache
 
 
 class FlaxRobertaPreLayerNormForCausalLM(FlaxRobertaPreLayerNormPreTrainedModel):
     """logits [B, L, V] of the token after each position; labels [B, L] int, shifted inside.
 
-    The config must have is_decoder, or every token sees what it predicts.
+    The config must have is_decoder=True, otherwise each token sees the token it predicts.
     """
 
     model = "causal_lm"
     module_class = heads.CausalLM
-    decodes = True
+    supports_cache = True
 
-    def __init__(self, config: RobertaPreLayerNormConfig, *args: Any, **named: Any):
-        super().__init__(config, *args, **named)
+    def __init__(self, config: RobertaPreLayerNormConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
         if not config.is_decoder:
             raise InputError(
                 f"{type(self).__name__}: config has is_decoder=False, expected True "
-                "(from_pretrained(..., is_decoder=True) changes it)"
+                "(from_pretrained(..., is_decoder=True) sets it)"
             )
 
-    def _output(
+    def _make_output(
         self, logits: Array, encoded: EncoderOutput, targets: Mapping[str, Any]
     ) -> outputs.CausalLMOutput:
         return outputs.CausalLMOutput(
@@ -105,7 +108,7 @@ class FlaxRobertaPreLayerNormForCausalLM(FlaxRobertaPreLayerNormPreTrainedModel)
             logits=logits,
             past_key_values=encoded.cache,
             cross_attentions=encoded.cross_attentions,
-            **self._hidden(encoded),
+            **self._hidden_fields(encoded),
         )
 
     def loss(self, logits: Array, labels: Array) -> Array:
@@ -120,64 +123,79 @@ class FlaxRobertaPreLayerNormForCausalLM(FlaxRobertaPreLayerNormPreTrainedModel)
         params: Tree | None = None,
         encoder_hidden_states: Any = None,
         encoder_attention_mask: Any = None,
-        **settings: Any,
-    ) -> Any:
-        """Continues prompts [B, L], padded on either side or amid.
+        **options: Any,
+    ) -> GenerationOutput:
+        """Continues prompts [B, L]; each row may have pads anywhere.
 
         Args:
-            attention_mask: [B, L]; None: whatever is not the pad id.
-            prng_key: to sample.
+            attention_mask: [B, L]; None: every token but the pad id.
+            prng_key: a jax PRNG key, required for sampling.
             encoder_hidden_states, encoder_attention_mask: [B, S, D] and [B, S].
-            settings: fields of `generation_settings.Generation`.
-
-        Returns:
-            `generation.GenerationOutput`.
+            options: fields of `generation_config.GenerationConfig`; eos_token_id and pad_token_id
+                default to the config's.
 
         Raises:
-            InputError: prompts or settings that don't fit, or rows that would outgrow the
+            InputError: for prompts or options that are invalid, or rows that would exceed the
                 model's positions.
         """
-        from prelnroberta.inference.generation import generate
-        from prelnroberta.inference.generation_config import GenerationConfig
-
-        tree = self._prepared(self.params if params is None else self._checked(params))
+        params = self.params if params is None else self._checked_params(params)
+        params = self._params_for_inference(params)
         if prng_key is not None:
-            check_key("prng_key", prng_key)
-        input_ids = as_array("input_ids", input_ids)
-        if attention_mask is None:
-            attention_mask = input_ids != self.config.pad_token_id
-        given = {
-            "input_ids": input_ids,
-            "attention_mask": as_array("attention_mask", attention_mask),
-            "encoder_hidden_states": as_array("encoder_hidden_states", encoder_hidden_states),
-            "encoder_attention_mask": as_array("encoder_attention_mask", encoder_attention_mask),
-        }
-        check_inputs(self.config, given)
+            check_prng_key("prng_key", prng_key)
+        inputs = self._checked_inputs(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+        )
         if np.ndim(encoder_attention_mask) == 3:
             raise InputError("encoder_attention_mask: generate takes one of shape [B, S]")
-        ends = {"eos_token_id": self.config.eos_token_id, "pad_token_id": self.config.pad_token_id}
-        wanted = GenerationConfig(**{**ends, **settings})
-        B, L = input_ids.shape
-        _, most = wanted.new_token_bounds(L)
-        if not isinstance(input_ids, jax.core.Tracer):
-            longest = int((np.asarray(input_ids) != self.config.pad_token_id).sum(-1).max())
-            self.config.check_length(longest + most - 1, "a prompt and its continuation")
-        cache = self.init_cache(B, L + most - 1)
-        if encoder_hidden_states is not None:
-            states = jnp.asarray(given["encoder_hidden_states"], self.dtype)
-            cache |= project_encoder_states(
-                tree["encoder"]["layers"], states, given["encoder_attention_mask"]
-            )
-        return generate(
-            _Decoder(self.module), tree, cache, input_ids, given["attention_mask"], wanted, prng_key
+        ids = inputs["input_ids"]
+        generation_config = GenerationConfig(
+            **{
+                "eos_token_id": self.config.eos_token_id,
+                "pad_token_id": self.config.pad_token_id,
+                **options,
+            }
         )
+        _, max_new_tokens = generation_config.new_token_bounds(ids.shape[1])
+        return generate(
+            _DecodeFn(self.module),
+            params,
+            self._generation_cache(params, inputs, max_new_tokens),
+            ids,
+            inputs.get("attention_mask", ids != self.config.pad_token_id),
+            generation_config,
+            prng_key,
+        )
+
+    def _generation_cache(
+        self, params: Tree, inputs: Mapping[str, Any], max_new_tokens: int
+    ) -> KVCache:
+        """A cache for prompts and their continuations, with the encoder states if there are any.
+
+        Raises:
+            InputError: if a row would exceed the model's positions.
+        """
+        ids = inputs["input_ids"]
+        B, L = ids.shape
+        if not isinstance(ids, jax.core.Tracer):
+            longest = int((np.asarray(ids) != self.config.pad_token_id).sum(-1).max())
+            self.config.check_length(longest + max_new_tokens - 1, "a prompt and its continuation")
+        cache = self.init_cache(B, L + max_new_tokens - 1)
+        if "encoder_hidden_states" in inputs:
+            states = jnp.asarray(inputs["encoder_hidden_states"], self.dtype)
+            cache |= project_encoder_states(
+                params["encoder"]["layers"], states, inputs.get("encoder_attention_mask")
+            )
+        return cache
 
 
 class FlaxRobertaPreLayerNormForSequenceClassification(FlaxRobertaPreLayerNormPreTrainedModel):
-    """logits [B, C]; labels [B] int, or [B, C] float of several labels, or [B(, C)] to regress on.
+    """logits [B, C]; labels [B] int, [B, C] float (multi-label), or [B] or [B, C] (regression).
 
-    Which of the three is config.problem_type or, if None: regression for num_labels=1, else by the
-    labels' dtype.
+    config.problem_type selects one of the three. If it is None: regression for num_labels=1,
+    otherwise by the dtype of the labels.
     """
 
     model = "sequence_classification"
@@ -188,9 +206,7 @@ class FlaxRobertaPreLayerNormForSequenceClassification(FlaxRobertaPreLayerNormPr
 
 
 class FlaxRobertaPreLayerNormForMultipleChoice(FlaxRobertaPreLayerNormPreTrainedModel):
-    """logits [B, C] of inputs with an axis of choices, [B, C, L] (inputs_embeds [B, C, L, D]);
-    labels [B] int.
-    """
+    """logits [B, A] for inputs [B, A, L] (inputs_embeds [B, A, L, D]); labels [B] int."""
 
     model = "multiple_choice"
     module_class = heads.MultipleChoice
@@ -204,16 +220,16 @@ class FlaxRobertaPreLayerNormForTokenClassification(FlaxRobertaPreLayerNormPreTr
 
 
 class FlaxRobertaPreLayerNormForQuestionAnswering(FlaxRobertaPreLayerNormPreTrainedModel):
-    """start_logits and end_logits [B, L]; start_positions and end_positions [B] int for labels."""
+    """start_logits and end_logits [B, L]; start_positions and end_positions [B] int."""
 
     model = "question_answering"
     module_class = heads.QuestionAnswering
 
-    def _check_targets(self, targets: Mapping[str, Any], logits: jax.ShapeDtypeStruct) -> None:
+    def _check_targets(self, targets: Mapping[str, Any], input_shape: tuple[int, ...]) -> None:
         for name, positions in targets.items():
-            check_span(name, positions, logits.shape[0])
+            check_span_positions(name, positions, input_shape[0])
 
-    def _output(
+    def _make_output(
         self, logits: Array, encoded: EncoderOutput, targets: Mapping[str, Any]
     ) -> outputs.QuestionAnsweringOutput:
         loss = None
@@ -225,5 +241,5 @@ class FlaxRobertaPreLayerNormForQuestionAnswering(FlaxRobertaPreLayerNormPreTrai
             loss=loss,
             start_logits=logits[..., 0],
             end_logits=logits[..., 1],
-            **self._hidden(encoded),
+            **self._hidden_fields(encoded),
         )

@@ -1,7 +1,8 @@
-"""What the Flax* classes return: pytrees that also index as transformers' `ModelOutput` does.
+"""Outputs of the Flax* classes: pytrees that index like transformers' `ModelOutput`.
 
-By attribute, by name, by number or slice; numbers skip what is None. Iteration, `keys`, `items`
-and `**output` are a dict's, `to_tuple` a tuple's (transformers/utils/generic.py).
+Fields are accessed by attribute, name, number or slice; numbers skip fields that are None.
+Iteration, `keys`, `items` and `**output` work as for a dict, `to_tuple` gives a tuple
+(transformers/utils/generic.py).
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ Array = jax.Array
 Arrays = tuple[Array, ...]
 
 
-class Output:
-    """The access that all outputs share."""
+class ModelOutput:
+    """Base class of all outputs: access to fields as in transformers."""
 
     def items(self) -> list[tuple[str, Any]]:
         """(name, value) of the fields that are not None, in order."""
@@ -53,16 +54,17 @@ class Output:
 
 
 @flax.struct.dataclass
-class BaseModelOutput(Output):
-    """Of the model without a head.
+class BaseModelOutput(ModelOutput):
+    """Output of the model without a head.
 
     Attributes:
         last_hidden_state: [B, L, D], after the final norm.
         pooler_output: [B, D]; None without a pooler.
-        past_key_values: the cache, if one was given.
-        hidden_states: N + 1 arrays [B, L, D]: the embeddings and the stream after each block. The
-            last one is last_hidden_state under `tie_last_hidden_states`, else before its norm.
-        attentions: N arrays [B, H, L, T], the probabilities used.
+        past_key_values: the updated cache, if one was given.
+        hidden_states: N + 1 arrays [B, L, D]: the embeddings and the residual stream after each
+            block. The last one is last_hidden_state if config.tie_last_hidden_states, otherwise
+            the stream before the final norm.
+        attentions: N arrays [B, H, L, T], the probabilities after dropout and head_mask.
         cross_attentions: N arrays [B, H, L, S].
     """
 
@@ -75,8 +77,8 @@ class BaseModelOutput(Output):
 
 
 @flax.struct.dataclass
-class CausalLMOutput(Output):
-    """loss [] float32, given labels; logits [B, L, V]; the rest as in `BaseModelOutput`."""
+class CausalLMOutput(ModelOutput):
+    """loss [] float32, if labels are given; logits [B, L, V]; the rest as in `BaseModelOutput`."""
 
     loss: Array | None = None
     logits: Array | None = None
@@ -87,8 +89,12 @@ class CausalLMOutput(Output):
 
 
 @flax.struct.dataclass
-class HeadOutput(Output):
-    """Of masked-LM [B, L, V], sequence [B, C], choice [B, C] and token [B, L, C] logits."""
+class HeadOutput(ModelOutput):
+    """loss [] float32, if labels are given; logits; the rest as in `BaseModelOutput`.
+
+    Logits are [B, L, V] for masked LM, [B, C] for sequence classification, [B, A] for multiple
+    choice and [B, L, C] for token classification.
+    """
 
     loss: Array | None = None
     logits: Array | None = None
@@ -97,8 +103,8 @@ class HeadOutput(Output):
 
 
 @flax.struct.dataclass
-class QuestionAnsweringOutput(Output):
-    """loss [] float32, given positions; start_logits and end_logits [B, L]."""
+class QuestionAnsweringOutput(ModelOutput):
+    """loss [] float32, if positions are given; start_logits and end_logits [B, L]."""
 
     loss: Array | None = None
     start_logits: Array | None = None
