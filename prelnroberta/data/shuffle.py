@@ -1,4 +1,4 @@
-"""Reproducible shuffling, and a thread that prepares batches ahead of time."""
+"""Reproducible shuffling, and preparing batches ahead of time in a thread."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def check_seed(seed: int) -> None:
 
 
 class Prefetch:
-    """Iterates over make(start), make(start + 1), .. with up to `depth` results made ahead.
+    """Iterates over make(start), make(start + 1), .. with up to `depth` results made in advance.
 
-    One thread suffices: numpy lets go of the interpreter lock only now and then, and a batch takes
-    far less time than a step. An exception of `make` is raised at the `next` that would have given
-    its result. `close`, or leaving the `with` block, ends the thread.
+    One thread suffices: numpy releases the interpreter lock only occasionally, and a batch takes
+    far less time than a step. An exception in `make` is raised by the `next` that would have
+    returned its result. `close`, or leaving the `with` block, ends the thread.
     """
 
     def __init__(self, make: Callable[[int], Batch], start: int, depth: int = 2):
@@ -41,7 +41,7 @@ class Prefetch:
         while not self._closed.is_set():
             try:
                 made = (self._make(step), None)
-            except BaseException as error:  # handed over whole: it belongs to the consumer
+            except BaseException as error:  # raised again in the consumer
                 made = (None, error)
             self._ready.put(made)
             if made[1] is not None:
@@ -61,8 +61,9 @@ class Prefetch:
         return batch
 
     def close(self) -> None:
+        """Ends the thread; iteration stops."""
         self._closed.set()
-        # A worker that waits for room finds it once the queue is empty, and then sees the flag.
+        # Emptying the queue unblocks a worker that waits for room; it then sees the flag.
         while not self._ready.empty():
             self._ready.get_nowait()
         self._thread.join()
@@ -74,32 +75,32 @@ class Prefetch:
         self.close()
 
 
-_ROUNDS = 6
+_FEISTEL_ROUNDS = 6
 
 
 def permute(indices: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Where each of `indices` (int64, in [0, n)) goes in the epoch's permutation of [0, n).
+    """The images of `indices` (int64, in [0, n)) under the epoch's permutation of [0, n).
 
-    A Feistel network over the smallest even number of bits that holds n is a bijection whatever its
-    round function; an image outside [0, n) is encrypted again until it lies inside, which takes
-    under 4 turns on average (Luby and Rackoff 1988; cycle walking: Black and Rogaway, "Ciphers
-    with Arbitrary Finite Domains", 2002). No memory, any n below 2^62, any index at once.
+    A Feistel network over the smallest even number of bits that holds n is a bijection for any
+    round function. An image outside [0, n) is encrypted again until it is inside, under 4 times on
+    average (Luby and Rackoff 1988; cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite
+    Domains", 2002). Needs no memory for the permutation and works for any n below 2^62.
 
-    grain's index_shuffle does the same. Measured here (grain 0.2.18): importing it loads jax, orbax
-    and absl.flags, registers 18 flags and takes 0.9 s alone, 0.3 s after jax and flax, with no part
-    of it importable alone; it takes scalars, at 3.6 us each, and 32-bit sizes. This package's data
-    code needs numpy only.
+    grain's index_shuffle does the same. As measured (grain 0.2.18), importing it loads jax, orbax
+    and absl.flags, registers 18 flags and takes 0.9 s alone, 0.3 s after jax and flax; no part of
+    it can be imported alone. It takes scalars, at 3.6 us each, and 32-bit sizes. The data code of
+    this package needs only numpy.
     """
     half = max(1, -(-(n - 1).bit_length() // 2))
     mask = np.uint64((1 << half) - 1)
     shift = np.uint64(half)
-    keys = _round_keys(seed, epoch)
+    round_keys = _round_keys(seed, epoch)
     image = indices.astype(np.uint64)
     outside = np.arange(len(image))
     while len(outside):
         left, right = image[outside] >> shift, image[outside] & mask
-        for key in keys:
-            left, right = right, left ^ (_scramble(right ^ key) & mask)
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix_bits(right ^ round_key) & mask)
         image[outside] = left << shift | right
         outside = outside[image[outside] >= n]
     return image.astype(np.int64)
@@ -107,10 +108,10 @@ def permute(indices: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=16)
 def _round_keys(seed: int, epoch: int) -> np.ndarray:
-    return np.random.SeedSequence((seed, epoch)).generate_state(_ROUNDS, np.uint64)
+    return np.random.SeedSequence((seed, epoch)).generate_state(_FEISTEL_ROUNDS, np.uint64)
 
 
-def _scramble(x: np.ndarray) -> np.ndarray:
+def _mix_bits(x: np.ndarray) -> np.ndarray:
     """splitmix64's finalizer (Steele, Lea, Flood 2014): every output bit depends on every input."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

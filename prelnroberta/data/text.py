@@ -1,4 +1,4 @@
-"""Reads text files, plain or gzipped, in chunks and by line, in bounded memory."""
+"""Reads text files, plain or gzipped, in chunks or by line, in bounded memory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from prelnroberta.errors import InputError
 
 
 def iter_text_chunks(path: Path, file: BinaryIO | None = None) -> Iterator[str]:
-    """The file's text in chunks of a megabyte: decompressed, decoded, newlines made one kind.
+    """Yields the file's text in chunks of a megabyte: decompressed, decoded, newlines as `\\n`.
 
     Args:
-        file: read in the path's place, which is then only its name (standard input, say).
+        file: read instead of `path`, which then is only its name (for example standard input).
+
+    Raises:
+        InputError: the file cannot be read, is not gzip although named `.gz`, or not UTF-8.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    offset = 0  # of the chunk, in bytes of the (decompressed) text
+    offset = 0  # of the chunk in the decompressed text, in bytes
     try:
         with contextlib.ExitStack() as stack:
             if file is None:
@@ -48,7 +51,8 @@ def iter_text_chunks(path: Path, file: BinaryIO | None = None) -> Iterator[str]:
 
 
 def iter_lines(chunks: Iterable[str]) -> Iterator[str]:
-    pending = []  # the parts of a line longer than a chunk, joined once
+    """Yields the lines of a text given in chunks, without their newlines."""
+    pending = []  # the parts of a line that spans chunks; joined once, when it is complete
     for chunk in chunks:
         head, *rest = chunk.split("\n")
         pending.append(head)

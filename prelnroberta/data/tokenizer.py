@@ -1,8 +1,8 @@
-"""RoBERTa's byte-level BPE: train it, load it from any of its three homes, save it as HF does.
+"""RoBERTa's byte-level BPE: training, loading from three formats, saving in Hugging Face's.
 
-Ids follow RoBERTa everywhere: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, then the pieces, `<mask>`
-last. A row is `<s> A </s>`, a pair `<s> A </s></s> B </s>`. Pieces are strings in which every byte
-is one printable character (GPT-2's map), so that `Ġthe` is " the".
+Ids are RoBERTa's: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, then the BPE tokens, and `<mask>` last.
+A row is `<s> A </s>`, a pair `<s> A </s></s> B </s>`. In the vocabulary, each byte of a token is
+written as one printable character (GPT-2's map), so `Ġthe` is " the".
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ BOS_TOKEN, PAD_TOKEN, EOS_TOKEN, UNK_TOKEN = SPECIAL_TOKENS = ("<s>", "<pad>", "
 BOS_ID, PAD_ID, EOS_ID, UNK_ID = range(4)
 MASK_TOKEN = "<mask>"
 
-# Merges learned from the first 100 MB are, for English, those of the whole: and training stays
-# bounded in time and memory however large the corpus is.
-TRAINING_BYTES = 100_000_000
+# Bounds the time and memory of training. For English, merges learned from the first 100 MB are the
+# merges of a whole corpus.
+MAX_TRAINING_BYTES = 100_000_000
 
 _FAIRSEQ_FILES = ("encoder.json", "vocab.bpe", "dict.txt")
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in a piece, as in GPT-2's encoder.py.
+    """The printable character that represents each byte in the vocabulary, as GPT-2's encoder.py.
 
-    Printable Latin-1 bytes stand for themselves, the others (space, controls, ...) for the
-    characters from 256 on, in order.
+    Printable Latin-1 bytes represent themselves. The other bytes (space, controls, ...) are mapped
+    to the characters from 256 on, in order.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
@@ -42,13 +42,14 @@ def _byte_characters() -> list[str]:
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """Trains a byte-level BPE with RoBERTa's specials on the first `TRAINING_BYTES` of the text.
+    """Trains a byte-level BPE with RoBERTa's special tokens.
 
-    A small corpus yields fewer merges than asked for: take V from the result's `get_vocab_size()`.
-    The same documents in the same order give the same tokenizer.
+    Reads the first `MAX_TRAINING_BYTES` of the text. A small corpus yields fewer merges than
+    requested, so take V from the result's `get_vocab_size()`. The same documents in the same order
+    give the same tokenizer.
 
     Raises:
-        InputError: `vocab_size` has no room for the specials and the 256 bytes.
+        InputError: `vocab_size` has no room for the special tokens and the 256 bytes.
     """
     from tokenizers import Tokenizer, models, trainers
 
@@ -56,35 +57,35 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> tokenizers.Tok
     if vocab_size < smallest:
         raise InputError(
             f"vocab_size {vocab_size} is too small: the {len(SPECIAL_TOKENS) + 1} special tokens "
-            f"and 256 bytes alone take {smallest}; ask for {smallest} or more"
+            f"and 256 bytes alone take {smallest}; give {smallest} or more"
         )
     tokenizer = Tokenizer(models.BPE())
     _add_byte_level_parts(tokenizer)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,  # <mask> comes after, so that its id is the last
+        vocab_size=vocab_size - 1,  # <mask> is added afterwards, so that its id is the last
         min_frequency=2,
         special_tokens=list(SPECIAL_TOKENS),
-        # The whole alphabet, or a byte that training never saw could not be written at all.
+        # All 256 bytes; otherwise bytes that are not in the training text could not be encoded.
         initial_alphabet=_byte_characters(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_first_bytes(documents, TRAINING_BYTES), trainer)
+    tokenizer.train_from_iterator(_first_bytes(documents, MAX_TRAINING_BYTES), trainer)
     _add_special_tokens(tokenizer)
     check_tokenizer(tokenizer, "the trained tokenizer")
     return tokenizer
 
 
 def load_tokenizer(path: str | Path) -> tokenizers.Tokenizer:
-    """Loads a tokenizer from a `tokenizer.json`, or from a directory that holds, in this order,
+    """Loads a tokenizer from a `tokenizer.json`, or from a directory with one of, in this order:
 
-    * `tokenizer.json`,
-    * `vocab.json` and `merges.txt` (HF), or
-    * `encoder.json`, `vocab.bpe` and `dict.txt` (fairseq's GPT-2 BPE and the checkpoint's
-      dictionary: the id is 4 + the row in dict.txt, `madeupword` rows are kept, `<mask>` is last;
-      fairseq/data/dictionary.py and fairseq/tasks/masked_lm.py).
+    * `tokenizer.json`
+    * `vocab.json` and `merges.txt` (Hugging Face)
+    * `encoder.json`, `vocab.bpe` and `dict.txt` (fairseq: GPT-2's BPE and the checkpoint's
+      dictionary; the id is 4 + the row in dict.txt, `madeupword` rows are kept, `<mask>` is last;
+      fairseq/data/dictionary.py and fairseq/tasks/masked_lm.py)
 
     Raises:
-        InputError: a file is missing, unreadable, or no tokenizer of RoBERTa's kind; it is named.
+        InputError: naming the file that is missing, unreadable, or not a RoBERTa tokenizer.
     """
     path = Path(path).expanduser()
     if path.is_file():
@@ -114,10 +115,10 @@ def load_tokenizer(path: str | Path) -> tokenizers.Tokenizer:
 
 
 def check_tokenizer(tokenizer: tokenizers.Tokenizer, name: str | Path) -> None:
-    """Checks what models rely on: the specials' ids, `<mask>` last, no holes, every byte a piece.
+    """Checks the special tokens' ids, `<mask>` last, contiguous ids, and a token for every byte.
 
     Raises:
-        InputError: naming `name`, the token and both ids.
+        InputError: naming `name`, the token, and its actual and expected id.
     """
     vocab = tokenizer.get_vocab()
     size = tokenizer.get_vocab_size()
@@ -132,10 +133,10 @@ def check_tokenizer(tokenizer: tokenizers.Tokenizer, name: str | Path) -> None:
             )
     if sorted(vocab.values()) != list(range(size)):
         raise InputError(f"{name}: its {size} ids are not 0 to {size - 1}, each once; rebuild it")
-    missing = [byte for byte, piece in enumerate(_byte_characters()) if piece not in vocab]
+    missing = [byte for byte, character in enumerate(_byte_characters()) if character not in vocab]
     if missing:
         raise InputError(
-            f"{name}: not a byte-level BPE: {len(missing)} of 256 bytes have no piece "
+            f"{name}: not a byte-level BPE: {len(missing)} of 256 bytes have no token "
             f"(the first is byte {missing[0]:#04x}); use a tokenizer of RoBERTa's or GPT-2's kind"
         )
 
@@ -143,11 +144,12 @@ def check_tokenizer(tokenizer: tokenizers.Tokenizer, name: str | Path) -> None:
 def save_tokenizer(
     tokenizer: tokenizers.Tokenizer, directory: str | Path, model_max_length: int
 ) -> None:
-    """Writes HF's five files, which transformers 4 and 5 both load with `AutoTokenizer`.
+    """Writes Hugging Face's five files, which `AutoTokenizer` of transformers 4 and 5 loads.
 
     Args:
-        directory: made if needed. transformers also wants the model's `config.json` there.
-        model_max_length: the most tokens of a row, specials included: max_position_embeddings - 2.
+        directory: created if needed. transformers also needs the model's `config.json` there.
+        model_max_length: maximal number of tokens of a row, including special tokens:
+            max_position_embeddings - 2.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -192,33 +194,32 @@ def save_tokenizer(
 
 
 def word_start_mask(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
-    """Which ids begin a word: bool [V], for whole-word masking.
+    """bool [V]: which ids begin a word, for whole-word masking.
 
-    The rule is fairseq's (fairseq/data/encoders/utils.py with gpt2_bpe.py): a piece begins a word
-    when its text begins with a space; specials and `madeupword` rows always do. Here any ASCII
-    whitespace counts, because our documents may hold line ends, which fairseq's never do. What
-    follows from it:
+    The rule is fairseq's (fairseq/data/encoders/utils.py with gpt2_bpe.py): a token begins a word
+    if its text begins with a space; special tokens and `madeupword` rows always do. Here, any ASCII
+    whitespace counts, because documents may hold newlines, which fairseq's never do. Consequences:
 
-    * punctuation belongs to the word before it: " (not" + "," is one word, as is " don" + "'t";
-    * whitespace belongs to the word after it, a newline as well as a space;
-    * the first piece of a text has no space before it and is False here although it does begin a
-      word. A reader of these ids must therefore also begin a word after each special; fairseq does
-      not, and so masks `<s>` with the first piece.
+    * Punctuation belongs to the word before it: " (not" + "," is one word, as is " don" + "'t".
+    * Whitespace, newlines included, belongs to the word after it.
+    * The first token of a text has no space before it, so it is False although it begins a word.
+      Callers must therefore also begin a word after each special token. fairseq does not, and so
+      masks `<s>` together with the first token.
     """
     whitespace = {_byte_characters()[byte] for byte in b" \t\n\r\v\f"}
-    pieces = _pieces(tokenizer)
-    starts = np.array([piece[:1] in whitespace or piece[:10] == "madeupword" for piece in pieces])
+    tokens = _tokens_by_id(tokenizer)
+    starts = np.array([token[:1] in whitespace or token[:10] == "madeupword" for token in tokens])
     starts[[*range(len(SPECIAL_TOKENS)), tokenizer.token_to_id(MASK_TOKEN)]] = True
     return starts
 
 
 def newline_mask(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
-    """Which ids hold a newline in their text: bool [V]."""
+    """bool [V]: which ids have a newline in their text."""
     newline = _byte_characters()[ord("\n")]
-    return np.array([newline in piece for piece in _pieces(tokenizer)])
+    return np.array([newline in token for token in _tokens_by_id(tokenizer)])
 
 
-def _pieces(tokenizer: tokenizers.Tokenizer) -> list[str]:
+def _tokens_by_id(tokenizer: tokenizers.Tokenizer) -> list[str]:
     return [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
 
 
@@ -242,7 +243,7 @@ def _add_byte_level_parts(tokenizer: tokenizers.Tokenizer) -> None:
 
 
 def _add_special_tokens(tokenizer: tokenizers.Tokenizer) -> None:
-    """Marks the specials, which keep the ids they have in the model; others take the next ones."""
+    """Marks special tokens. Those in the vocabulary keep their ids; others get the next ids."""
     from tokenizers import AddedToken
 
     tokens = [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
@@ -259,9 +260,9 @@ def _from_vocab_and_merges(
     absent = [a + b for a, b in merges if not {a, b, a + b} <= vocab.keys()]
     if absent:
         raise InputError(
-            f"{directory}: {len(absent)} of {len(merges)} merges need pieces that the vocabulary "
+            f"{directory}: {len(absent)} of {len(merges)} merges need tokens that the vocabulary "
             f"lacks (the first makes {absent[0]!r}): the files do not belong together, or the "
-            "dictionary was cut to the pieces seen; use the full one"
+            "dictionary was reduced to the tokens seen; use the full one"
         )
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     _add_byte_level_parts(tokenizer)
@@ -270,22 +271,22 @@ def _from_vocab_and_merges(
 
 
 def _fairseq_vocab(directory: Path) -> dict[str, int]:
-    """dict.txt's rows are `gpt2id count`; encoder.json tells the piece of each GPT-2 id."""
-    piece_of = {
-        str(gpt2_id): piece for piece, gpt2_id in _read_vocab(directory / "encoder.json").items()
+    """token -> id. Rows of dict.txt are `gpt2id count`; encoder.json maps tokens to GPT-2 ids."""
+    gpt2_tokens = {
+        str(gpt2_id): token for token, gpt2_id in _read_vocab(directory / "encoder.json").items()
     }
     path = directory / "dict.txt"
     vocab = dict(zip(SPECIAL_TOKENS, range(4), strict=True))
     for number, line in enumerate(_read_text(path).splitlines(), 1):
         symbol, _, rest = line.partition(" ")
-        piece = symbol if symbol.startswith(("madeupword", "<")) else piece_of.get(symbol)
-        if piece is None or not rest:
+        token = symbol if symbol.startswith(("madeupword", "<")) else gpt2_tokens.get(symbol)
+        if token is None or not rest:
             raise InputError(
-                f"{path}:{number}: expected 'id count', the id in encoder.json, got {line[:60]!r}"
+                f"{path}:{number}: expected 'id count', the id in encoder.json, found {line[:60]!r}"
             )
-        if piece in vocab:
-            raise InputError(f"{path}:{number}: {piece!r} stands there for the second time")
-        vocab[piece] = len(vocab)
+        if token in vocab:
+            raise InputError(f"{path}:{number}: {token!r} occurs a second time")
+        vocab[token] = len(vocab)
     return vocab | ({} if MASK_TOKEN in vocab else {MASK_TOKEN: len(vocab)})
 
 
@@ -307,7 +308,7 @@ def _read_vocab(path: Path) -> dict[str, int]:
     except ValueError as error:
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(vocab, dict) or not all(type(i) is int and i >= 0 for i in vocab.values()):
-        raise InputError(f"{path}: expected a JSON object from piece to id")
+        raise InputError(f"{path}: expected a JSON object from token to id")
     return vocab
 
 
@@ -317,7 +318,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
         if line.strip() and not (number == 1 and line.startswith("#version")):
             left, _, right = line.rstrip("\r").partition(" ")
             if not right or " " in right:
-                raise InputError(f"{path}:{number}: expected two pieces, got {line[:60]!r}")
+                raise InputError(f"{path}:{number}: expected two tokens, found {line[:60]!r}")
             merges.append((left, right))
     return merges
 

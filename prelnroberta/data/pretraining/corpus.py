@@ -1,9 +1,9 @@
-"""Where text comes from: the installed packages' own prose, or the user's files.
+"""Documents from the user's text files, and the split into training and validation.
 
-A corpus has two methods. `documents()` yields its documents in a fixed order, in flat memory, as
-often as it is called; `manifest()` says at once, without reading the text, what they are made of,
-such that another text has another manifest. (The text's own checksum and counts are taken while it
-is tokenized: token_files.py.)
+A corpus has two methods. `documents()` yields the documents in a fixed order and in bounded memory;
+it can be called repeatedly. `manifest()` identifies the text without reading it: another text has
+another manifest. (token_files.py takes the text's checksum and counts while tokenizing it.)
+DocstringCorpus (docstrings.py) is the other corpus.
 """
 
 from __future__ import annotations
@@ -21,43 +21,45 @@ from prelnroberta.errors import InputError
 
 
 class Document(NamedTuple):
-    """A text, and the key whose hash decides between training and validation."""
+    """A text, and the key whose hash assigns it to training or validation."""
 
     text: str
     key: str
 
 
 def in_validation_split(key: str, fraction: float) -> bool:
-    """Whether the document of this key is held out: the same on every machine, in any order."""
+    """Whether the document with this key is held out: the same on every machine, in any order."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2**64
 
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".jsonl")
-# A longer document is passed on in pieces, so that memory does not depend on how text is divided.
+# A longer document is split, so that memory does not depend on how the text is divided.
 MAX_DOCUMENT_CHARS = 1 << 20
 
 
 class FileCorpus:
-    """Text files, gzipped or not, by file name, folder (searched through), or glob pattern.
+    """Text files, plain or gzipped, given by file name, folder (searched recursively) or glob.
 
-    A line of a `.jsonl` file is an object whose `text_field` is one document. In any other file a
-    blank line ends a document, as BERT's and fairseq's corpora have it. A document longer than
-    `MAX_DOCUMENT_CHARS` characters is given in pieces cut at line ends, each a document of its own. The key is
-    the text's checksum, so that equal texts are never on both sides of the split.
+    Each line of a `.jsonl` file is an object whose `text_field` is one document. In all other files
+    a blank line ends a document, as in BERT's and fairseq's corpora. A document longer than
+    `MAX_DOCUMENT_CHARS` characters is split at line ends into several documents. The key is the
+    text's checksum, so that equal texts are always on the same side of the split.
 
-    Raises (on construction, and while reading with the place):
-        InputError: a pattern that matches nothing, a folder without text, a file that cannot be
-            read, is not UTF-8 or gzip, or a line without the text field.
+    Raises (on construction, and with the location while reading):
+        InputError: a pattern matches nothing, a folder has no text files, a file cannot be read or
+            is not UTF-8 or gzip, or a line lacks the text field.
     """
 
     def __init__(self, patterns: Sequence[str], text_field: str = "text"):
-        self.files = list(dict.fromkeys(path for pattern in patterns for path in _find(pattern)))
+        self.files = list(
+            dict.fromkeys(path for pattern in patterns for path in _find_files(pattern))
+        )
         self.text_field = text_field
         if not self.files:
             raise InputError("no corpus files given: name files, folders or glob patterns")
 
     def documents(self) -> Iterator[Document]:
-        """Documents in the order of the files: the patterns' order, sorted within each."""
+        """Yields documents file by file: in the order of the patterns, sorted within each."""
         empty = True
         for path in self.files:
             if path.name.removesuffix(".gz").endswith(".jsonl"):
@@ -72,24 +74,24 @@ class FileCorpus:
             raise InputError(f"the corpus is empty: no text in {len(self.files)} file(s): {names}")
 
     def manifest(self) -> dict:
-        """Each file's path, size in bytes and time of last change (ns), and the text field.
+        """Each file's path, size in bytes and modification time (ns), and the text field.
 
-        `text_bytes`, the size of all, is None if some are compressed.
+        `text_bytes` is the size of all files, or None if some are compressed.
         """
-        states = [(path, path.stat()) for path in self.files]
+        stats = [(path, path.stat()) for path in self.files]
         compressed = any(path.suffix == ".gz" for path in self.files)
         return {
             "kind": "files",
             "text_field": self.text_field,
-            "text_bytes": None if compressed else sum(state.st_size for _, state in states),
+            "text_bytes": None if compressed else sum(stat.st_size for _, stat in stats),
             "files": [
-                {"path": str(path), "bytes": state.st_size, "modified_ns": state.st_mtime_ns}
-                for path, state in states
+                {"path": str(path), "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
+                for path, stat in stats
             ],
         }
 
 
-def _find(pattern: str) -> list[Path]:
+def _find_files(pattern: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
         found = [p for p in path.rglob("*") if p.name.removesuffix(".gz").endswith(TEXT_SUFFIXES)]
@@ -101,7 +103,7 @@ def _find(pattern: str) -> list[Path]:
         problem = f"corpus file {path} does not exist"
         if glob.has_magic(pattern):
             problem = f"corpus pattern {pattern!r} matches no file"
-    # Not resolved: a link may have the suffix that its target lacks.
+    # Not resolved: a link may have a suffix that its target lacks.
     files = sorted(p.absolute() for p in found if p.is_file())
     if not files:
         raise InputError(f"{problem}; name a text file, a folder of them, or a glob pattern")
@@ -113,18 +115,19 @@ def _plain_documents(chunks: Iterable[str]) -> Iterator[str]:
     for chunk in chunks:
         *complete, pending = re.split(r"\n(?:[^\S\n]*\n)+", pending + chunk)
         for text in complete:
-            yield from _cut(text)
-        *pieces, pending = _pieces(pending)
-        yield from filter(None, map(_trim, pieces))
-    yield from _cut(pending)
+            yield from _split_long(text)
+        *pieces, pending = _split_at_line_ends(pending)
+        yield from filter(None, map(_strip_blank_lines, pieces))
+    yield from _split_long(pending)
 
 
-def _cut(text: str) -> Iterator[str]:
-    return filter(None, map(_trim, _pieces(text)))
+def _split_long(text: str) -> Iterator[str]:
+    """`text` as one or several documents of at most `MAX_DOCUMENT_CHARS` characters."""
+    return filter(None, map(_strip_blank_lines, _split_at_line_ends(text)))
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """`text` in pieces of `MAX_DOCUMENT_CHARS` characters at most, cut after a line's end, or else a space."""
+def _split_at_line_ends(text: str) -> Iterator[str]:
+    """Pieces of at most `MAX_DOCUMENT_CHARS` characters, split after a line, or else a space."""
     start = 0
     while len(text) - start > MAX_DOCUMENT_CHARS:
         end = start + MAX_DOCUMENT_CHARS
@@ -137,8 +140,8 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _trim(text: str) -> str:
-    """Without the blank lines around it; the first line keeps its indentation."""
+def _strip_blank_lines(text: str) -> str:
+    """Removes blank lines around the text; the first line keeps its indentation."""
     return re.sub(r"\A(?:[^\S\n]*\n)+", "", text.rstrip())
 
 
@@ -157,4 +160,4 @@ def _json_documents(path: Path, field: str) -> Iterator[str]:
             record[field].encode()
         except UnicodeEncodeError as error:
             raise InputError(f"{path}:{number}: lone surrogate in {field!r}: {error}") from error
-        yield from _cut(record[field])
+        yield from _split_long(record[field])

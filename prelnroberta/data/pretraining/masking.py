@@ -173,7 +173,7 @@ class Masking:
     def choose_positions(
         self, row: Row, max_masked: int, generator: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(int [k] selected positions, ascending, k <= max_masked; MASK, RANDOM or KEEP for each)."""
+        """At most `max_masked` positions, ascending, and MASK, RANDOM or KEEP for each."""
         maskable = row.segment_ids > 0
         if self.sampling == "bernoulli":
             maskable &= ~self._is_special(row)

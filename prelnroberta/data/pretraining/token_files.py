@@ -1,11 +1,11 @@
-"""Text tokenized once, into memory-mapped files that later runs reuse.
+"""Tokenizes text once, into memory-mapped files that later runs reuse.
 
     cache_dir/<sha256 of corpus manifest, tokenizer, fraction, format>/
         train/       tokens.bin  document_ends.bin  counts.bin  manifest.json
         validation/  the same
 
-`tokens.bin` holds the documents one after the other, each without `<s>` and with `</s>` at its end.
-All files are little-endian and have no header; `manifest.json` says their types and lengths.
+`tokens.bin` holds all documents in sequence, each without `<s>` and followed by `</s>`. The files
+are little-endian and have no header; `manifest.json` has their dtypes and lengths.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from prelnroberta.files import atomic_write
 if TYPE_CHECKING:
     import tokenizers
 
-FORMAT = 1
+FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
-# Enough text to keep every thread of the tokenizer busy; each byte costs some 100 while encoded.
+# Enough text to keep all threads of the tokenizer busy; encoding takes some 100 bytes per byte.
 _BATCH_BYTES = 1 << 21
 
 
 class Corpus(Protocol):
-    """What `tokenize_corpus` reads; see corpus.py."""
+    """The input of `tokenize_corpus`, see corpus.py."""
 
     def documents(self) -> Iterator[Document]: ...
     def manifest(self) -> dict: ...
@@ -51,12 +51,12 @@ class TokenFiles:
     """One split of a tokenized corpus, memory-mapped.
 
     Attributes:
-        tokens: [T] uint16, or uint32 if V > 65536: each document's ids, then `</s>`.
-        document_ends: [documents] int64: where each document ends in `tokens`, past its `</s>`.
-        counts: [V] int64: how often each id stands in `tokens`.
+        tokens: uint16 [U], or uint32 if V > 65536: each document's ids, then `</s>`.
+        document_ends: int64 [documents]: exclusive end of each document in `tokens`, after `</s>`.
+        counts: int64 [V]: number of occurrences of each id in `tokens`.
         manifest: `corpus` (its manifest), `text` (sha256, bytes and documents of both splits),
             `tokenizer_sha256`, `validation_fraction`, `split`, `files` (dtype and length of each).
-        directory: where the files are.
+        directory: the folder of the files.
     """
 
     tokens: np.ndarray
@@ -67,10 +67,10 @@ class TokenFiles:
 
     @classmethod
     def open(cls, directory: str | Path) -> TokenFiles:
-        """Maps the files of one split.
+        """Maps the files of one split into memory.
 
         Raises:
-            InputError: a file is missing, or not of the size that the manifest tells.
+            InputError: a file is missing, or its size is not the one in the manifest.
         """
         directory = Path(directory)
         try:
@@ -95,35 +95,35 @@ def tokenize_corpus(
     validation_fraction: float = 0.05,
     progress: bool = True,
 ) -> tuple[TokenFiles, TokenFiles]:
-    """Tokenizes a corpus into (train, validation) in one pass, or opens what an earlier call made.
+    """Tokenizes a corpus into (train, validation) in one pass, or opens existing token files.
 
-    The text is read once, encoded in parallel by the tokenizer's own threads, and written as it
-    comes: memory is the same for every size of corpus. Special tokens that are spelled out in the
-    text are encoded as text. Files appear under their final name only when complete; of processes
-    that want the same ones, the first makes them and the others wait.
+    The text is read once, encoded in parallel by the tokenizer's threads, and written in order, so
+    memory does not depend on the size of the corpus. Special tokens spelled out in the text are
+    encoded as text. Files get their final name only when complete. If several processes need the
+    same files, one writes them and the others wait.
 
     Args:
         validation_fraction: share of the keys (not of the text) that is held out; 0 for none.
-        progress: say on standard error what is done: a line, and a bar if it is a terminal.
+        progress: report on standard error: one line, and a progress bar on a terminal.
 
     Raises:
-        InputError: the corpus is at fault, a split stays empty, the disk is full.
+        InputError: the corpus cannot be read, a split is empty, or the disk is full.
     """
     corpus_manifest = corpus.manifest()
     identity = {
         "corpus": corpus_manifest,
         "tokenizer_sha256": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
         "validation_fraction": validation_fraction,
-        "format": FORMAT,
+        "format": FORMAT_VERSION,
     }
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     cache_dir = Path(cache_dir).expanduser()
     final = cache_dir / name
-    with _writing_below(cache_dir), _locked(cache_dir, name, progress):
+    with _explain_write_errors(cache_dir), _lock(cache_dir, name, progress):
         if final.exists():
-            _say(f"reusing {final}", progress)
+            _log(f"reusing {final}", progress)
         else:
-            # The lock is ours: unfinished files were left by a process that died.
+            # This process has the lock, so unfinished files are from a process that died.
             for partial in cache_dir.glob(f".{name}.*.partial"):
                 shutil.rmtree(partial, ignore_errors=True)
             with atomic_write(final) as partial:
@@ -135,30 +135,70 @@ def tokenize_corpus(
 def _tokenize(
     corpus: Corpus, tokenizer: tokenizers.Tokenizer, directory: Path, identity: dict, progress: bool
 ) -> None:
-    from tokenizers import Tokenizer
-    from tqdm import tqdm
+    """Writes the token files of both splits to `directory`."""
+    encoder = _text_encoder(tokenizer)
+    writers = {split: _SplitWriter(directory / split, encoder.get_vocab_size()) for split in SPLITS}
+    started = time.monotonic()
+    text = _encode_documents(corpus, encoder, writers, identity, progress)
+    fraction, documents, size = identity["validation_fraction"], text["documents"], text["bytes"]
+    for split, writer in writers.items():
+        if not writer.documents and (split == "train" or fraction > 0):
+            raise InputError(
+                f"the {split} split is empty: none of the corpus's {documents} document(s) is in "
+                f"it at validation fraction {fraction}; give more documents (in plain text a blank "
+                "line separates them) or another fraction"
+            )
+        writer.close(identity | {"text": text, "split": split})
+    seconds = time.monotonic() - started
+    tokens = sum(writer.tokens for writer in writers.values())
+    _log(
+        f"{documents:,} documents, {size / 1e6:,.1f} MB, {tokens:,} tokens "
+        f"in {seconds:.1f} s ({size / 1e6 / max(seconds, 1e-9):.1f} MB/s)",
+        progress,
+    )
 
-    encoder = Tokenizer.from_str(tokenizer.to_str())  # a copy: the caller's stays as it is
-    encoder.encode_special_tokens = True  # a "<mask>" in the text is text
+
+def _text_encoder(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A copy that encodes special tokens in the text as text, and neither pads nor truncates."""
+    from tokenizers import Tokenizer
+
+    encoder = Tokenizer.from_str(tokenizer.to_str())
+    encoder.encode_special_tokens = True
     encoder.no_padding()
     encoder.no_truncation()
-    writers = {split: _Writer(directory / split, encoder.get_vocab_size()) for split in SPLITS}
-    fraction = identity["validation_fraction"]
-    digest, started = hashlib.sha256(), time.monotonic()
+    return encoder
+
+
+def _encode_documents(
+    corpus: Corpus,
+    encoder: tokenizers.Tokenizer,
+    writers: dict[str, _SplitWriter],
+    identity: dict,
+    progress: bool,
+) -> dict:
+    """Encodes all documents and adds them to their split's writer.
+
+    Returns:
+        `sha256`, `bytes` and `documents` of the text.
+    """
+    from tqdm import tqdm
+
+    digest = hashlib.sha256()
     size = documents = 0
     with tqdm(
         desc="tokenizing",
         total=identity["corpus"].get("text_bytes"),
         unit="B",
         unit_scale=True,
-        disable=None if progress else True,  # None: shown on a terminal only
+        disable=None if progress else True,  # None: show on a terminal only
     ) as bar:
-        for batch in _batches(corpus.documents()):
+        for batch in _batch_documents(corpus.documents()):
             texts = [document.text for document in batch]
             encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
             ids = {split: [] for split in SPLITS}
             for document, encoding in zip(batch, encodings, strict=True):
-                ids[SPLITS[in_validation_split(document.key, fraction)]].append(encoding.ids)
+                held_out = in_validation_split(document.key, identity["validation_fraction"])
+                ids[SPLITS[held_out]].append(encoding.ids)
             for split, writer in writers.items():
                 writer.add(ids[split])
             raw = "\0".join([*texts, ""]).encode()
@@ -166,25 +206,11 @@ def _tokenize(
             size += len(raw) - len(texts)
             documents += len(texts)
             bar.update(len(raw))
-    text = {"sha256": digest.hexdigest(), "bytes": size, "documents": documents}
-    for split, writer in writers.items():
-        if not writer.documents and (split == "train" or fraction > 0):
-            raise InputError(
-                f"the {split} split is empty: none of the corpus's {documents} document(s) falls "
-                f"in it at validation fraction {fraction}; give more documents (in plain text a "
-                "blank line separates them) or another fraction"
-            )
-        writer.close(identity | {"text": text, "split": split})
-    seconds = time.monotonic() - started
-    tokens = sum(writer.tokens for writer in writers.values())
-    _say(
-        f"{documents:,} documents, {size / 1e6:,.1f} MB, {tokens:,} tokens "
-        f"in {seconds:.1f} s ({size / 1e6 / max(seconds, 1e-9):.1f} MB/s)",
-        progress,
-    )
+    return {"sha256": digest.hexdigest(), "bytes": size, "documents": documents}
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _batch_documents(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Lists of documents with at least `_BATCH_BYTES` characters, except the last."""
     batch, size = [], 0
     for document in documents:
         batch.append(document)
@@ -196,7 +222,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-class _Writer:
+class _SplitWriter:
     """Appends the documents of one split to its files."""
 
     def __init__(self, directory: Path, vocab_size: int):
@@ -243,19 +269,19 @@ def _open_array(path: Path, dtype: str, length: int) -> np.ndarray:
 
 
 @contextmanager
-def _locked(cache_dir: Path, name: str, progress: bool) -> Iterator[None]:
-    """Holds `name` among all processes; the system lets go of it when its holder dies."""
+def _lock(cache_dir: Path, name: str, progress: bool) -> Iterator[None]:
+    """Holds a lock named `name` across processes; the system releases it if the holder dies."""
     cache_dir.mkdir(parents=True, exist_ok=True)
     with (cache_dir / f"{name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say("waiting for another process that is preparing them", progress)
+            _log("waiting for another process that is preparing them", progress)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-_CANNOT_WRITE = {
+_WRITE_ERRORS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EACCES: "no permission to write",
@@ -268,19 +294,19 @@ _CANNOT_WRITE = {
 
 
 @contextmanager
-def _writing_below(cache_dir: Path) -> Iterator[None]:
-    """Turns the failures to write that a user can mend into an InputError that names the place."""
+def _explain_write_errors(cache_dir: Path) -> Iterator[None]:
+    """Turns write errors that the user can fix into an InputError that names the folder."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
+        if error.errno not in _WRITE_ERRORS:
             raise
         raise InputError(
-            f"cannot prepare token files in {cache_dir}: {_CANNOT_WRITE[error.errno]}; they need "
+            f"cannot prepare token files in {cache_dir}: {_WRITE_ERRORS[error.errno]}; they need "
             "about as much space as the text; make room there or name another cache directory"
         ) from error
 
 
-def _say(message: str, progress: bool) -> None:
+def _log(message: str, progress: bool) -> None:
     if progress:
         print(f"token files: {message}", file=sys.stderr)

@@ -1,1 +1,1 @@
-"""Readers of labelled files: tables, CoNLL, SQuAD and SWAG."""
+"""Readers of labelled files: tables, CoNLL, SQuAD, SWAG."""

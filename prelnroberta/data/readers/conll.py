@@ -1,9 +1,9 @@
-"""Sentences of tagged words, from CoNLL columns, CoNLL-U and JSON lines.
+"""Reads sentences of tagged words: CoNLL columns, CoNLL-U and JSON lines.
 
-CoNLL: a word a line, columns parted by tabs or, where there is no tab, by spaces; a blank line ends
-a sentence; `-DOCSTART-` lines part documents and are no words. CoNLL-U (by its suffix .conllu) has
-ten columns, comments after `#`, and lines for multiword tokens (1-2) and empty nodes (1.1), which
-are no words: tags belong to the syntactic words. JSON lines have a list of words and one of tags.
+CoNLL: one word a line, columns separated by tabs or, if there is no tab, by spaces. A blank line
+ends a sentence; `-DOCSTART-` lines separate documents and are not words. CoNLL-U (suffix .conllu)
+has ten columns, comments after `#`, and lines for multiword tokens (1-2) and empty nodes (1.1),
+which are skipped: tags belong to syntactic words. JSON lines have a list of words and one of tags.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ from prelnroberta.data.text import iter_lines, iter_text_chunks
 from prelnroberta.errors import InputError
 
 _CONLLU_COLUMNS = 10
-_DOCUMENT = "-DOCSTART-"
+_DOCUMENT_MARK = "-DOCSTART-"
 
 
 class Sentence(NamedTuple):
-    """Words and, unless they are to be predicted, their tags; `document` counts marks before it."""
+    """Words and their tags; `tags` is None if they are unknown.
+
+    `document` is the number of document marks before the sentence.
+    """
 
     location: str
     words: list[str]
@@ -38,15 +41,18 @@ class Sentence(NamedTuple):
 
 
 class Sentences(NamedTuple):
-    """What a file holds.
+    """The content of a file.
 
-    scheme: the entity scheme its tags are in, None for other tags. `examples` have IOB2.
-    repaired: sentences whose tags broke their scheme and were read as conlleval reads them.
+    Attributes:
+        examples: the sentences, with entity tags in IOB2.
+        scheme: the file's scheme of entity tags; None for other tags.
+        num_repaired: number of sentences whose tags violated their scheme; they are read as
+            conlleval reads them.
     """
 
     examples: list[Sentence]
     scheme: str | None
-    repaired: int
+    num_repaired: int
 
 
 def read_sentences(
@@ -56,13 +62,14 @@ def read_sentences(
     tagged: bool = True,
     row_errors: RowErrors | None = None,
 ) -> Sentences:
-    """The sentences of a file, entity tags turned to IOB2 whatever their scheme.
+    """All sentences of a file, with entity tags of any scheme converted to IOB2.
 
-    Arguments as of `stream_sentences`, which leaves tags as they are: only the whole file tells
-    IOB1 from IOB2.
+    Arguments as of `stream_sentences`. That function does not convert tags, because only a whole
+    file shows whether it is IOB1 or IOB2.
 
     Raises:
-        InputError: the file cannot be read or has no sentences; or, where `bad` is None, bad ones.
+        InputError: the file cannot be read or has no sentences; or there are unusable sentences
+            and `row_errors` is None.
     """
     row_errors, is_owner = ensure_collector(row_errors)
     sentences = list(stream_sentences(path, row_errors, word, tag, tagged))
@@ -71,7 +78,7 @@ def read_sentences(
     scheme = detect_scheme(sentence.tags for sentence in sentences) if tagged else None
     if scheme is None:
         return Sentences(sentences, None, 0)
-    return _in_iob2(sentences, scheme)
+    return _to_iob2(sentences, scheme)
 
 
 def stream_sentences(
@@ -82,49 +89,50 @@ def stream_sentences(
     tagged: bool = True,
     file: BinaryIO | None = None,
 ) -> Iterator[Sentence]:
-    """Sentences as they are read, with the tags of the file.
+    """Yields sentences while reading the file, with its tags unchanged.
 
     Args:
-        path: `.conllu`; `.jsonl`, `.ndjson` or `.json` (JSON lines); CoNLL by any other name.
-        bad: takes sentences with a line that lacks columns, a word or a tag; a sentence is a row.
-        word, tag: columns counted from 0, negative from the last; keys in JSON lines. By default
-            CoNLL's first and last, CoNLL-U's FORM and UPOS, and 'tokens' and 'ner_tags'.
-        tagged: False for words whose tags are unknown.
-        file: read in the path's place, which is then only a name (standard input, say).
+        path: `.conllu`; `.jsonl`, `.ndjson` or `.json` (JSON lines); any other name is CoNLL.
+        row_errors: collects unusable sentences: those with a line that lacks columns, a word or a
+            tag. A sentence counts as a row.
+        word, tag: columns by index, negative ones from the last; in JSON lines, keys. Default:
+            CoNLL's first and last column, CoNLL-U's FORM and UPOS, 'tokens' and 'ner_tags'.
+        tagged: False if the tags are unknown.
+        file: read instead of `path`, which then is only its name (for example standard input).
 
     Raises:
         InputError: the file cannot be read or has no sentences.
     """
     path = Path(path).expanduser()
     suffix = Path(path.name.removesuffix(".gz")).suffix
-    before = row_errors.num_rows
+    rows_before = row_errors.num_rows
     if suffix in (".jsonl", ".ndjson", ".json"):
-        names = ("tokens" if word is None else word, "ner_tags" if tag is None else tag)
-        yield from _from_json(path, *names, tagged, row_errors, file)
+        keys = ("tokens" if word is None else word, "ner_tags" if tag is None else tag)
+        yield from _from_json(path, *keys, tagged, row_errors, file)
         return
-    universal = suffix == ".conllu"
-    default = (1, 3) if universal else (0, -1)
+    is_conllu = suffix == ".conllu"
+    default = (1, 3) if is_conllu else (0, -1)
     columns = (default[0] if word is None else word, default[1] if tag is None else tag)
-    yield from _from_columns(path, *columns, tagged, row_errors, universal, file)
-    if row_errors.num_rows == before:
+    yield from _from_columns(path, *columns, tagged, row_errors, is_conllu, file)
+    if row_errors.num_rows == rows_before:
         raise InputError(f"{path}: no sentences: expected a word a line and blank lines between")
 
 
-def _in_iob2(sentences: list[Sentence], scheme: str) -> Sentences:
-    repaired = 0
+def _to_iob2(sentences: list[Sentence], scheme: str) -> Sentences:
+    num_repaired = 0
     examples = []
-    letters = str.maketrans("LU", "ES")
+    to_iobes = str.maketrans("LU", "ES")
     for sentence in sentences:
-        found = conlleval_spans(sentence.tags)
+        spans = conlleval_spans(sentence.tags)
         length = len(sentence.words)
-        written = [tag[0].translate(letters) + tag[1:] for tag in sentence.tags]
-        repaired += spans_to_tags(found, length, scheme) != written
-        examples.append(sentence._replace(tags=spans_to_tags(found, length)))
-    return Sentences(examples, scheme, repaired)
+        written = [tag[0].translate(to_iobes) + tag[1:] for tag in sentence.tags]
+        num_repaired += spans_to_tags(spans, length, scheme) != written
+        examples.append(sentence._replace(tags=spans_to_tags(spans, length)))
+    return Sentences(examples, scheme, num_repaired)
 
 
-def _blocks(path: Path, file: BinaryIO | None) -> Iterator[list[tuple[int, str]]]:
-    """Lines between blank lines, with their numbers."""
+def _split_sentences(path: Path, file: BinaryIO | None) -> Iterator[list[tuple[int, str]]]:
+    """(line number, line) of each run of lines between blank lines."""
     block: list[tuple[int, str]] = []
     for number, line in enumerate(iter_lines(iter_text_chunks(path, file)), 1):
         if line.strip():
@@ -142,30 +150,25 @@ def _from_columns(
     tag: int | str,
     tagged: bool,
     row_errors: RowErrors,
-    universal: bool,
+    is_conllu: bool,
     file: BinaryIO | None,
 ) -> Iterator[Sentence]:
     if not (isinstance(word, int) and isinstance(tag, int)):
         raise InputError(f"{path}: columns {word!r}, {tag!r}: expected numbers, from 0")
     document = 0
-    for block in _blocks(path, file):
+    for block in _split_sentences(path, file):
         rows = []
         problem = None
         for number, line in block:
-            if universal and line.startswith("#"):
-                document += line.startswith("# newdoc")
+            if _is_comment(line, is_conllu):
+                document += line.startswith(("# newdoc", _DOCUMENT_MARK))
                 continue
-            if line.startswith(_DOCUMENT) and not universal:
-                document += 1
-                continue
-            cells = line.split("\t") if "\t" in line else line.split(" ")
-            if not universal and "\t" not in line:
-                cells = [cell for cell in cells if cell]
-            if universal and len(cells) == _CONLLU_COLUMNS and not cells[0].isdecimal():
+            cells = _split_cells(line, is_conllu)
+            if is_conllu and len(cells) == _CONLLU_COLUMNS and not cells[0].isdecimal():
                 if not cells[0].replace("-", "").replace(".", "").isdecimal():
-                    problem = problem or (number, f"{cells[0]!r} is no id of a word")
+                    problem = problem or (number, f"{cells[0]!r} is not the id of a word")
                 continue
-            problem = problem or _line_problem(number, cells, word, tag, tagged, universal)
+            problem = problem or _line_problem(number, cells, word, tag, tagged, is_conllu)
             rows.append((number, cells))
         if not rows and problem is None:
             continue
@@ -181,15 +184,26 @@ def _from_columns(
         )
 
 
+def _is_comment(line: str, is_conllu: bool) -> bool:
+    """Whether a line is a CoNLL-U comment or a CoNLL document mark."""
+    return line.startswith("#" if is_conllu else _DOCUMENT_MARK)
+
+
+def _split_cells(line: str, is_conllu: bool) -> list[str]:
+    if "\t" in line:
+        return line.split("\t")
+    return line.split(" ") if is_conllu else [cell for cell in line.split(" ") if cell]
+
+
 def _line_problem(
-    number: int, cells: list[str], word: int, tag: int, tagged: bool, universal: bool
+    number: int, cells: list[str], word: int, tag: int, tagged: bool, is_conllu: bool
 ) -> tuple[int, str] | None:
-    """(line, what is wrong with it), if anything."""
+    """(line number, the problem), or None."""
     columns = [word, tag] if tagged else [word]
     needed = max(column + 1 if column >= 0 else -column for column in columns)
-    if tagged and not universal:
+    if tagged and not is_conllu:
         needed = max(needed, 2)
-    if universal and len(cells) != _CONLLU_COLUMNS:
+    if is_conllu and len(cells) != _CONLLU_COLUMNS:
         return number, f"expected {_CONLLU_COLUMNS} columns, found {len(cells)}"
     if len(cells) < needed:
         return number, f"expected at least {needed} columns, found {len(cells)}"
@@ -228,14 +242,14 @@ def _word_problem(word: Any) -> str | None:
 
 
 def tag_names(sentences: list[Sentence]) -> tuple[str, ...]:
-    """Labels for a model of these sentences: `O`, then B- and I- of each type; or plain tags.
+    """Label names for a model of these sentences: `O`, then B- and I- of each type; or plain tags.
 
-    Both of a type, even if the file at hand never continues it: another one will.
+    Each type gets both, even if no entity in this file has two words: one in another file may.
     """
-    found = {tag for sentence in sentences for tag in sentence.tags or ()}
-    if not found:
+    tags = {tag for sentence in sentences for tag in sentence.tags or ()}
+    if not tags:
         raise InputError("no tags to discover: the sentences have none; give the labels' names")
-    if not all(is_entity_tag(tag) for tag in found):
-        return tuple(sorted(found))
-    types = sorted({tag[2:] for tag in found if tag != "O"})
-    return ("O", *(f"{letter}-{kind}" for kind in types for letter in "BI"))
+    if not all(is_entity_tag(tag) for tag in tags):
+        return tuple(sorted(tags))
+    types = sorted({tag[2:] for tag in tags if tag != "O"})
+    return ("O", *(f"{letter}-{type_}" for type_ in types for letter in "BI"))

@@ -1,4 +1,4 @@
-"""From the labels people write to ids, and the names of a model's classes."""
+"""Class names and their ids, from labels as they are written in files."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from prelnroberta.errors import InputError
 
 
 def label_to_name(value: Any) -> str:
-    """A cell or JSON value as the name of a class: text as it stands, 1 as '1', True as 'true'."""
+    """A cell or JSON value as a class name: text without outer spaces, 1 as '1', True as 'true'."""
     return value.strip() if isinstance(value, str) else json.dumps(value)
 
 
 def discover_labels(values: Iterable[Any]) -> tuple[str, ...]:
-    """The distinct names among `values` in a fixed order: by number if all are whole, else by text.
+    """The distinct class names among `values`: sorted by number if all are integers, else by text.
 
     Raises:
-        InputError: none at all.
+        InputError: `values` is empty.
     """
     names = {label_to_name(value) for value in values}
     if not names:
@@ -29,12 +29,12 @@ def discover_labels(values: Iterable[Any]) -> tuple[str, ...]:
 
 
 class LabelIds:
-    """Ids of labels: by name, or, where no name is a number, by a number in range.
+    """Ids of class names. If no name is a number, a label may also be the id itself.
 
-    The second serves files exported with class numbers beside a model that has names.
+    The latter is for files with class numbers that are used with a model that has class names.
 
     Raises:
-        InputError: a name given twice or empty.
+        InputError: no names, a repeated name, or an empty one.
     """
 
     def __init__(self, names: Sequence[str]):
@@ -46,7 +46,7 @@ class LabelIds:
             self._ids |= {str(i): i for i in range(len(self.names))}
 
     def find(self, value: Any) -> int | str:
-        """The id, or what is wrong, in words."""
+        """The id of a label as read, or an error message (str)."""
         name = label_to_name(value)
         if name in self._ids:
             return self._ids[name]

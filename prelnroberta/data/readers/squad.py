@@ -1,9 +1,9 @@
-"""Questions about a context, from SQuAD's JSON (v1.1 and v2.0) or JSON lines.
+"""Reads questions about a context: SQuAD's JSON (v1.1 and v2.0), or JSON lines.
 
 SQuAD: {"data": [{"paragraphs": [{"context", "qas": [{"id", "question", "answers": [{"text",
 "answer_start"}], "is_impossible"}]}]}]}. JSON lines, as Hugging Face's datasets export it: objects
-with id, question, context and answers {"text": [..], "answer_start": [..]}. A question without
-answers, or marked impossible, is one that the context does not answer (v2.0).
+with id, question, context and answers {"text": [..], "answer_start": [..]}. A question with no
+answers, or marked impossible, cannot be answered from its context (v2.0).
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from prelnroberta.errors import InputError
 
 
 class Answer(NamedTuple):
+    """A part of the context, and the index of its first character there."""
+
     text: str
-    start: int  # character of the context
+    start: int
 
 
 class Question(NamedTuple):
-    """`answers` is empty where the context has none, and None where they are not known."""
+    """`answers` is empty if the context holds no answer, and None if the answers are unknown."""
 
     location: str
     id: str
@@ -37,35 +39,36 @@ class Question(NamedTuple):
 def read_questions(
     path: str | Path, answered: bool = True, row_errors: RowErrors | None = None
 ) -> list[Question]:
-    """Every question of a file; arguments as of `stream_questions`.
+    """All questions of a file; arguments as of `stream_questions`.
 
     Raises:
-        InputError: the file's, and bad questions where `bad` is None.
+        InputError: as of `stream_questions`; or there are unusable questions and `row_errors` is
+            None.
     """
     row_errors, is_owner = ensure_collector(row_errors)
-    found = list(stream_questions(path, row_errors, answered))
+    questions = list(stream_questions(path, row_errors, answered))
     if is_owner:
         row_errors.raise_if_any()
-    return found
+    return questions
 
 
 def stream_questions(
     path: str | Path, row_errors: RowErrors, answered: bool = True, file: BinaryIO | None = None
 ) -> Iterator[Question]:
-    """Questions in the file's order, as they are read where the file is JSON lines.
+    """Yields questions in the file's order; JSON lines are yielded while reading.
 
     Args:
-        path: `.json` in SQuAD's format, or `.jsonl`, plain or .gz.
-        bad: takes questions without text, context or id, ids that came before, and answers that do
-            not stand where they are said to.
-        answered: whether answers are needed; without, they are not read.
-        file: read in the path's place, which is then only a name (standard input, say).
+        path: `.json` in SQuAD's format, or `.jsonl`; plain or .gz.
+        row_errors: collects unusable questions: without text, context or id, with a repeated id,
+            or with an answer that is not at its `answer_start`.
+        answered: whether answers are required; if False, they are not read.
+        file: read instead of `path`, which then is only its name (for example standard input).
 
     Raises:
-        InputError: the file cannot be read, is no such JSON or has no questions.
+        InputError: the file cannot be read, does not have the format, or has no questions.
     """
     path = Path(path).expanduser()
-    before = row_errors.num_rows
+    rows_before = row_errors.num_rows
     suffix = Path(path.name.removesuffix(".gz")).suffix
     if suffix in (".jsonl", ".ndjson"):
         records = _from_lines(path, answered, row_errors, file)
@@ -73,17 +76,17 @@ def stream_questions(
         records = _from_squad(path, row_errors, file)
     else:
         raise InputError(f"{path}: expected .json in SQuAD's format, or .jsonl")
-    count_rows: set[str] = set()
+    seen_ids: set[str] = set()
     for location, record in records:
-        question, problem = _question(location, record, answered)
-        if problem is None and question.id in count_rows:
-            problem = f"id {question.id!r} stands there for the second time"
+        question, problem = _parse_question(location, record, answered)
+        if problem is None and question.id in seen_ids:
+            problem = f"id {question.id!r} occurs a second time"
         if problem:
             row_errors.add(location, problem)
         else:
-            count_rows.add(question.id)
+            seen_ids.add(question.id)
             yield question
-    if row_errors.num_rows == before:
+    if row_errors.num_rows == rows_before:
         raise InputError(f"{path}: no questions")
 
 
@@ -97,16 +100,18 @@ def _from_squad(
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise InputError(f"{path}: not SQuAD's format: expected an object with a list 'data'")
     for a, article in enumerate(content["data"]):
-        location = f"{path}: data[{a}]"
-        for p, paragraph in enumerate(_items(article, "paragraphs", location, row_errors)):
-            inside = f"{location}.paragraphs[{p}]"
-            for q, qa in enumerate(_items(paragraph, "qas", inside, row_errors)):
+        article_location = f"{path}: data[{a}]"
+        paragraphs = _list_items(article, "paragraphs", article_location, row_errors)
+        for p, paragraph in enumerate(paragraphs):
+            location = f"{article_location}.paragraphs[{p}]"
+            for q, qa in enumerate(_list_items(paragraph, "qas", location, row_errors)):
                 row_errors.count_rows()
                 record = qa if isinstance(qa, dict) else {}
-                yield f"{inside}.qas[{q}]", {**record, "context": paragraph.get("context")}
+                yield f"{location}.qas[{q}]", {**record, "context": paragraph.get("context")}
 
 
-def _items(holder: Any, name: str, location: str, row_errors: RowErrors) -> list:
+def _list_items(holder: Any, name: str, location: str, row_errors: RowErrors) -> list:
+    """The list under `name`; if there is none, adds a problem and returns an empty list."""
     if isinstance(holder, dict) and isinstance(holder.get(name), list):
         return holder[name]
     row_errors.count_rows()
@@ -117,16 +122,15 @@ def _items(holder: Any, name: str, location: str, row_errors: RowErrors) -> list
 def _from_lines(
     path: Path, answered: bool, row_errors: RowErrors, file: BinaryIO | None
 ) -> Iterator[tuple[str, dict]]:
-    needed = ["question", "context", *(["answers"] if answered else [])]
-    for location, values in stream_table(
-        path, needed, row_errors, ["id", "is_impossible"], file=file
-    ):
+    required = ["question", "context", *(["answers"] if answered else [])]
+    optional = ["id", "is_impossible"]
+    for location, values in stream_table(path, required, row_errors, optional, file=file):
         line = location.rsplit(":", 1)[1]
         answers = values.get("answers")
         if isinstance(answers, dict):
             texts, starts = answers.get("text"), answers.get("answer_start")
-            same = isinstance(texts, list) and isinstance(starts, list)
-            if same and len(texts) == len(starts):
+            are_lists = isinstance(texts, list) and isinstance(starts, list)
+            if are_lists and len(texts) == len(starts):
                 answers = [
                     {"text": text, "answer_start": start}
                     for text, start in zip(texts, starts, strict=True)
@@ -134,8 +138,10 @@ def _from_lines(
         yield location, {"id": line, **values, "answers": answers}
 
 
-def _question(location: str, record: dict, answered: bool) -> tuple[Question | None, str | None]:
-    """The question, or what is wrong with it."""
+def _parse_question(
+    location: str, record: dict, answered: bool
+) -> tuple[Question | None, str | None]:
+    """(the question, None), or (None, the problem)."""
     for name in ("question", "context"):
         if problem := text_problem(name, record.get(name)):
             return None, problem
@@ -146,22 +152,28 @@ def _question(location: str, record: dict, answered: bool) -> tuple[Question | N
         return None, "an empty question"
     if not answered:
         return Question(location, str(record["id"]), question, context, None), None
-    answers = record.get("answers")
-    if record.get("is_impossible"):
-        answers = []
+    answers, problem = _parse_answers(record, context)
+    if problem:
+        return None, problem
+    return Question(location, str(record["id"]), question, context, answers), None
+
+
+def _parse_answers(record: dict, context: str) -> tuple[list[Answer], str | None]:
+    """(the answers, the problem or None)."""
+    answers = [] if record.get("is_impossible") else record.get("answers")
     if not isinstance(answers, list):
-        return None, "expected a list of answers"
-    found = []
+        return [], "expected a list of answers"
+    parsed = []
     for answer in answers:
         text = answer.get("text") if isinstance(answer, dict) else None
         start = answer.get("answer_start") if isinstance(answer, dict) else None
         if not isinstance(text, str) or not isinstance(start, int) or not text:
-            return None, "expected answers with 'text' and 'answer_start'"
-        stands = context[max(start, 0) : max(start, 0) + len(text)]
-        if start < 0 or stands != text:
-            return None, (
-                f"answer {text[:40]!r} does not stand at character {start} of the context, "
-                f"but {stands[:40]!r}"
+            return [], "expected answers with 'text' and 'answer_start'"
+        found = context[max(start, 0) : max(start, 0) + len(text)]
+        if start < 0 or found != text:
+            return [], (
+                f"answer {text[:40]!r} is not at character {start} of the context, "
+                f"found {found[:40]!r}"
             )
-        found.append(Answer(text, start))
-    return Question(location, str(record["id"]), question, context, found), None
+        parsed.append(Answer(text, start))
+    return parsed, None

@@ -9,15 +9,16 @@ from typing import Any, BinaryIO, NamedTuple
 from prelnroberta.data.readers.row_errors import RowErrors, ensure_collector
 from prelnroberta.data.readers.tables import stream_table, text_problem
 
-MAX_CHOICES = 32  # more are rather a mistake in the file than a question
-
-
-# One more than there may be, so that too many are noticed.
+MAX_CHOICES = 32  # more are probably a mistake in the file
+# One more column than allowed, so that a row with too many choices is noticed.
 _ENDINGS = [f"ending{i}" for i in range(MAX_CHOICES + 1)]
 
 
 class ChoiceExample(NamedTuple):
-    """`choices` follow `context`, each after `prefix`; `label` is the right one's number."""
+    """A context and its possible continuations, each `prefix` followed by a choice.
+
+    `label` is the index of the right choice; None if it is unknown.
+    """
 
     location: str
     context: str
@@ -34,16 +35,16 @@ def read_choices(
     label: str | None = "label",
     row_errors: RowErrors | None = None,
 ) -> list[ChoiceExample]:
-    """Every example of a file; arguments as of `stream_choices`.
+    """All examples of a file; arguments as of `stream_choices`.
 
     Raises:
-        InputError: the file's, and bad rows where `bad` is None.
+        InputError: as of `stream_table`; or there are unusable rows and `row_errors` is None.
     """
     row_errors, is_owner = ensure_collector(row_errors)
-    found = list(stream_choices(path, row_errors, context, prefix, choices, label))
+    examples = list(stream_choices(path, row_errors, context, prefix, choices, label))
     if is_owner:
         row_errors.raise_if_any()
-    return found
+    return examples
 
 
 def stream_choices(
@@ -55,37 +56,37 @@ def stream_choices(
     label: str | None = "label",
     file: BinaryIO | None = None,
 ) -> Iterator[ChoiceExample]:
-    """Examples from SWAG's columns or from JSON lines as they are read.
+    """Yields examples while reading a CSV or TSV with a header, or JSON lines.
 
     Args:
-        path: CSV or TSV with a header, or JSON lines (`tables.stream_table`).
-        bad: takes the table's bad rows, and those without 2 to `MAX_CHOICES` choices or whose
-            label is none of them.
-        context, prefix: columns of the first text and of what stands before every choice; without
-            such a prefix (None, or none in the file) the choices stand alone.
-        choices: key of a list of choices. Where there is none, the choices are in the columns
-            ending0, ending1, ..; empty ones at the end are no choices.
-        label: column of the right choice's number, from 0; None: not known.
-        file: read in the path's place, which is then only a name (standard input, say).
+        path, file: as of `tables.stream_table`.
+        row_errors: collects unusable rows: those of the table, rows without 2 to `MAX_CHOICES`
+            choices, and rows whose label is not the index of a choice.
+        context: column of the first text.
+        prefix: column of a text that precedes every choice; it may be None, or missing in the
+            file.
+        choices: key of a list of choices. If there is no such key, the choices are the columns
+            ending0, ending1, ..; empty ones at the end are ignored.
+        label: column of the index of the right choice, from 0; None if it is unknown.
     """
     optional = [*([prefix] if prefix else []), choices, *_ENDINGS]
-    needed = [context, *([label] if label else [])]
-    for location, values in stream_table(path, needed, row_errors, optional, True, file):
-        found, problem = _choices(values, choices)
-        number = None
-        before = values.get(prefix, "") if prefix else ""
+    required = [context, *([label] if label else [])]
+    for location, values in stream_table(path, required, row_errors, optional, True, file):
+        found, problem = _parse_choices(values, choices)
+        prefix_text = values.get(prefix, "") if prefix else ""
         problem = text_problem(context, values[context]) or problem
-        problem = problem or (text_problem(prefix, before) if prefix else None)
+        problem = problem or (text_problem(prefix, prefix_text) if prefix else None)
+        index = None
         if label and not problem:
-            number, problem = _number(values[label], len(found))
+            index, problem = _parse_label(values[label], len(found))
         if problem:
             row_errors.add(location, problem)
         else:
-            yield ChoiceExample(location, values[context], before, found, number)
+            yield ChoiceExample(location, values[context], prefix_text, found, index)
 
 
-def _choices(values: dict[Any, Any], key: str) -> tuple[list[str], str | None]:
-    """The choices of a row, and what is wrong with them."""
+def _parse_choices(values: dict[Any, Any], key: str) -> tuple[list[str], str | None]:
+    """(the choices of a row, the problem or None)."""
     if key in values:
         found = values[key]
         if not isinstance(found, list):
@@ -105,10 +106,11 @@ def _choices(values: dict[Any, Any], key: str) -> tuple[list[str], str | None]:
     return found, None
 
 
-def _number(value: Any, choices: int) -> tuple[int | None, str | None]:
+def _parse_label(value: Any, num_choices: int) -> tuple[int | None, str | None]:
+    """(the index of the right choice, the problem or None)."""
     text = str(value).strip()
     if isinstance(value, bool) or not text.isdecimal():
         return None, f"expected the number of a choice as label, found {text[:40]!r}"
-    if int(text) >= choices:
-        return None, f"label {text} is not among its {choices} choices, 0 to {choices - 1}"
+    if int(text) >= num_choices:
+        return None, f"label {text} is not among its {num_choices} choices, 0 to {num_choices - 1}"
     return int(text), None

@@ -1,12 +1,12 @@
-"""Rows of CSV, TSV and JSON-lines files, each with the place it came from.
+"""Reads rows of CSV, TSV, JSON-lines and text files, each with its location.
 
-CSV is RFC 4180: quotes may enclose commas, quotes and line ends. TSV has no quotes at all, as GLUE
-writes it: a quotation mark is a character like any other, and a tab always parts two columns.
-JSON lines hold an object each, and in .txt every line is the only column, 'text' or 0. Files are
-UTF-8 with or without a byte order mark, `.gz` or plain.
+CSV follows RFC 4180: quotes may enclose commas, quotes and line ends. TSV has no quoting, as GLUE
+writes it: a quotation mark is an ordinary character, and a tab always separates columns. Each line
+of JSON lines holds an object. Each line of .txt is the only column, 'text' or 0. Files are UTF-8,
+with or without a byte order mark, plain or `.gz`.
 
-`stream_` functions, here and for the tasks, give rows as they are read, for inputs larger than
-memory; `read_` functions give all of them, and have refused bad ones.
+In this package, `stream_` functions yield rows while reading, for inputs larger than memory.
+`read_` functions return all rows and, by default, raise if any is unusable.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ FORMATS = {
     ".txt": "txt",
 }
 
-Column = str | int  # a name of the header or a key, or a place counted from 0
+Column = str | int  # a name in the header or a key, or an index from 0
 
 
 class Record(NamedTuple):
-    """A row: its place as 'file:line' and the values of the columns asked for."""
+    """A row: its location as 'file:line', and the values of the requested columns."""
 
     location: str
     values: dict[Column, Any]
@@ -47,17 +47,17 @@ def read_table(
     header: bool | None = None,
     row_errors: RowErrors | None = None,
 ) -> list[Record]:
-    """The given columns of every row, in the file's order; arguments as of `stream_table`.
+    """The requested columns of all rows, in the file's order; arguments as of `stream_table`.
 
     Raises:
-        InputError: the file cannot be read, has no rows or no such columns; or, where `bad` is
-            None, bad rows.
+        InputError: the file cannot be read, has no rows or lacks a column; or there are unusable
+            rows and `row_errors` is None.
     """
     row_errors, is_owner = ensure_collector(row_errors)
-    found = list(stream_table(path, columns, row_errors, optional, header))
+    records = list(stream_table(path, columns, row_errors, optional, header))
     if is_owner:
         row_errors.raise_if_any()
-    return found
+    return records
 
 
 def stream_table(
@@ -68,22 +68,22 @@ def stream_table(
     header: bool | None = None,
     file: BinaryIO | None = None,
 ) -> Iterator[Record]:
-    """The given columns of each row as it is read.
+    """Yields the requested columns of each row while reading the file.
 
-    Values are str, except that JSON lines have whatever JSON holds. Blank lines are no rows.
+    Values are str; from JSON lines, whatever JSON holds. Blank lines are skipped.
 
     Args:
-        path: named by its format (`FORMATS`), also with `.gz`.
-        columns: needed in every row. By number in files without a header.
-        bad: takes rows of another number of columns, with quotes out of place, or that are no JSON
-            object with the keys.
-        optional: read where there are such columns, else left out.
-        header: whether a CSV or TSV begins with names; None: where any column is given by name.
-        file: read in the path's place, which is then only a name (standard input, say).
+        path: its suffix is the format (`FORMATS`), optionally followed by `.gz`.
+        columns: columns that every row must have; by index if the file has no header.
+        row_errors: collects unusable rows: those with another number of columns, with misplaced
+            quotes, or that are not JSON objects with the keys.
+        optional: columns that are read if the file has them.
+        header: whether a CSV or TSV begins with column names. None: if a column is given by name.
+        file: read instead of `path`, which then is only its name (for example standard input).
 
     Raises:
-        InputError: the file cannot be read, has no rows or no such columns, or a quote swallows
-            rows.
+        InputError: the file cannot be read, has no rows, lacks a column, or an unclosed quote
+            spans rows.
     """
     path = Path(path).expanduser()
     suffix = Path(path.name.removesuffix(".gz")).suffix
@@ -91,7 +91,7 @@ def stream_table(
         raise InputError(f"{path}: expected a file named {', '.join(FORMATS)}, plain or .gz")
     kind = FORMATS[suffix]
     chunks = iter_text_chunks(path, file)
-    before = row_errors.num_rows
+    rows_before = row_errors.num_rows
     if kind == "jsonl":
         yield from _json_records(path, chunks, columns, optional, row_errors)
     else:
@@ -99,10 +99,12 @@ def stream_table(
             header = any(isinstance(column, str) for column in [*columns, *optional])
         if kind == "txt":
             rows, header = _split_text(path, chunks), True
+        elif kind == "tsv":
+            rows = _split_tsv(path, chunks)
         else:
-            rows = (_split_csv if kind == "csv" else _split_tsv)(path, chunks, row_errors)
+            rows = _split_csv(path, chunks, row_errors)
         yield from _table_records(path, rows, columns, optional, header, row_errors)
-    if row_errors.num_rows == before:
+    if row_errors.num_rows == rows_before:
         raise InputError(f"{path}: no rows; expected columns {_names(columns)}")
 
 
@@ -115,11 +117,11 @@ def _table_records(
     row_errors: RowErrors,
 ) -> Iterator[Record]:
     names: list[str] | None = None
-    where: dict[Column, int] = {}
+    indices: dict[Column, int] = {}
     for location, cells in rows:
         if names is None:
             names = [cell.strip() for cell in cells] if header else [""] * len(cells)
-            where = _places(path, names, columns, optional, header)
+            indices = _column_indices(path, names, columns, optional, header)
             if header:
                 continue
         row_errors.count_rows()
@@ -129,24 +131,24 @@ def _table_records(
                 location, f"expected {len(names)} columns as in {like}, found {len(cells)}"
             )
             continue
-        yield Record(location, {column: cells[at] for column, at in where.items()})
+        yield Record(location, {column: cells[index] for column, index in indices.items()})
 
 
-def _places(
+def _column_indices(
     path: Path,
     names: list[str],
     columns: Sequence[Column],
     optional: Sequence[Column],
     header: bool,
 ) -> dict[Column, int]:
-    """Which cell each column is; InputError names all that the file does not have."""
-    where: dict[Column, int] = {}
+    """The index of each column; InputError names all required columns that are missing."""
+    indices: dict[Column, int] = {}
     missing = []
     for column in [*columns, *optional]:
         if isinstance(column, int) and 0 <= column < len(names):
-            where[column] = column
+            indices[column] = column
         elif isinstance(column, str) and names.count(column) == 1:
-            where[column] = names.index(column)
+            indices[column] = names.index(column)
         elif isinstance(column, str) and names.count(column) > 1:
             raise InputError(f"{path}: the header names column {column!r} more than once")
         elif column in columns:
@@ -154,7 +156,7 @@ def _places(
     if missing:
         found = f"columns {', '.join(names if header else map(str, range(len(names))))}"
         raise InputError(f"{path}: no column {_names(missing)}; the file has {found}")
-    return where
+    return indices
 
 
 def _split_text(path: Path, chunks: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
@@ -164,11 +166,9 @@ def _split_text(path: Path, chunks: Iterable[str]) -> Iterator[tuple[str, list[s
             yield f"{path}:{number}", [line]
 
 
-def _split_tsv(
-    path: Path, chunks: Iterable[str], row_errors: RowErrors
-) -> Iterator[tuple[str, list[str]]]:
+def _split_tsv(path: Path, chunks: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
     for number, line in enumerate(iter_lines(chunks), 1):
-        if line.strip(" "):  # a row of empty cells is no blank line
+        if line.strip(" "):  # a row of empty cells is not a blank line
             yield f"{path}:{number}", line.split("\t")
 
 
@@ -178,16 +178,16 @@ def _split_csv(
     reader = csv.reader((line + "\n" for line in iter_lines(chunks)), strict=True)
     while True:
         start = reader.line_num + 1
-        # The limit (131,072 characters) is the process's, so it is ours only while a row is read.
+        # The limit (131,072 characters) belongs to the process: raise it only while reading a row.
         limit = csv.field_size_limit(1 << 30)
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            problem = "a quotation mark out of place: inside quotes it is written twice"
+            problem = "a quotation mark out of place: inside quotes, write it twice"
             if reader.line_num > start:
-                # Never to be skipped: good rows may be among the lines between.
+                # Cannot be skipped: the lines between may hold usable rows.
                 raise InputError(
                     f"{path}:{start}: {problem}; it opens a cell that goes on to line "
                     f"{reader.line_num} ({error})"
@@ -228,12 +228,12 @@ def _json_records(
         if missing:
             row_errors.add(location, f"no key {_names(missing)} among {_names(list(row)[:12])}")
             continue
-        wanted = [column for column in [*columns, *optional] if column in row]
-        yield Record(location, {column: row[column] for column in wanted})
+        found = [column for column in [*columns, *optional] if column in row]
+        yield Record(location, {column: row[column] for column in found})
 
 
 def text_problem(name: Column, value: Any) -> str | None:
-    """Why `value` is no text that can be tokenized; None if it is."""
+    """Why `value` cannot be tokenized as text; None if it can."""
     if not isinstance(value, str):
         return f"expected text under {name!r}, found {json.dumps(value)[:40]}"
     try:

@@ -84,7 +84,7 @@ MASKINGS = st.builds(
 @given(example=ROWS, masking=MASKINGS, epoch=st.integers(0, 5))
 def test_masked_row_invariants(example, masking, epoch):
     before = example.input_ids.copy()
-    masked = masking.apply(example, seed=3, epoch=epoch, example=7)
+    masked = masking.apply(example, seed=3, epoch=epoch, row_index=7)
     slots = masking.max_masked_positions(len(before))
     for name, dtype in [("positions", np.int32), ("labels", np.int32), ("weights", np.float32)]:
         assert masked[f"masked_{name}"].shape == (slots,)
@@ -103,7 +103,7 @@ def test_masked_row_invariants(example, masking, epoch):
     assert masked["input_ids"].dtype == np.int32
     np.testing.assert_array_equal(masked["segment_ids"], example.segment_ids)
     np.testing.assert_array_equal(masked["position_ids"], example.position_ids)
-    again = masking.apply(example, seed=3, epoch=epoch, example=7)
+    again = masking.apply(example, seed=3, epoch=epoch, row_index=7)
     for name in masked:
         np.testing.assert_array_equal(masked[name], again[name])
 
@@ -322,7 +322,7 @@ def test_random_streams_of_neighbouring_examples_are_independent():
 
 def test_random_stream_values_are_pinned():
     """A change of these numbers changes every run's data: it must be meant."""
-    masked = make(rate=0.15).apply(row(40), seed=1, epoch=2, example=3)
+    masked = make(rate=0.15).apply(row(40), seed=1, epoch=2, row_index=3)
     assert chosen(masked).tolist() == [3, 8, 9, 11, 32, 35]
 
 
