@@ -1,1 +1,1 @@
-"""Examples to token ids and labels, one file a task."""
+"""Examples to token ids and labels; one module for each task."""

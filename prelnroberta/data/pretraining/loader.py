@@ -11,7 +11,6 @@ A batch is a dict of numpy arrays:
     masked_weights                                    float32 [B, M], 1 where scored, else 0
 """
 
-
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -25,7 +24,7 @@ _ALL = slice(None)
 
 
 class Loader:
-    """Endless shuffled training batches, masked anew in each epoch."""
+    """Endless shuffled training batches, with new masks in each epoch."""
 
     def __init__(self, source: Rows, masking: Masking, batch_size: int, seed: int):
         """

@@ -62,8 +62,8 @@ def stream_text_examples(
         pair: column of the second text of a pair, if any.
         row_errors: collects unusable rows: those of the table, values that are not text, and rows
             without a label.
-        label: column of the label; None if there is none to read. Several columns are the labels
-            of a multi-label problem: each cell is 0 or 1, and the columns' names are the labels.
+        label: column of the label; None if there are no labels. Several columns are the labels of a
+            multi-label problem: each cell is 0 or 1, and the columns' names are the labels.
     """
     text_columns = [text] + ([] if pair is None else [pair])
     multi_label = label is not None and not isinstance(label, str | int)
