@@ -33,7 +33,7 @@ help:
 	@echo "make test       the whole test suite"
 	@echo "make test-fast  the same without slow tests"
 	@echo "make test-core  the tests that need neither PyTorch, TensorFlow nor transformers (minutes)"
-	@echo "make lint       ruff"
+	@echo "make lint       ruff, mypy, and a check of words"
 	@echo "make install    only the environment, .venv"
 	@echo "make bridges    the same with PyTorch, TensorFlow and ONNX (CPU builds)"
 	@echo "make libtpu     only what --compile_topology needs: the compiler of TPU programs"
@@ -98,6 +98,8 @@ test-core: $(CORE)/tested
 lint: $(VENV)/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy --package prelnroberta
+	$(BIN)/python tests/programs/check_words.py
 
 clean:
 	rm -rf $(VENV) $(CORE) build *.egg-info .pytest_cache .ruff_cache .hypothesis

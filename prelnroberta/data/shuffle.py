@@ -39,6 +39,7 @@ class Prefetch:
 
     def _work(self, step: int) -> None:
         while not self._closed.is_set():
+            made: tuple[Batch | None, BaseException | None]
             try:
                 made = (self._make(step), None)
             except BaseException as error:  # raised again in the consumer

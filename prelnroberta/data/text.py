@@ -9,7 +9,7 @@ import io
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from prelnroberta.errors import InputError
 
@@ -30,10 +30,11 @@ def iter_text_chunks(path: Path, file: BinaryIO | None = None) -> Iterator[str]:
         with contextlib.ExitStack() as stack:
             if file is None:
                 file = stack.enter_context(open(path, "rb"))
+            source: Any = file
             if path.suffix == ".gz":
-                file = stack.enter_context(gzip.open(file))
+                source = stack.enter_context(gzip.open(file))
             while True:
-                chunk = file.read(1 << 20)
+                chunk = source.read(1 << 20)
                 pending = len(decoder.getstate()[0])
                 text = newlines.decode(decoder.decode(chunk, final=not chunk), final=not chunk)
                 yield text.removeprefix("\ufeff") if offset == 0 else text

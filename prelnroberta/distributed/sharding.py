@@ -105,14 +105,14 @@ class Parallelism:
         """Sizes of the mesh axes. Raises InputError if their product is not `num_devices`."""
         sizes = [self.data, self.fsdp, self.tensor]
         known = math.prod(size for size in sizes if size != -1)
-        shape = tuple(num_devices // known if size == -1 else size for size in sizes)
-        if math.prod(shape) != num_devices:
+        data, fsdp, tensor = (num_devices // known if size == -1 else size for size in sizes)
+        if data * fsdp * tensor != num_devices:
             raise InputError(
                 f"mesh_data={self.data}, mesh_fsdp={self.fsdp}, mesh_tensor={self.tensor} do not "
                 f"make up {num_devices} devices, expected sizes whose product is {num_devices}, or "
                 "one -1"
             )
-        return shape
+        return data, fsdp, tensor
 
 
 def make_mesh(parallelism: Parallelism, devices: list[Any]) -> Mesh:
@@ -162,7 +162,7 @@ def partition_spec(
 ) -> PartitionSpec:
     """Maps letters to the mesh axes that shard them, each axis once, where sizes are divisible."""
     used: set[str] = set()
-    entries = []
+    entries: list[str | tuple[str, ...] | None] = []
     for letter in letters:
         axes = rules.get(letter, ())
         if not axes or used & set(axes) or not is_divisible(letter, axes):

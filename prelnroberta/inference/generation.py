@@ -114,8 +114,8 @@ def _check_cache_size(cache: KVCache, prompt_length: int, max_new_tokens: int) -
     """A write past the end of the cache would be clamped to its last column without an error."""
     if "valid" not in cache:
         return
-    used = cache["index"]
-    used = 0 if isinstance(used, jax.core.Tracer) else int(used)
+    index = cache["index"]
+    used = 0 if isinstance(index, jax.core.Tracer) else int(index)
     needed, columns = used + prompt_length + max_new_tokens - 1, cache["valid"].shape[1]
     if needed > columns:
         raise InputError(
@@ -162,8 +162,7 @@ def keep_top_p(logits: Array, p: float) -> Array:
     return jnp.where(kept, logits, -jnp.inf)
 
 
-@flax.struct.dataclass
-class _DecodeState:
+class _DecodeState(flax.struct.PyTreeNode):
     """State of the loop after `step` new tokens.
 
     Attributes:
@@ -181,7 +180,6 @@ class _DecodeState:
     seen: Array | None
 
 
-@flax.struct.dataclass
 class _BeamState(_DecodeState):
     """State of beam search; beams are sorted, best first.
 
@@ -224,6 +222,8 @@ def _generate(
     # The prompt is read once, then copied for each of its beams or samples.
     row_index = jnp.repeat(jnp.arange(B), rows_per_prompt)
     cache, seen = reorder_cache(cache, row_index), None if seen is None else seen[row_index]
+    advance: Callable[[Any, Array], Any]
+    state: Any
     if with_beams:
         state = _initial_beam_state(config, max_new_tokens, cache, seen, B)
         advance = partial(_advance_beams, config, min_new_tokens)
@@ -371,7 +371,7 @@ def _advance_beams(
     tokens = state.tokens[prompt, parent].at[:, :, step].set(token)
     ends = _is_eos(config, token) | (step == max_new_tokens - 1)
 
-    length = (step + 1).astype(jnp.float32)
+    length: Any = (step + 1).astype(jnp.float32)
     finishes = ends & (jnp.arange(num_candidates) < W) & state.unfinished[:, None]
     final = jnp.where(finishes, scores / length**config.length_penalty, -jnp.inf)
     all_finished_scores = jnp.concatenate([state.finished_scores, final], axis=1)

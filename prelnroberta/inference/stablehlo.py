@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def forward(
 ) -> Outputs:
     """The exported function: int32 inputs [B, L], or [B, A, L] for multiple choice, to the float32
     outputs of the Flax class, by name."""
-    output = heads.MODULES[model](config).apply(
+    output: Any = heads.MODULES[model](config).apply(
         {"params": params}, input_ids, attention_mask, token_type_ids
     )
     if model == "encoder":

@@ -41,11 +41,13 @@ class ClassCounts(NamedTuple):
         """
         if mode == "micro":
             total = ClassCounts(*(np.asarray(x).sum(keepdims=True) for x in self))
-            return tuple(float(x[0]) for x in total.precision_recall_f1())
+            precision, recall, f1 = (float(x[0]) for x in total.precision_recall_f1())
+            return precision, recall, f1
         weights = self.targets if mode == "weighted" else np.ones(len(self.targets))
-        return tuple(
+        precision, recall, f1 = (
             float(_ratio((x * weights).sum(), weights.sum())) for x in self.precision_recall_f1()
         )
+        return precision, recall, f1
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

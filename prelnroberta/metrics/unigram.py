@@ -36,5 +36,5 @@ class UnigramBaseline:
         return Scores(
             loss=-self.log_probabilities[counted].sum(),
             correct=(counted == self._most_frequent_id).sum(),
-            weight=counted.size,
+            weight=counted.size,  # type: ignore[arg-type]  # Scores of numpy
         )

@@ -44,9 +44,9 @@ def unsupported_reasons(
     if kernel == "cudnn":
         reasons |= {
             "dtype=float32, expected bfloat16": dtype == jnp.float32,
-            f"heads of {K} dimensions, expected a multiple of 8, 128 at most": K % 8 or K > 128,
+            f"heads of {K} dimensions, expected a multiple of 8, 128 at most": K % 8 > 0 or K > 128,
             f"rows of {length} positions in training, expected an even number": training
-            and length % 2,
+            and length % 2 > 0,
         }
     return [reason for reason, applies in reasons.items() if applies]
 

@@ -137,8 +137,7 @@ class LayerInputs:
     cache: KVCache = dataclasses.field(default_factory=dict)
 
 
-@flax.struct.dataclass
-class AttentionContext:
+class AttentionContext(flax.struct.PyTreeNode):
     """What all layers share.
 
     Attributes:
@@ -420,7 +419,8 @@ def run_layers(
         run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)
 
     # The last block is outside the loop: it alone may be narrowed to the read positions.
-    residuals, auxes = [], []
+    residuals: list[Array] = []
+    auxes: list[BlockAux] = []
     if execution.uses_scan and N > 1:
         x, residuals, auxes = _scan_layers(layers, config, remat, x, context, keep_residuals)
         last = jax.tree.map(last_layer, layers)
@@ -605,8 +605,8 @@ class TableModule(nn.Module):
         """Declares (under `init`) or fetches (under `apply`) the parameters of `model`."""
         parts = {path.partition("/")[0] for path in parameters.table(self.config, model)}
 
-        def fetch(part: str) -> dict:
-            found = self.get_variable("params", part)
+        def fetch(part: str) -> Any:
+            found: Any = self.get_variable("params", part)
             if isinstance(found, Mapping) and isinstance(found.get("layers"), tuple):
                 return found  # by `params.unstack_layers`: Linen would refuse its shapes
             return self.param(part, lambda rng: parameters.init(self.config, rng, model)[part])

@@ -35,8 +35,8 @@ def init_cache(
     `dtype` is that of the computation. T may exceed the model's number of positions, since pads
     take columns, too. Under jit, writing beyond T is not detected.
     """
-    shape = (config.num_hidden_layers, batch, max_length)
-    shape += (config.num_attention_heads, config.head_dim)
+    N, H, K = config.num_hidden_layers, config.num_attention_heads, config.head_dim
+    shape = N, batch, max_length, H, K
     return {
         "keys": jnp.zeros(shape, dtype),
         "values": jnp.zeros(shape, dtype),

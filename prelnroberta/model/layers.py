@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -132,7 +133,7 @@ def per_row_rngs(rngs: Array, rows: int) -> Array:
     return rngs if rngs.ndim else jax.random.split(rngs, rows)
 
 
-def split_rngs(rngs: Array | None, count: int) -> Array | tuple[None, ...]:
+def split_rngs(rngs: Array | None, count: int) -> Any:
     """[B] keys -> [count, B], each row's key split by itself; a single key -> [count].
 
     None, which turns dropout off, gives Nones.

@@ -7,6 +7,7 @@ soon as the numbers of counted targets differ.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
@@ -227,7 +228,7 @@ def masked_lm_scores(
             [B, M] int; masked_weights [B, M] float32 (`data/pretraining/loader.py` makes it).
         dropout_rngs: [B], one per row; None evaluates without dropout.
     """
-    hidden = module.apply(
+    hidden: Any = module.apply(
         {"params": params},
         batch["input_ids"],
         position_ids=batch["position_ids"],

@@ -21,6 +21,7 @@ from prelnroberta.config import RobertaPreLayerNormConfig, require_config
 from prelnroberta.errors import InputError
 from prelnroberta.model import kv_cache as caches
 from prelnroberta.model import losses
+from prelnroberta.model.attention_kernels import Attention
 from prelnroberta.model.encoder import EncoderOutput, Execution, TableModule
 from prelnroberta.model.kv_cache import KVCache
 from prelnroberta.params import Tree
@@ -64,8 +65,8 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
 
     config_class = RobertaPreLayerNormConfig
     base_model_prefix = "roberta_prelayernorm"
-    model: ClassVar[str]
-    module_class: ClassVar[type[TableModule]]
+    model: str
+    module_class: type[TableModule]
     # Arguments of the constructor that from_pretrained accepts.
     options: ClassVar[frozenset[str]] = frozenset(
         {"input_shape", "gradient_checkpointing", "attention"}
@@ -81,7 +82,7 @@ class FlaxRobertaPreLayerNormPreTrainedModel:
         dtype: Any = jnp.float32,
         _do_init: bool = True,
         gradient_checkpointing: bool = False,
-        attention: str = "xla",
+        attention: Attention = "xla",
     ):
         require_config(config)
         self.config = config
@@ -436,10 +437,9 @@ def _apply(
     module: TableModule, params: Tree, rng: Array | None, inputs: dict[str, Any], **keep: bool
 ) -> tuple[Any, EncoderOutput]:
     """The output of the head, None for the bare encoder, and that of the encoder."""
-    output = module.apply(
+    output: Any = module.apply(
         {"params": params},
-        **inputs,
-        **keep,
+        **{**inputs, **keep},
         deterministic=rng is None,
         rngs=None if rng is None else {"dropout": rng},
     )

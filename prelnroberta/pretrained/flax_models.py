@@ -21,7 +21,12 @@ from prelnroberta.errors import InputError
 from prelnroberta.inference.generation import GenerationOutput, generate
 from prelnroberta.inference.generation_config import GenerationConfig
 from prelnroberta.model import heads, losses
-from prelnroberta.model.encoder import Encoder, EncoderOutput, project_encoder_states
+from prelnroberta.model.encoder import (
+    Encoder,
+    EncoderOutput,
+    TableModule,
+    project_encoder_states,
+)
 from prelnroberta.model.kv_cache import KVCache
 from prelnroberta.params import Tree
 from prelnroberta.pretrained import outputs
@@ -71,11 +76,12 @@ class FlaxRobertaPreLayerNormForMaskedLM(FlaxRobertaPreLayerNormPreTrainedModel)
 class _DecodeFn:
     """A decoding step as a `generation.DecodeFn`. Equal for equal modules, so it compiles once."""
 
-    module: heads.CausalLM
+    module: TableModule
 
     def __call__(
         self, params: Tree, input_ids: Array, attention_mask: Array, cache: KVCache
     ) -> tuple[Array, KVCache]:
+        output: Any
         logits, output = self.module.apply(
             {"params": params}, input_ids, attention_mask=attention_mask, cache=cache
         )
@@ -234,8 +240,8 @@ class FlaxRobertaPreLayerNormForQuestionAnswering(FlaxRobertaPreLayerNormPreTrai
     ) -> outputs.QuestionAnsweringOutput:
         loss = None
         if targets:
-            positions = (jnp.asarray(targets[f"{side}_positions"]) for side in ("start", "end"))
-            starts, ends = losses.span_scores(logits, *positions)
+            start, end = (jnp.asarray(targets[f"{side}_positions"]) for side in ("start", "end"))
+            starts, ends = losses.span_scores(logits, start, end)
             loss = (starts.mean + ends.mean) / 2
         return outputs.QuestionAnsweringOutput(
             loss=loss,

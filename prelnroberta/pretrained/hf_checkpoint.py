@@ -385,7 +385,8 @@ def as_dtype(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
 
 def _split_into_shards(tensors: StateDict, max_bytes: int) -> list[dict[str, np.ndarray]]:
     """Splits a state dict, in order. Only a single larger tensor makes a shard exceed the limit."""
-    shards, size = [{}], 0
+    shards: list[dict[str, np.ndarray]] = [{}]
+    size = 0
     for name, value in tensors.items():
         if shards[-1] and size + value.nbytes > max_bytes:
             shards.append({})
@@ -497,7 +498,7 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
         weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{index}: damaged or not an index of shards ({error!r})") from None
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for name in sorted(set(weight_map.values())):
         shard = _read_safetensors(index.parent / Path(name).name)
         misplaced = [tensor for tensor in shard if weight_map.get(tensor) != name]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -25,7 +25,9 @@ class ModelOutput:
 
     def items(self) -> list[tuple[str, Any]]:
         """(name, value) of the fields that are not None, in order."""
-        pairs = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        pairs = [
+            (field.name, getattr(self, field.name)) for field in dataclasses.fields(cast(Any, self))
+        ]
         return [(name, value) for name, value in pairs if value is not None]
 
     def keys(self) -> list[str]:

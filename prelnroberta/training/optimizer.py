@@ -179,7 +179,7 @@ def learning_rate_multipliers(
     shapes = parameters.shapes(config, model)
     labels = parameters.flatten(freeze_labels(parameters.unflatten(shapes), settings.freeze))
 
-    def factor(path: str, row: parameters.Parameter) -> np.ndarray:
+    def factor(path: str, row: parameters.Parameter) -> np.ndarray | np.float32:
         if labels[path] == "frozen":
             return np.float32(0.0)
         if row.is_stacked:

@@ -27,8 +27,7 @@ Batch = dict[str, jax.Array]
 ScoreFn = Callable[[Tree, Batch, jax.Array | None], Scores]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Everything that a step reads and writes. A checkpoint holds all of it.
 
     Attributes:

@@ -104,7 +104,7 @@ class PackedBatches:
         longest = -(-int(self._sizes.max()) // 8) * 8
         lengths = np.arange(longest, longest * 3 // 2 + 1, -(-longest // 128) * 8)
         needed = [
-            [self._pack(indices, length).num_rows for length in lengths]
+            [self._pack(indices, int(length)).num_rows for length in lengths]
             for indices in map(self.indices, range(steps))
         ]
         rows = -(-np.max(needed, axis=0) // multiple) * multiple

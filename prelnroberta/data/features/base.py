@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -45,14 +45,14 @@ class Features(abc.ABC):
 
 
 def pad_rows(
-    rows: Sequence[np.ndarray],
+    rows: Sequence[np.ndarray] | Mapping[int, np.ndarray],
     indices: np.ndarray,
     length: int,
     fill_value: int,
     dtype: type = np.int32,
 ) -> np.ndarray:
     """`rows` at `indices`, padded with `fill_value`: [B, length]; all padding at PADDING_INDEX."""
-    out = np.full((len(indices), length), fill_value, dtype)
+    out: np.ndarray = np.full((len(indices), length), fill_value, dtype)
     for i, index in enumerate(indices):
         if index != PADDING_INDEX:
             row = rows[index]
@@ -60,7 +60,9 @@ def pad_rows(
     return out
 
 
-def collate_tokens(rows: Sequence[np.ndarray], indices: np.ndarray, length: int) -> Batch:
+def collate_tokens(
+    rows: Sequence[np.ndarray] | Mapping[int, np.ndarray], indices: np.ndarray, length: int
+) -> Batch:
     """Pads the token ids `rows` at `indices` [B] to the arrays that every task's batch has.
 
     Returns:

@@ -85,7 +85,13 @@ def build_pair_row(
         if short + long > room:
             short, long = room // 2, room - room // 2
     len_first, len_second = (long, short) if len(first) > len(second) else (short, long)
-    parts = [[BOS_ID], first[:len_first], [EOS_ID, EOS_ID], second[:len_second], [EOS_ID]]
+    parts: list[Any] = [
+        [BOS_ID],
+        first[:len_first],
+        [EOS_ID, EOS_ID],
+        second[:len_second],
+        [EOS_ID],
+    ]
     truncated = len_first < len(first) or len_second < len(second)
     return np.concatenate(parts, dtype=np.int32), truncated
 

@@ -47,7 +47,7 @@ class ChoiceFeatures(Features):
     num_truncated: int
 
     @cached_property
-    def num_choices(self) -> int:
+    def num_choices(self) -> int:  # type: ignore[override]  # a constant in other classes
         """A, the largest number of choices of an example."""
         return max(map(len, self.input_ids))
 

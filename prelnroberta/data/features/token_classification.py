@@ -166,7 +166,8 @@ def _label_words(
             row_errors.add(sentence.location, problem)
             continue
         # Tags become names, even if the file has the numbers of the labels.
-        kept.append(sentence._replace(tags=[ids.names[i] for i in found]) if ids else sentence)
+        tags = [ids.names[i] for i in found if isinstance(i, int)] if ids else sentence.tags
+        kept.append(sentence._replace(tags=tags))
         word_labels.append(np.array(found, np.int32))
     return kept, word_labels
 

@@ -71,7 +71,8 @@ def extract_prose(docstring: str) -> list[str]:
 
 def _split_paragraphs(docstring: str) -> Iterator[list[str]]:
     """The lines of each paragraph."""
-    block, indent, hanging = [], 0, False
+    block: list[str] = []
+    indent, hanging = 0, False
     # Indentation of a line that ends in "::" or begins with ".."; deeper lines are code.
     code_indent = None
     for line in inspect.cleandoc(docstring).split("\n"):

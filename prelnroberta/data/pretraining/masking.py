@@ -190,7 +190,7 @@ class Masking:
         if self.sampling == "exact":
             count = int(self.rate * units + generator.random())
         else:
-            count = np.count_nonzero(priorities < self.rate)
+            count = int(np.count_nonzero(priorities < self.rate))
         # In order of priority, the first `count` units are selected; any prefix is a random subset.
         chosen = priorities.argsort()[:count]
         if self.unit == "token":

@@ -195,7 +195,7 @@ def _encode_documents(
         for batch in _batch_documents(corpus.documents()):
             texts = [document.text for document in batch]
             encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
-            ids = {split: [] for split in SPLITS}
+            ids: dict[str, list[list[int]]] = {split: [] for split in SPLITS}
             for document, encoding in zip(batch, encodings, strict=True):
                 held_out = in_validation_split(document.key, identity["validation_fraction"])
                 ids[SPLITS[held_out]].append(encoding.ids)

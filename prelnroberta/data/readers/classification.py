@@ -66,14 +66,17 @@ def stream_text_examples(
             multi-label problem: each cell is 0 or 1, and the columns' names are the labels.
     """
     text_columns = [text] + ([] if pair is None else [pair])
-    multi_label = label is not None and not isinstance(label, str | int)
-    label_columns = list(label) if multi_label else [] if label is None else [label]
+    label_columns: list[str | int] = []
+    if isinstance(label, str | int):
+        label_columns = [label]
+    elif label is not None:
+        label_columns = list(label)
     columns = [*text_columns, *label_columns]
     for location, values in stream_table(path, columns, row_errors, header=header, file=file):
         problems = (text_problem(column, values[column]) for column in text_columns)
         problem = next(filter(None, problems), None)
         value = None
-        if multi_label:
+        if label is not None and not isinstance(label, str | int):
             value, label_problem = _binary_labels(values, label_columns)
             problem = problem or label_problem
         elif label is not None:
