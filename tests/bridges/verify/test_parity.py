@@ -116,8 +116,8 @@ def test_program_passes_a_run_and_fails_a_changed_copy(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--checkpoint=nowhere"], "nowhere: no config.json there"),
-        (["--checkpoint={run}", "--against=nowhere"], "nowhere: no config.json there"),
+        (["--checkpoint=nowhere"], "nowhere: no config.json found"),
+        (["--checkpoint={run}", "--against=nowhere"], "nowhere: no config.json found"),
         (["--checkpoint={run}", "--html=no/such/place.html"], "--html=no/such/place.html"),
         (["--checkpoint={run}", "--sequence_length=0"], "--sequence_length=0"),
         (["--checkpoint={run}", "--sequence_length=5000"], "5000"),
