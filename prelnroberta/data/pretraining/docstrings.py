@@ -125,20 +125,10 @@ DEFAULT_PACKAGES = (
     "absl", "etils", "flax", "huggingface_hub", "humanize", "jax", "numpy", "optax",
     "orbax", "rich", "scipy", "tensorboardX",
 )  # fmt: skip
-
-
 STDLIB = "python"
-
-
 _EXCLUDED_FOLDERS = {
-    "test",
-    "tests",
-    "testing",
-    "idle_test",
-    "lib2to3",
-    "site-packages",
-    "dist-packages",
-}
+    "test", "tests", "testing", "idle_test", "lib2to3", "site-packages", "dist-packages",
+}  # fmt: skip
 
 
 class DocstringCorpus:
