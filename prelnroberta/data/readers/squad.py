@@ -111,7 +111,7 @@ def _from_squad(
 
 
 def _list_items(holder: Any, name: str, location: str, row_errors: RowErrors) -> list:
-    """The list under `name`; if there is none, adds a problem and returns an empty list."""
+    """The list under `name`; without a list, adds a problem and returns an empty list."""
     if isinstance(holder, dict) and isinstance(holder.get(name), list):
         return holder[name]
     row_errors.count_rows()
