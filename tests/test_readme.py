@@ -8,6 +8,8 @@ import pytest
 
 from tests.helpers.programs import ENVIRONMENT, ROOT, finished_run
 
+pytestmark = [pytest.mark.torch, pytest.mark.tensorflow, pytest.mark.oracle]
+
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 

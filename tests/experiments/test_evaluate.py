@@ -20,7 +20,7 @@ from prelnroberta.data.tokenizer import load_tokenizer
 from prelnroberta.distributed.sharding import Layout, Parallelism
 from prelnroberta.model.heads import MODULES
 from prelnroberta.pretrained.hf_checkpoint import load_pretrained
-from tests.helpers.programs import ENVIRONMENT, ROOT, SCRATCH, call, finished_run
+from tests.helpers.programs import ENVIRONMENT, ROOT, SCRATCH, VIZ, call, finished_run
 from tests.helpers.task_files import example_file
 
 ANSWERING = [name for name in TASKS if not name.endswith("_lm")]
@@ -83,7 +83,7 @@ def test_evaluate_matches_metrics_of_run(task, tmp_path):
     for name, value in ours["metrics"].items():
         low, high = ours["intervals"][name]
         assert low <= high and f"{name:20} {value:10.4f}" in done.stdout
-    assert theirs["baseline"] is not None and (run_dir / "loss.png").exists()
+    assert theirs["baseline"] is not None and (run_dir / "loss.png").exists() == VIZ
 
 
 @pytest.mark.slow
@@ -142,7 +142,8 @@ def test_embeddings_and_attention_match_model(tmp_path):
     attention = np.array(data["attention"]) / 1000
     assert attention.shape == (N, H, len(data["tokens"]), len(data["tokens"]))
     np.testing.assert_allclose(attention.sum(-1), 1.0, atol=0.02)
-    assert (tmp_path / "maps" / "attention.png").stat().st_size > 1000
+    assert (tmp_path / "maps" / "attention.png").exists() == VIZ
+    assert not VIZ or (tmp_path / "maps" / "attention.png").stat().st_size > 1000
     assert "http" not in page.split("<script")[0], "complete in itself"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from experiments.common.report import TIMING_FIELDS, read_records
 _SCRATCH = tempfile.TemporaryDirectory(prefix="prelnroberta-tests-")
 SCRATCH = Path(_SCRATCH.name)
 ROOT = Path(__file__).parents[2]
+# The extra `viz`: where it is missing, programs write no pictures and no TensorBoard events.
+VIZ = importlib.util.find_spec("matplotlib") is not None
 # One compilation for all runs of the same shapes.
 ENVIRONMENT = os.environ | {
     "JAX_PLATFORMS": "cpu",

@@ -19,6 +19,8 @@ from experiments.tasks.names import TASK_NAMES
 from prelnroberta.errors import InputError
 from tests.helpers.programs import call
 
+pytestmark = [pytest.mark.torch, pytest.mark.tensorflow, pytest.mark.oracle]
+
 TEXTS = [[0, *np.random.default_rng(i).integers(5, 400, 3 + 7 * i % 23), 2] for i in range(64)]
 RAGGED = {"preset": "tiny", "B": 3, "L": 24, "ragged": True}
 CASES = [
