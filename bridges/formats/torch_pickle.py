@@ -261,7 +261,7 @@ def _integers(values: Iterable[Any]) -> tuple[int, ...]:
 
 
 def _discard(*_: Any) -> None:
-    """Stands in for numpy's numbers, which occur in training logs and are not read."""
+    """Replaces numpy's numbers, which occur in training logs and are not read."""
 
 
 # The only names that a checkpoint may contain, besides storages, and their constructors here.

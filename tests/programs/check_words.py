@@ -20,7 +20,7 @@ BANNED = {
     r"amid(st)?": "among, between",
     r"tell(s|ing)? of": "report, name",
     r"told": "reported, printed",
-    r"(?-i:is none)": "is not one",
+    r"(?<!there )(?-i:is none)": "is not one",
     r"for want of": "without",
     r"(stands|stood)": "is, are",
     r"lies": "is, are",
