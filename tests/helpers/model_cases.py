@@ -3,6 +3,8 @@
 Rows are as long as the position table allows, padded on every side, of one token, and all padding.
 """
 
+import functools
+
 import jax
 import numpy as np
 
@@ -89,10 +91,10 @@ def case_batch(model, config, kind):
     return batch | {"labels": labels}
 
 
-def flax_loss_and_gradients(kind, cases=MODEL_CASES):
+@functools.cache  # one compilation for the tests of a process
+def flax_loss_and_gradients(kind, model, config):
     """Our loss, output and gradients, and the weights of outputs whose sum takes the place of a
     loss where there is none."""
-    model, config = cases[kind]
     params, batch = random_params(config, model), case_batch(model, config, kind)
     ours = flax_model(model, config)
     weight = np.linspace(-1, 1, 6 * ROW_LENGTH * config.hidden_size, dtype=np.float32)

@@ -75,7 +75,7 @@ def answers(tmp_path_factory):
         save_pretrained(root / kind, random_params(config, model), config, model)
         (root / kind / "architecture.txt").write_text(ARCHITECTURES[model])
         batch = case_batch(model, config, kind)
-        *ours[kind], weight = flax_loss_and_gradients(kind, CASES)
+        *ours[kind], weight = flax_loss_and_gradients(kind, model, config)
         weights = weights_of_outputs(kind, batch, ours[kind][1], weight)
         np.savez(root / kind / "batch.npz", **batch, **{f"of.{k}": v for k, v in weights.items()})
         if kind in TORCH_ALONE:

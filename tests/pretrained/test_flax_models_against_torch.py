@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.torch, pytest.mark.oracle]
 def test_outputs_loss_and_gradients_match_torch(kind):
     model, config = MODEL_CASES[kind]
     batch = case_batch(model, config, kind)
-    value, found, gradients, weight = flax_loss_and_gradients(kind)
+    value, found, gradients, weight = flax_loss_and_gradients(kind, model, config)
     theirs = transformers_model(model, config, random_params(config, model))
     inputs = {k: torch.from_numpy(v) for k, v in batch.items()}
     inputs = {k: v.double() if v.dtype == torch.float32 else v for k, v in inputs.items()}

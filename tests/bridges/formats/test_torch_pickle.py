@@ -236,7 +236,7 @@ def test_flipped_bit_in_tensor_raises(tmp_path):
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_corrupted_files_never_crash(container, tmp_path):
+def test_corrupted_files_are_read_or_raise_one_line(container, tmp_path):
     """Cut anywhere, with any bits flipped: a value or one line, soon."""
     whole = {"args": argparse.Namespace(a=1, b=[2.5, "x"]), "model": {"w": torch.ones(3, 5)}}
     path = save(tmp_path / "a.pt", whole, container)

@@ -241,7 +241,7 @@ def test_h5_with_external_links_raises(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["safetensors", "msgpack", "h5", "bin"])
-def test_corrupted_files_never_crash(form, tmp_path):
+def test_corrupted_files_are_read_or_raise_one_line(form, tmp_path):
     """Cut anywhere, with any bits flipped: a tree or one line, soon."""
     write_config(tmp_path)
     FILE_FORMS[form](tmp_path, tensors_of())

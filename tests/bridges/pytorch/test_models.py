@@ -113,7 +113,7 @@ def test_gradients_match_flax(kind):
             assert_close(found, gradient, f"gradient of {name}", 1e-5, 2e-4)
 
 
-def test_base_size_matches_flax():
+def test_base_size_matches_transformers():
     config = RobertaPreLayerNormConfig.preset("roberta-base")
     params, batch = random_params(config, scale=0.05), ragged_batch(config, L=24)
     reference = TorchReference(config, params, batch)
