@@ -39,8 +39,6 @@ _OLD_BASE_PREFIX = "roberta."
 _LAYER_PREFIX = _BASE_PREFIX + "encoder.layer."
 _UNUSED = re.compile(r"\.attention\.self\.LayerNorm\.(weight|bias)$")
 _POST_LN = re.compile(r"\.layer\.\d+\.(attention\.)?output\.LayerNorm\.")
-_BUFFER = re.compile(r"embeddings\.(position_ids|token_type_ids)$")
-_BASE_MODULE = re.compile(r"(embeddings|encoder|LayerNorm|pooler)\.")
 # Fields of a config that describe the file, not the architecture.
 _IGNORED_FIELDS = ("architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
 _MAX_LABELS = 1 << 20
@@ -83,7 +81,9 @@ def describe_checkpoint(
     """As `read_checkpoint`, for tensors that have been read, by the names of their file."""
     fields = _read_config_fields(path.with_name(hf_checkpoint.CONFIG_NAME))
     tensors = {
-        _current_name(n): value for n, value in file_tensors.items() if not _BUFFER.search(n)
+        _current_name(n): value
+        for n, value in file_tensors.items()
+        if not hf_checkpoint.BUFFER_PATTERN.search(n)
     }
     unused = {name for name in tensors if _UNUSED.search(name)}
     tensors = {name: value for name, value in tensors.items() if name not in unused}
@@ -202,7 +202,7 @@ def _current_name(name: str) -> str:
     """The name that current transformers gives to a tensor of a model with a head."""
     if name.startswith(_OLD_BASE_PREFIX):
         return _BASE_PREFIX + name.removeprefix(_OLD_BASE_PREFIX)
-    return _BASE_PREFIX + name if _BASE_MODULE.match(name) else name
+    return _BASE_PREFIX + name if hf_checkpoint.BASE_MODULE_PATTERN.match(name) else name
 
 
 def _architecture_problems(tensors: Mapping[str, Any]) -> list[str]:

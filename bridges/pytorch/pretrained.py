@@ -13,8 +13,6 @@ from prelnroberta.config import RobertaPreLayerNormConfig, require_config
 from prelnroberta.params import Tree
 from prelnroberta.pretrained import hf_checkpoint
 
-_WORD_EMBEDDINGS = "roberta_prelayernorm.embeddings.word_embeddings.weight"
-
 
 class PreTrainedModel(nn.Module):
     """A model of the parameter table whose state dict has transformers' names.
@@ -59,9 +57,10 @@ class PreTrainedModel(nn.Module):
         parameters.check(params, config, model.model)
         tensors = hf_checkpoint.to_state_dict(params, config, model.model)
         state = {name: torch.tensor(value) for name, value in tensors.items()}
-        if "lm_head.bias" in state:
-            state["lm_head.decoder.bias"] = state["lm_head.bias"]
-            state.setdefault("lm_head.decoder.weight", state[_WORD_EMBEDDINGS])
+        if hf_checkpoint.LM_BIAS in state:
+            state[hf_checkpoint.DECODER_BIAS] = state[hf_checkpoint.LM_BIAS]
+            word_embeddings = state[hf_checkpoint.WORD_EMBEDDINGS]
+            state.setdefault(hf_checkpoint.DECODER_WEIGHT, word_embeddings)
         model.load_state_dict(state, assign=True)
         model.tie_weights()
         return model.eval()

@@ -18,7 +18,6 @@ from prelnroberta.distributed import multihost
 from prelnroberta.training.checkpoint import CheckpointManager
 from prelnroberta.training.optimizer import OptimizerConfig, learning_rate_schedule
 from prelnroberta.training.train_step import (
-    Batch,
     ScoreFn,
     TrainState,
     compile_train_step,

@@ -70,19 +70,19 @@ MODULE_NAMES = {
 _MODELS_WITHOUT_HEAD = ("encoder", "base")
 _HEAD_MODULES = ("lm_head/", "classifier/", "span/")
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-_WORD_EMBEDDINGS = BASE_PREFIX + "embeddings.word_embeddings.weight"
-_LM_BIAS = "lm_head.bias"
-_DECODER_BIAS = "lm_head.decoder.bias"
-_DECODER_WEIGHT = "lm_head.decoder.weight"
+WORD_EMBEDDINGS = BASE_PREFIX + "embeddings.word_embeddings.weight"
+LM_BIAS = "lm_head.bias"
+DECODER_BIAS = "lm_head.decoder.bias"
+DECODER_WEIGHT = "lm_head.decoder.weight"
 
 # Buffers that older versions of transformers saved.
-_BUFFER = re.compile(r"embeddings\.(position_ids|token_type_ids)$")
+BUFFER_PATTERN = re.compile(r"embeddings\.(position_ids|token_type_ids)$")
 # Modules that a model has completely or not at all. They may be missing from a file, or unexpected
 # in it, when a checkpoint is loaded into a class with another head.
 _OPTIONAL_MODULE = re.compile(
     r"(?:^|\.)(pooler|lm_head|qa_outputs|crossattention|classifier\.(?:dense|out_proj)|classifier)\."
 )
-_WITHOUT_PREFIX = re.compile(r"(embeddings|encoder|LayerNorm|pooler)\.")
+BASE_MODULE_PATTERN = re.compile(r"(embeddings|encoder|LayerNorm|pooler)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,9 +182,9 @@ def to_state_dict(
         headless = model in _MODELS_WITHOUT_HEAD
         name = spec.name.removeprefix(BASE_PREFIX) if headless else spec.name
         state_dict[name] = np.ascontiguousarray(_to_torch(table[spec.path], spec.read(leaves)))
-    if _DECODER_WEIGHT in state_dict:
+    if DECODER_WEIGHT in state_dict:
         # transformers 5 reads lm_head.decoder.bias, transformers 4 reads lm_head.bias.
-        state_dict[_DECODER_BIAS] = state_dict[_LM_BIAS]
+        state_dict[DECODER_BIAS] = state_dict[LM_BIAS]
     return state_dict
 
 
@@ -261,8 +261,8 @@ def _normalized(state_dict: StateDict) -> dict[str, np.ndarray]:
     """The tensors in float32, without buffers and with the base model's prefix."""
     tensors = {}
     for name, value in state_dict.items():
-        if not _BUFFER.search(name):
-            name = BASE_PREFIX + name if _WITHOUT_PREFIX.match(name) else name
+        if not BUFFER_PATTERN.search(name):
+            name = BASE_PREFIX + name if BASE_MODULE_PATTERN.match(name) else name
             tensors[name] = np.asarray(value, np.float32)
     return tensors
 
@@ -273,14 +273,14 @@ def _resolve_decoder(found: dict[str, np.ndarray], expected: Mapping[str, Any]) 
     Where the output is untied, transformers 5 computes with `lm_head.decoder.bias` and
     transformers 4 ties it to `lm_head.bias`. Files of tied models may hold copies.
     """
-    if _LM_BIAS not in expected:
+    if LM_BIAS not in expected:
         return []
-    bias = found.pop(_DECODER_BIAS, None)
-    if _DECODER_WEIGHT in expected:
+    bias = found.pop(DECODER_BIAS, None)
+    if DECODER_WEIGHT in expected:
         if bias is not None:
-            found[_LM_BIAS] = bias
+            found[LM_BIAS] = bias
         return []
-    copies = {_WORD_EMBEDDINGS: found.pop(_DECODER_WEIGHT, None), _LM_BIAS: bias}
+    copies = {WORD_EMBEDDINGS: found.pop(DECODER_WEIGHT, None), LM_BIAS: bias}
     problems = []
     for name, copy in copies.items():
         if copy is not None and not np.array_equal(copy, found.setdefault(name, copy)):
