@@ -1,4 +1,4 @@
-"""Test modules of frameworks that are neither installed nor asked for are left uncollected."""
+"""Leaves test modules uncollected whose framework is missing, if `-m` names that framework."""
 
 import importlib.util
 import re

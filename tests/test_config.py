@@ -1,3 +1,5 @@
+"""The configuration: checks, files, presets and FLOPs."""
+
 import json
 
 import pytest

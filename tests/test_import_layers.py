@@ -1,4 +1,4 @@
-"""Which package may import which, that no modules import each other, and what tests may import."""
+"""Which packages may import which; no circular imports; what test modules may import."""
 
 import ast
 import functools
@@ -127,7 +127,7 @@ def imported_modules(module: str, top_level: bool = False) -> set[str]:
 
 
 def layer_of(module: str) -> str | None:
-    """The longest row of LAYERS that a module belongs to; `prelnroberta` itself is none of them."""
+    """The longest row of LAYERS that a module belongs to; `prelnroberta` itself is in none."""
     while module and module not in LAYERS:
         module = module.rpartition(".")[0]
     return module or None
@@ -225,7 +225,7 @@ PROGRAMS = ["pretrain", "finetune", "evaluate", "predict", "demo", "convert", "p
 
 @pytest.mark.parametrize("program", [*PROGRAMS, "example_data"])
 def test_help_loads_no_jax(program):
-    """--help answers at once because nothing heavy is imported to give it."""
+    """--help is quick because it imports nothing heavy."""
     code = (
         f"import sys, experiments.{program}\n"
         "print(sorted({'jax', 'flax', 'orbax', 'tokenizers', 'matplotlib'} & set(sys.modules)))"

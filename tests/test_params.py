@@ -1,4 +1,4 @@
-"""The parameter table against the true model: counts, shapes, initial values, the golden tree."""
+"""The parameter table: paths, shapes, counts, initial values and checks."""
 
 import jax
 import numpy as np

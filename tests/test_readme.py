@@ -1,4 +1,4 @@
-"""What README shows in Python runs as it stands, on a model that a run made."""
+"""The Python code blocks of README run, on a model of a finished run."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""The tokenizer: RoBERTa's ids, every way to load it, transformers as judge of what we save."""
+"""The tokenizer: ids of RoBERTa, every file layout, and agreement with transformers."""
 
 import itertools
 import json

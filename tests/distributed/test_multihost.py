@@ -1,5 +1,5 @@
-"""Two processes of four devices as one job: killed, asked to stop, started again, the same to the
-bit; and what they saved, read by other numbers of devices."""
+"""Two processes of four devices as one job: stopped, killed and restarted with the same result, bit
+for bit; and its checkpoints on other numbers of devices."""
 
 import functools
 import signal

@@ -1,4 +1,4 @@
-"""One step on any mesh: the same numbers, arrays cut as the rules say, what does not fit named."""
+"""One step on every mesh: the same numbers, arrays sharded by the rules, errors for bad sizes."""
 
 import dataclasses
 import functools
@@ -63,7 +63,7 @@ def test_ten_steps_match_one_device(mesh):
 
 
 def test_no_array_is_gathered_in_full():
-    """XLA says so when it can only gather an array in full to cut it anew."""
+    """XLA warns when it can only gather an array in full to shard it again."""
     assert "full rematerialization" not in eight_devices()[1]
 
 

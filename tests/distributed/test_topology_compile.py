@@ -1,9 +1,4 @@
-"""A pod's step compiled here: what is read of the program, what is told, what is advised.
-
-The collectives that a strategy must have are stated here: fsdp gathers each kernel twice a step, in
-bfloat16, and scatters its gradient; tensor sums activations four times a layer; nothing is moved
-from all to all.
-"""
+"""Compilation for TPU slices: collectives counted in the program, and unknown slices."""
 
 import pytest
 

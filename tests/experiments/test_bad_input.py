@@ -1,4 +1,4 @@
-"""What is wrong with the input is one line on standard error, before any training."""
+"""Bad input to pretraining prints one line on standard error, before any training."""
 
 import json
 import shutil

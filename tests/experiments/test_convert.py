@@ -1,4 +1,4 @@
-"""Every form of transformers' files, and the converting program as people run it."""
+"""The program `convert`: fairseq to a Hugging Face folder and back, dtypes, and errors."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import transformers
 from bridges.formats.detect import open_checkpoint
 from bridges.formats.fairseq import writer
 from prelnroberta.data.tokenizer import train_tokenizer
-from tests.helpers.foreign_checkpoints import V, checkpoint, fairseq_state
+from tests.helpers.foreign_checkpoints import V, fairseq_checkpoint, fairseq_state
 from tests.helpers.programs import call, error_line
 from tests.helpers.small_models import random_params
 from tests.helpers.tolerances import assert_same_params
@@ -71,7 +71,7 @@ def test_fairseq_to_folder_and_back(tmp_path):
 
 
 def test_convert_to_requested_dtype(tmp_path):
-    torch.save(checkpoint(fairseq_state({"rte": 2})), tmp_path / "checkpoint_best.pt")
+    torch.save(fairseq_checkpoint(fairseq_state({"rte": 2})), tmp_path / "checkpoint_best.pt")
     output = tmp_path / "out"
     said = convert(input=tmp_path, output=output, head="rte", dtype="bfloat16")
     assert set(open_checkpoint(output).dtype_counts) == {"bfloat16"}
@@ -90,7 +90,7 @@ def test_convert_to_requested_dtype(tmp_path):
 
 def test_describe_writes_nothing(tmp_path):
     state = {n: v for n, v in fairseq_state().items() if "layernorm_embedding" not in n}
-    torch.save(checkpoint(state, layernorm_embedding=False), tmp_path / "a.pt")
+    torch.save(fairseq_checkpoint(state, layernorm_embedding=False), tmp_path / "a.pt")
     said = convert("--describe", input=tmp_path / "a.pt", output=tmp_path / "out")
     for part in (
         "fairseq checkpoint (roberta_large, settings in cfg)",
@@ -107,9 +107,9 @@ def test_describe_writes_nothing(tmp_path):
 
 def test_errors_print_one_line_and_leave_no_files(tmp_path):
     path, output = tmp_path / "a.pt", tmp_path / "out"
-    torch.save(checkpoint(fairseq_state(), activation_fn="relu"), path)
+    torch.save(fairseq_checkpoint(fairseq_state(), activation_fn="relu"), path)
     assert "LM head" in convert_error(input=path, output=output)
-    whole = checkpoint(fairseq_state())
+    whole = fairseq_checkpoint(fairseq_state())
     torch.save({**whole, "criterion": os.system}, path)
     assert "refused, nothing was run" in convert_error(input=path, output=output)
     torch.save(whole, path)

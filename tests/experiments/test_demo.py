@@ -1,4 +1,4 @@
-"""The tour from end to end, on a recipe of a few steps."""
+"""The demo from start to end, with a recipe of a few steps."""
 
 import os
 import signal

@@ -1,7 +1,6 @@
-"""All six tasks through the programs: fine-tuned on two devices, evaluated, predicted with.
+"""All six tasks through the programs: fine-tuned on two devices, evaluated and predicted with.
 
-What a run says of its own evaluation, what `evaluate` says of its model and what `predict` answers
-are the same numbers.
+The metrics of a run's own evaluation, of `evaluate` and of the answers of `predict` are the same.
 """
 
 import json

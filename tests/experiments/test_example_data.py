@@ -1,4 +1,4 @@
-"""Labelled data from the installed documentation: what its labels rest on."""
+"""Labelled data made of installed documentation: what its labels depend on."""
 
 import csv
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What is exported is the same function, in a process that has none of our code, at any shape."""
+"""The program `export`: its files load without this package and compute the same at any shape."""
 
 import json
 import shutil

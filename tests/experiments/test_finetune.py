@@ -1,4 +1,4 @@
-"""Fine-tuning as a program: what a run holds, resuming, seeds and sweeps, refusals."""
+"""The program `finetune`: the run folder, resuming, seeds and sweeps, and errors."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""A fine-tuned model in transformers 5."""
+"""transformers 5 loads a fine-tuned model and computes the same."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The predicting program: text from everywhere, numbers that are the model's own."""
+"""The program `predict`: text from every source, and the outputs of the model itself."""
 
 import json
 import shutil

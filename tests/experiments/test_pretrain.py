@@ -1,4 +1,4 @@
-"""The pretraining program, from raw text to a Hugging Face folder, as people run it."""
+"""The program `pretrain`, from raw text to a Hugging Face folder."""
 
 import json
 import shutil

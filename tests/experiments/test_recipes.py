@@ -1,4 +1,4 @@
-"""Every recipe is a flagfile that the program accepts, with the numbers that were published."""
+"""Every recipe is a flagfile that the program accepts, with the published numbers."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Interrupted anywhere and run again, a run is the one that nothing interrupted, to the bit."""
+"""A run that is interrupted anywhere and run again ends bit for bit like an uninterrupted run."""
 
 import random
 import shutil

@@ -1,4 +1,4 @@
-"""Writes the golden files anew; only after a change that is meant to change numbers.
+"""Writes the golden files. Run it only after a change that is meant to change numbers.
 
 python -m tests.golden.regenerate
 """

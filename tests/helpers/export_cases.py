@@ -1,4 +1,4 @@
-"""Models to export."""
+"""Models for tests of exports."""
 
 from tests.helpers.small_models import ODD, SMALL, random_params
 

@@ -57,8 +57,8 @@ def fairseq_state(
     return state
 
 
-def settings(**changes: Any) -> dict[str, Any]:
-    """What a training's Namespace says of the model."""
+def fairseq_settings(**changes: Any) -> dict[str, Any]:
+    """The model settings in the Namespace of a training run."""
     return {
         "arch": "roberta_large",
         "encoder_layers": N,
@@ -80,9 +80,9 @@ def settings(**changes: Any) -> dict[str, Any]:
     }
 
 
-def checkpoint(state: dict[str, torch.Tensor], where: str = "cfg", **changes: Any) -> dict:
+def fairseq_checkpoint(state: dict[str, torch.Tensor], where: str = "cfg", **changes: Any) -> dict:
     """What fairseq's trainer saves."""
-    namespace = argparse.Namespace(**settings(**changes))
+    namespace = argparse.Namespace(**fairseq_settings(**changes))
     cfg = {"common": {"fp16": True}, "model": namespace, "task": {"_name": "masked_lm"}}
     return {
         "args": namespace if where == "args" else None,
@@ -201,7 +201,7 @@ def save_shards(path: Path, whole: dict, ranks: int) -> list[Path]:
 
 
 def ragged_ids(seed: int = 0) -> np.ndarray:
-    """ids [5, 17]: no padding, on the right, on the left, amid, and a single token."""
+    """ids [5, 17]: no padding, on the right, on the left, in the middle, and a single token."""
     ids = np.random.default_rng(seed).integers(4, V, (5, 17))
     ids[1, 12:] = ids[2, :5] = ids[3, 4:8] = ids[4, 1:] = 1
     return ids

@@ -17,7 +17,7 @@ class Disk:
     _filler: str = "filler"
 
     def fill(self) -> None:
-        """Leaves less than a page."""
+        """Fills it up to less than a page."""
         with (self.path.parent / self._filler).open("wb", buffering=0) as file:
             with contextlib.suppress(OSError):
                 while file.write(bytes(1 << 16)):

@@ -37,7 +37,7 @@ MODEL_CASES = {
 
 
 def with_minimal_positions(cases, **changes):
-    """The same with no more positions than rows of L tokens need."""
+    """The same cases with no more positions than rows of ROW_LENGTH tokens need."""
     return {
         kind: (
             model,

@@ -33,21 +33,21 @@ def command(program: str, *arguments: str) -> list[str]:
 
 
 def call(program: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess:
-    """Runs a program to its end; text in, text out."""
+    """Runs a program to its end, with text as its input and outputs."""
     options = {"capture_output": True, "text": True, "timeout": 300} | options
     return subprocess.run(command(program, *arguments), cwd=ROOT, env=ENVIRONMENT, **options)
 
 
 @functools.cache
 def corpus_file() -> Path:
-    """450 KB of English that Python brings along."""
+    """450 KB of English: the documentation topics that Python includes."""
     path = SCRATCH / "corpus.txt"
     path.write_text("\n\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
     return path
 
 
 def tiny_flags(**changes: Any) -> list[str]:
-    """A run of seconds: dropout, accumulation, and cadences that share no factor."""
+    """Flags of a run of seconds, with intervals that share no factor."""
     values = {
         "preset": "tiny",
         "vocab_size": 300,
@@ -69,7 +69,7 @@ def tiny_flags(**changes: Any) -> list[str]:
 
 @functools.cache
 def finished_run() -> Path:
-    """A run of `tiny_flags()` that nothing interrupted."""
+    """The folder of an uninterrupted run of `tiny_flags()`."""
     run_dir = SCRATCH / "finished"
     done = call("pretrain", *tiny_flags(), f"--run_dir={run_dir}")
     assert done.returncode == 0, done.stderr
@@ -77,7 +77,7 @@ def finished_run() -> Path:
 
 
 def error_line(*arguments, code=2, program="pretrain", **options):
-    """Runs a program that must refuse; returns its one line."""
+    """Runs a program that must fail and returns its one line of standard error."""
     done = call(program, *arguments, **options)
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
     assert "Traceback" not in done.stderr, done.stderr
@@ -88,7 +88,7 @@ def error_line(*arguments, code=2, program="pretrain", **options):
 
 
 def records(run_dir):
-    """What a run reported, without what a clock says."""
+    """The records of a run without times."""
     return [
         {name: value for name, value in record.items() if name not in TIMING_FIELDS}
         for record in read_records(run_dir / "metrics.jsonl")

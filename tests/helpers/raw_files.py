@@ -9,7 +9,7 @@ from prelnroberta.errors import InputError
 
 
 def error_message(function, *arguments, **named):
-    """The message of the refusal, which is one line."""
+    """The message of the InputError that a reader raises, which is one line."""
     with pytest.raises(InputError) as caught:
         function(*arguments, **named)
     message = str(caught.value)
@@ -26,7 +26,7 @@ def json_lines(*rows):
 
 
 class CountingStream(io.RawIOBase):
-    """Standard input: bytes that are read once, and how many were."""
+    """Standard input: bytes that are read once, and their number."""
 
     def __init__(self, data):
         self.data, self.given = io.BytesIO(data), 0

@@ -63,7 +63,7 @@ def ragged_batch(
 
 
 def with_tokens(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The rows in which something is seen. In others, kernels of softmax differ from each other."""
+    """The rows with any visible token. In others, implementations of softmax differ."""
     mask = batch["attention_mask"]
     kept = mask.any(-1) if mask.ndim == 2 else mask.any(-1).all(-1)
     return {name: rows[kept] for name, rows in batch.items()}

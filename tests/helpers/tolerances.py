@@ -53,7 +53,7 @@ def assert_gradients_match(config, found, expected, floor=1e-9, padding_idx=True
             does and Flax did not.
     """
     scale = max(np.abs(g).max() for g in expected.values())
-    # Untied, transformers 5 computes with decoder.bias and keeps a dead lm_head.bias beside it.
+    # Untied, transformers 5 computes with decoder.bias and also keeps an unused lm_head.bias.
     moved = {n for n in found if np.abs(found[n]).max() > 2e-6 * scale}
     assert moved - {"lm_head.bias", "lm_head.decoder.bias"} <= set(expected)
     for name, gradient in expected.items():

@@ -103,7 +103,7 @@ TOY_PROMPTS = [(5, 3, 9, 4), (7,), (4, 4, 8), (10, 6)]
 
 
 def constant_decoder(params, input_ids, attention_mask, cache):
-    """The same logits [V] whatever was said."""
+    """The same logits [V] after any tokens."""
     return jnp.broadcast_to(params, (*input_ids.shape, params.size)), cache
 
 

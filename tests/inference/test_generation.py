@@ -1,5 +1,5 @@
-"""Generation against references of its own: argmax over a full forward, brute force over all
-sequences, a beam search in plain Python, and transformers' `generate`."""
+"""Generation against independent references: argmax over a full forward, brute force over all
+sequences, and a beam search in plain Python."""
 
 import functools
 import itertools

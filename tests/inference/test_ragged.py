@@ -1,4 +1,4 @@
-"""Packing a batch: every token once, and the numbers of the sequences one by one."""
+"""Packing a batch of sequences: every token once, and the same vectors as for single sequences."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Fused kernels: splash's own numbers (interpreted), cuDNN's calls (lowered), who is refused."""
+"""Fused attention: the numbers of splash (interpreted), the calls of cuDNN (lowered), errors."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def test_splash_on_eight_devices_matches_xla_on_one():
 
 @pytest.mark.parametrize("queries", [1, 10])
 def test_cudnn_is_called_forward_and_backward(queries, monkeypatch):
-    """The program for a GPU: one call each way, with the mask as a bias for all heads at once."""
+    """The program for a GPU: one call each way, with the mask as one bias for all heads."""
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)

@@ -1,5 +1,5 @@
-"""What must change nothing: padding, packing, scan, remat, reading in part, batching, vmap and
-pmap."""
+"""The encoder's results do not depend on padding, packing, scan, remat, selected positions,
+batching, vmap and pmap."""
 
 import functools
 import os

@@ -16,7 +16,7 @@ directory, kills, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 moments, found = random.Random(seed), []
 for _ in range(kills):
     reader, writer = os.pipe()
-    child = os.fork()  # everything is imported by now, and no device yet asked for
+    child = os.fork()  # everything is imported, and no device is initialized yet
     if child == 0:
         checkpoints = CheckpointManager(directory, max_to_keep=2)
         latest = checkpoints.latest_step() or 0

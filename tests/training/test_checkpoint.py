@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there, and what is read is what was saved, to the bit."""
+"""Checkpoints are complete or absent, and restore what was saved, bit for bit."""
 
 import os
 import random
@@ -89,7 +89,7 @@ def test_damage_of_any_file_is_reported_or_harmless(saved, tmp_path, damage, cap
             told.add(name)
         else:
             assert_same_state(found, train_state(2))
-        # What stands beside it is not touched, and the damaged one is left for whoever wants it.
+        # The step next to it is unchanged, and the damaged one is kept.
         assert_same_state(checkpoints.restore(train_state(9), 1)[0], train_state(1))
         assert (directory / "2").is_dir()
         checkpoints.close()

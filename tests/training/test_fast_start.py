@@ -1,4 +1,4 @@
-"""The initial values do what they claim, and fast."""
+"""The fast start: heads that attend to neighbours, and a loss that falls early."""
 
 import functools
 

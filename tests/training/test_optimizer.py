@@ -1,4 +1,4 @@
-"""The optimizer: schedules at their corners, what decays, what clips."""
+"""Schedules, AdamW, LAMB, weight decay, clipping, layer decay and frozen parameters."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The step and the loop: sums that are exact however they are cut, windows, stopping."""
+"""The train step: exact sums under gradient accumulation, windows of scores, and dropout."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""fairseq's and DinkyTrain's checkpoints: every form, every refusal, and the way back."""
+"""Checkpoints of fairseq and DinkyTrain: every form is read, others raise, round trips are exact."""
 
 import argparse
 
@@ -19,7 +19,7 @@ from tests.helpers.foreign_checkpoints import (
     D,
     S,
     V,
-    checkpoint,
+    fairseq_checkpoint,
     fairseq_state,
     in_deepspeed_names,
     in_old_names,
@@ -44,19 +44,19 @@ def saved(path, whole, **options):
 
 
 def plain(state):
-    return checkpoint(state)
+    return fairseq_checkpoint(state)
 
 
 FORMS = {
     "current, cfg": lambda p: saved(p, plain(STATE)),
-    "current, args": lambda p: saved(p, checkpoint(STATE, "args")),
+    "current, args": lambda p: saved(p, fairseq_checkpoint(STATE, "args")),
     "fairseq 0.12's copies": lambda p: saved(p, plain(with_copies(STATE))),
-    "old names": lambda p: saved(p, checkpoint(in_old_names(STATE), "args")),
+    "old names": lambda p: saved(p, fairseq_checkpoint(in_old_names(STATE), "args")),
     "torch's old container": lambda p: saved(
-        p, checkpoint(STATE, "args"), _use_new_zipfile_serialization=False
+        p, fairseq_checkpoint(STATE, "args"), _use_new_zipfile_serialization=False
     ),
     "DeepSpeed's layers": lambda p: saved(
-        p, checkpoint(in_deepspeed_names(STATE), arch="deepspeed_roberta_large")
+        p, fairseq_checkpoint(in_deepspeed_names(STATE), arch="deepspeed_roberta_large")
     ),
     "shards": lambda p: save_shards(p, plain(STATE), 3)[1],
     "a setting left out": lambda p: saved(p, _without(plain(STATE), "activation_fn")),
@@ -111,7 +111,7 @@ def test_half_precision_dtype_is_kept(tmp_path):
 
 def test_untied_output_projection(tmp_path):
     state = fairseq_state(untied=True)
-    whole = checkpoint(state, untie_weights_roberta=True)
+    whole = fairseq_checkpoint(state, untie_weights_roberta=True)
     found = open_checkpoint(saved(tmp_path / "untied.pt", whole))
     assert not found.config.tie_word_embeddings
     expected = run_fairseq(state, IDS)[REAL]
@@ -133,7 +133,7 @@ def test_classification_heads_are_selected_by_name(head, tmp_path):
 
 
 def test_checkpoint_read_as_bare_encoder(tmp_path):
-    whole = checkpoint(STATE, activation_fn="relu")
+    whole = fairseq_checkpoint(STATE, activation_fn="relu")
     found = open_checkpoint(saved(tmp_path / "a.pt", whole), "none")
     assert found.model == "encoder" and found.problems == () and found.config.hidden_act == "relu"
     found = open_checkpoint(saved(tmp_path / "b.pt", plain(STATE)), "none")
@@ -225,7 +225,7 @@ def test_incompatible_settings_raise_with_their_name(case, tmp_path):
     gone = change if isinstance(change, list) else []
     state = {k: v for k, v in STATE.items() if not any(k.startswith(g) for g in gone)}
     state |= change if isinstance(change, dict) else {}
-    path = saved(tmp_path / "a.pt", checkpoint(state, **changed_settings))
+    path = saved(tmp_path / "a.pt", fairseq_checkpoint(state, **changed_settings))
     with pytest.raises(InputError) as error:
         open_checkpoint(path, head).to_params()
     line = str(error.value)
@@ -235,7 +235,7 @@ def test_incompatible_settings_raise_with_their_name(case, tmp_path):
 def test_all_problems_are_listed_in_one_error(tmp_path):
     gone = ("layernorm_embedding", "version")
     state = {k: v for k, v in STATE.items() if not any(g in k for g in gone)}
-    whole = checkpoint(state, layernorm_embedding=False, activation_fn="relu")
+    whole = fairseq_checkpoint(state, layernorm_embedding=False, activation_fn="relu")
     problems = open_checkpoint(saved(tmp_path / "a.pt", whole)).problems
     assert len(problems) == 3, problems
 

@@ -1,4 +1,4 @@
-"""torch's files without torch: the same values, nothing run, nothing believed."""
+"""PyTorch files are read without PyTorch: the same values, and no code of the file runs."""
 
 import argparse
 import collections

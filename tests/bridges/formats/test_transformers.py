@@ -1,4 +1,4 @@
-"""Every form of transformers' files: read, recognised, refused."""
+"""Files of transformers: every form is read, every model is detected, others raise."""
 
 import json
 import os

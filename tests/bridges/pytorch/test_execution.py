@@ -1,5 +1,5 @@
-"""However a twin is run, it computes the same: padding skipped, layers checkpointed, compiled,
-exported, in half precision, and trained beside Flax."""
+"""Ways to run the PyTorch twins: skipped padding, gradient checkpointing, compilation, export,
+half precision and training next to Flax compute the same."""
 
 import jax
 import numpy as np

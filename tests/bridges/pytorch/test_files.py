@@ -1,4 +1,4 @@
-"""The tree, state dicts and folders: bit for bit there and back, by transformers' own names."""
+"""Parameters, state dicts and folders of the PyTorch twins: exact round trips, standard names."""
 
 import logging
 import subprocess

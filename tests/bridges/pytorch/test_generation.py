@@ -1,4 +1,4 @@
-"""The causal twin generates what Flax does, token for token, and samples what it should."""
+"""Generation of the causal PyTorch twin: the tokens of Flax, and the right sampling frequencies."""
 
 import jax
 import numpy as np

@@ -217,7 +217,7 @@ def test_outputs_index_like_dicts_and_tuples():
 
 
 def rows_of_pads(config):
-    """Rows padded on the right, the left, amid, and a batch for cross-attention beside them."""
+    """Rows padded on the right, on the left and in the middle, and a batch for cross-attention."""
     batch = ragged_batch(config, L=12)
     batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
     batch["encoder_hidden_states"] = _rng.standard_normal((5, 6, 16), np.float32)

@@ -1,4 +1,4 @@
-"""What TF models leave on disk: Hugging Face folders, SavedModel, TFLite; and their import."""
+"""Files of the TensorFlow twins: Hugging Face folders, SavedModel and TFLite; and their import."""
 
 import os
 import subprocess

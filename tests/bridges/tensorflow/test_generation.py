@@ -1,4 +1,4 @@
-"""TF decoding: the cache is the full forward, greedy and beams choose Flax's tokens."""
+"""Generation of the TensorFlow twin: the cache matches a full forward, tokens are those of Flax."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Keras' own ways on the TF classes: fit, evaluate, predict, metrics, dropout, files."""
+"""Keras features of the TensorFlow twins: fit, evaluate, predict, metrics, dropout and files."""
 
 import functools
 

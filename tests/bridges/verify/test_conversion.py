@@ -1,4 +1,4 @@
-"""The check of a conversion."""
+"""The verification of a conversion finds wrongly paired tensors."""
 
 import pytest
 

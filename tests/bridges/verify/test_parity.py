@@ -1,4 +1,4 @@
-"""The parity report says yes where it is one function, and names what is damaged where not."""
+"""The parity report: passes where frameworks agree, and locates a changed weight elsewhere."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Length buckets: few shapes, least padding, nothing lost."""
+"""Length buckets: few shapes, minimal padding, every row once."""
 
 import itertools
 import subprocess

@@ -1,4 +1,4 @@
-"""Packed fine-tuning: nothing lost, order of seed and step alone, sums of padded examples."""
+"""Packed fine-tuning: every token once, deterministic order, the losses of padded examples."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""What all features have in common."""
+"""Every feature type works with the packed loader and with length buckets."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""TokenBlocks of a token stream, against transformers' group_texts."""
+"""Blocks of a token stream, against transformers' group_texts."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_blocks_match_transformers_group_texts(tokenizer, theirs):
     batch = blocks.batch(np.arange(len(blocks)), 32)
     for row, ids in zip(range(len(blocks)), expected, strict=True):
         assert batch["input_ids"][row, : len(ids)].tolist() == ids
-        # Labels are the ids, unshifted; none asks a first token of what stands before it in a row.
+        # Labels are the ids, unshifted; the first token of a row has none.
         assert batch["labels"][row, : len(ids)].tolist() == [IGNORE_INDEX, *ids[1:]]
         assert (batch["labels"][row, len(ids) :] == IGNORE_INDEX).all()
     np.testing.assert_array_equal(batch["attention_mask"], batch["input_ids"] != PAD_ID)

@@ -95,7 +95,7 @@ def test_answer_cut_by_windows_is_labelled_only_where_whole(tokenizer):
         start, end = features.offsets[row][first, 0], features.offsets[row][last, 1]
         assert start <= answer.start and end >= answer.start + len(answer.text)
         assert answer.text in context[start:end] and end - start < len(answer.text) + 30
-    # Every token of the context stands in some row.
+    # Every token of the context is in some row.
     covered = np.zeros(len(context), bool)
     for row in np.flatnonzero(features.example_indices == 0):
         covered[features.offsets[row][0, 0] : features.offsets[row][-1, 1]] = True

@@ -1,4 +1,4 @@
-"""Where text comes from: which docstrings read as prose, how users' files become documents."""
+"""Corpora of files: how text and JSON Lines become documents, and how documents are split."""
 
 import gzip
 import hashlib

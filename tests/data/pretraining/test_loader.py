@@ -1,4 +1,4 @@
-"""Loader: each row once an epoch, and a batch that is a function of its step alone."""
+"""The pretraining loader: each row once an epoch, and batches that depend on the step only."""
 
 import time
 from collections import Counter

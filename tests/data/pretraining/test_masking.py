@@ -1,4 +1,4 @@
-"""Masking: counts, statistics, whole units, and a stream that belongs to its example alone."""
+"""Masking: counts, rates, whole words and spans, and a random stream for each example."""
 
 import math
 

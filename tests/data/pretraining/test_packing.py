@@ -1,4 +1,4 @@
-"""Packing: nothing is lost, repeated or joined across a boundary, and positions restart."""
+"""Packing: no token is lost, repeated or joined across a boundary; positions restart."""
 
 import hashlib
 import subprocess
@@ -40,7 +40,7 @@ def segments(row):
     for array in row:
         assert array.dtype == np.int32 and array.shape == ids.shape
     used = int((segment_ids > 0).sum())
-    assert (segment_ids[:used] > 0).all(), "padding stands only at the end"
+    assert (segment_ids[:used] > 0).all(), "padding is only at the end"
     assert (ids[used:] == PAD_ID).all() and (position_ids[used:] == PAD_ID).all()
     assert not (ids[:used] == PAD_ID).any()
     found = []

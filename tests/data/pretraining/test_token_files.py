@@ -1,4 +1,4 @@
-"""Token files: what they hold, that they are reused, and that nothing half-made is ever taken."""
+"""Token files: their content, their reuse, and that incomplete files are never read."""
 
 import errno
 import os

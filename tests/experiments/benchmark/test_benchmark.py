@@ -1,4 +1,4 @@
-"""The benchmark measures the same work of all: held at tiny size, where nothing is worth timing."""
+"""The benchmark gives all contenders the same work; tested at a size too small to time."""
 
 import json
 
