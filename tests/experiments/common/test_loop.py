@@ -34,7 +34,7 @@ def loop(directory, steps=20, batches=None, validate=None, start=None, **options
     cadence = Cadence(
         **cadence | {name: options.pop(name) for name in cadence.keys() & options.keys()}
     )
-    checkpoints = CheckpointManager(directory / "checkpoints", keep=20)
+    checkpoints = CheckpointManager(directory / "checkpoints", max_to_keep=20)
     state = start or TrainState.create({"w": jnp.zeros(2)}, optax.sgd(0.1))
     report = Report(directory, steps, int(state.step))
     try:
@@ -137,7 +137,7 @@ def test_failed_save_is_reported_and_training_continues_if_requested(tmp_path, c
         steps = [int(p.name) for p in disk.path.iterdir() if p.name.isdigit()]
         assert set(range(1, 6)) | set(range(14, 21)) <= set(steps) and 10 not in steps
     said = capsys.readouterr().out
-    assert "warning: step" in said and "No space left on device" in said and "is whole" in said
+    assert "warning: step" in said and "No space left on device" in said and "is complete" in said
 
 
 def test_corrupt_checkpoint_is_skipped_only_on_request(tmp_path, capsys):
@@ -147,15 +147,15 @@ def test_corrupt_checkpoint_is_skipped_only_on_request(tmp_path, capsys):
         key=lambda p: p.stat().st_size * p.is_file(),
     )
     largest.write_bytes(b"")
-    checkpoints = CheckpointManager(tmp_path / "checkpoints", keep=20)
+    checkpoints = CheckpointManager(tmp_path / "checkpoints", max_to_keep=20)
     with pytest.raises(
-        CheckpointError, match=r"20: the checkpoint is damaged.*--skip_corrupt_checkpoints"
+        CheckpointError, match=r"20: the checkpoint is corrupt.*--skip_corrupt_checkpoints"
     ):
         restore_latest(checkpoints, state, skip_corrupt=False)
     assert checkpoints.latest_step() == 20
     assert int(restore_latest(checkpoints, state, skip_corrupt=True).step) == 16
     assert "moved aside: " in capsys.readouterr().err
-    assert (tmp_path / "checkpoints/damaged/20").is_dir() and checkpoints.latest_step() == 16
+    assert (tmp_path / "checkpoints/corrupt/20").is_dir() and checkpoints.latest_step() == 16
     checkpoints.save(state, {})  # the step comes again
     checkpoints.close()
     assert CheckpointManager(tmp_path / "checkpoints").latest_step() == 20
