@@ -13,7 +13,7 @@ from prelnroberta.training.checkpoint import CheckpointError, CheckpointManager
 from tests.helpers.full_disk import filled_disk
 from tests.helpers.train_states import assert_same_state, train_state
 
-# What orbax's threads leave behind when files are damaged on purpose.
+# Left behind by the threads of orbax when files are corrupted on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -26,7 +26,7 @@ def assert_says(error, *parts):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Steps 1 and 2, for copies to be damaged."""
+    """Steps 1 and 2, to be copied and corrupted."""
     directory = tmp_path_factory.mktemp("saved")
     checkpoints = CheckpointManager(directory, max_to_keep=5)
     for step in (1, 2):
