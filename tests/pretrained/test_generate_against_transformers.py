@@ -16,7 +16,7 @@ def model():
 
 
 class CountsFromPad(transformers.RobertaPreLayerNormForCausalLM):
-    """`generate` gives positions 0, 1, 2, ... where forward passes have pad + 1, ...: corrected here."""
+    """`generate` gives positions 0, 1, 2, ...; forward passes have pad + 1, ...: corrected here."""
 
     def forward(self, input_ids=None, position_ids=None, **named):
         position_ids = position_ids + self.config.pad_token_id + 1

@@ -1,4 +1,4 @@
-"""Checkpoints of fairseq and DinkyTrain: every form is read, others raise, round trips are exact."""
+"""Checkpoints of fairseq and DinkyTrain: forms that are read, errors, exact round trips."""
 
 import argparse
 
