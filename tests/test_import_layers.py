@@ -76,6 +76,45 @@ LAYERS = {
         *("prelnroberta.config", "prelnroberta.errors", "prelnroberta.params"),
         "prelnroberta.pretrained",
     },
+    "experiments.tasks": {
+        *("prelnroberta.config", "prelnroberta.data", "prelnroberta.data.batches"),
+        *("prelnroberta.data.features", "prelnroberta.data.pretraining"),
+        *("prelnroberta.data.readers", "prelnroberta.errors", "prelnroberta.metrics"),
+        *("prelnroberta.model", "prelnroberta.params"),
+    },
+    "experiments.common.find_model": {
+        "prelnroberta.errors",
+    },
+    "experiments.flags": {
+        *("experiments.common.find_model", "experiments.tasks", "prelnroberta.config"),
+        *("prelnroberta.data.pretraining", "prelnroberta.distributed", "prelnroberta.errors"),
+        *("prelnroberta.model", "prelnroberta.training"),
+    },
+    "experiments.common": {
+        *("bridges.verify", "experiments.flags", "experiments.tasks", "prelnroberta.config"),
+        *("prelnroberta.data", "prelnroberta.data.batches", "prelnroberta.data.features"),
+        *("prelnroberta.data.readers", "prelnroberta.distributed", "prelnroberta.errors"),
+        *("prelnroberta.files", "prelnroberta.metrics", "prelnroberta.model"),
+        *("prelnroberta.params", "prelnroberta.pretrained", "prelnroberta.training"),
+    },
+    "experiments.benchmark": {
+        *("bridges.pytorch", "bridges.tensorflow", "experiments.common", "experiments.flags"),
+        *("prelnroberta.config", "prelnroberta.data", "prelnroberta.data.batches"),
+        *("prelnroberta.data.features", "prelnroberta.data.pretraining"),
+        *("prelnroberta.distributed", "prelnroberta.errors", "prelnroberta.files"),
+        *("prelnroberta.inference", "prelnroberta.model", "prelnroberta.params"),
+        *("prelnroberta.pretrained", "prelnroberta.training"),
+    },
+    "experiments": {
+        *("bridges.formats", "bridges.pytorch", "bridges.tensorflow", "bridges.verify"),
+        *("experiments.common", "experiments.common.find_model", "experiments.flags"),
+        *("experiments.tasks", "prelnroberta.config", "prelnroberta.data"),
+        *("prelnroberta.data.batches", "prelnroberta.data.pretraining"),
+        *("prelnroberta.data.readers", "prelnroberta.distributed", "prelnroberta.errors"),
+        *("prelnroberta.files", "prelnroberta.inference", "prelnroberta.metrics"),
+        *("prelnroberta.model", "prelnroberta.params", "prelnroberta.pretrained"),
+        "prelnroberta.training",
+    },
 }
 
 
@@ -116,6 +155,7 @@ def imported_packages(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in imports(path)}
 
 
+@functools.cache
 def imported_modules(module: str, top_level: bool = False) -> set[str]:
     """Modules of this repository that a module imports."""
     found = set()
@@ -148,7 +188,7 @@ def test_layers_name_only_layers_above():
         above.add(layer)
 
 
-@pytest.mark.parametrize("package", ["prelnroberta", "bridges"])
+@pytest.mark.parametrize("package", ["prelnroberta", "bridges", "experiments"])
 def test_every_package_has_a_layer(package):
     for module in sources():
         if module.startswith(f"{package}."):

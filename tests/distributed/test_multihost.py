@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments.common.report import TIMING_FIELDS, read_records
+from experiments.common.run_report import TIMING_FIELDS, read_records
 from prelnroberta.params import flatten
 from prelnroberta.pretrained.hf_checkpoint import load_pretrained
 from tests.helpers.programs import ENVIRONMENT, ROOT, SCRATCH, command, tiny_flags

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 
-from experiments.common.report import read_records
+from experiments.common.run_report import read_records
 from prelnroberta.data.tokenizer import load_tokenizer
 from prelnroberta.pretrained.hf_checkpoint import load_pretrained
 from tests.helpers.programs import ROOT, VIZ, call, finished_run, tiny_flags

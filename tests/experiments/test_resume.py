@@ -9,7 +9,7 @@ import time
 import jax
 import pytest
 
-from experiments.common.report import read_records
+from experiments.common.run_report import read_records
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.training.checkpoint import CheckpointManager

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from experiments.common.report import TIMING_FIELDS, read_records
+from experiments.common.run_report import TIMING_FIELDS, read_records
 
 _SCRATCH = tempfile.TemporaryDirectory(prefix="prelnroberta-tests-")
 SCRATCH = Path(_SCRATCH.name)

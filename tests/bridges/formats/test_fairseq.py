@@ -8,7 +8,7 @@ import torch
 
 from bridges.formats.detect import find_tokenizer, open_checkpoint
 from bridges.formats.fairseq import writer
-from bridges.verify.conversion import verify_conversion
+from bridges.verify.conversion_check import verify_conversion
 from bridges.verify.float64_reference import Float64Reference
 from prelnroberta import FlaxRobertaPreLayerNormForMaskedLM as FlaxMaskedLM
 from prelnroberta import FlaxRobertaPreLayerNormForSequenceClassification as FlaxClassifier

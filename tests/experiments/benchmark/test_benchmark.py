@@ -15,7 +15,7 @@ from experiments.benchmark.cases import (
     write_weights,
 )
 from experiments.benchmark.runner import Result
-from experiments.tasks.names import TASK_NAMES
+from experiments.tasks.task_names import TASK_NAMES
 from prelnroberta.errors import InputError
 from tests.helpers.programs import call
 

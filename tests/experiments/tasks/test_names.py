@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 from experiments.tasks import TASKS
-from experiments.tasks.names import TASK_NAMES
+from experiments.tasks.task_names import TASK_NAMES
 
 
 def test_task_names_are_the_keys_of_tasks():
@@ -14,7 +14,7 @@ def test_task_names_are_the_keys_of_tasks():
 def test_names_and_settings_load_no_jax():
     code = (
         "import sys\n"
-        "from experiments.tasks.names import TASK_NAMES\n"
+        "from experiments.tasks.task_names import TASK_NAMES\n"
         "from experiments.tasks import TaskSettings\n"
         "print({'jax', 'numpy', 'tokenizers'} & set(sys.modules))"
     )

@@ -11,12 +11,12 @@ from prelnroberta.data.pretraining.loader import Loader
 from prelnroberta.data.pretraining.masking import Masking
 from prelnroberta.data.pretraining.packing import Row
 from prelnroberta.errors import InputError
-from prelnroberta.metrics.unigram import UnigramBaseline
+from prelnroberta.metrics.unigram_baseline import UnigramBaseline
 from prelnroberta.model.encoder import embeddings
 from prelnroberta.model.heads import MaskedLM
 from prelnroberta.model.layers import layer_norm, project
 from prelnroberta.model.losses import masked_lm_scores
-from prelnroberta.training.fast_start import check_length, fast_start
+from prelnroberta.training.fast_start_init import check_length, fast_start
 from prelnroberta.training.optimizer import OptimizerConfig, adamw
 from prelnroberta.training.train_step import TrainState, make_train_step
 from tests.helpers.small_models import TINY

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.common.loop import Cadence, restore_latest, train
-from experiments.common.report import Report, read_records
+from experiments.common.run_report import Report, read_records
+from experiments.common.training_loop import Cadence, restore_latest, train
 from prelnroberta.errors import InputError
 from prelnroberta.model.losses import Scores
 from prelnroberta.training.checkpoint import CheckpointError, CheckpointManager

@@ -6,7 +6,7 @@ import typing
 import pytest
 from absl import flags
 
-from experiments.flags import declare, programs
+from experiments.flags import absl_flags, programs
 from prelnroberta.errors import InputError
 
 PROGRAMS = [
@@ -19,14 +19,14 @@ PROGRAMS = [
 def parse(settings, *arguments):
     """The settings of a command line, by flags that are not absl's global ones."""
     values = flags.FlagValues()
-    declare._define(settings, values)
+    absl_flags._define(settings, values)
     values(["program", *arguments])
-    return declare._read(settings, values)
+    return absl_flags._read(settings, values)
 
 
 def changed_value(field, hint):
     """A value of the flag that is not its default."""
-    kind = declare._without_none(hint)
+    kind = absl_flags._without_none(hint)
     if field.metadata["choices"]:
         value = next(c for c in field.metadata["choices"] if c != field.default)
         return (value,) if typing.get_origin(kind) is tuple else value
@@ -52,7 +52,7 @@ def test_every_flag_survives_a_flagfile(settings, tmp_path):
         if field.metadata["on_resume"] == "unsaved"
     }
     path = tmp_path / "flags.txt"
-    path.write_text(declare.flagfile(given))
+    path.write_text(absl_flags.flagfile(given))
     assert parse(settings, f"--flagfile={path}") == dataclasses.replace(given, **unsaved)
 
 
@@ -95,7 +95,7 @@ def test_missing_required_flag():
 )
 def test_value_of_a_swept_flag(name, text, value):
     settings = programs.FinetuneSettings(run_dir="a", train_file="b", eval_file="c")
-    assert declare.parsed(settings, name, text) == value
+    assert absl_flags.parsed(settings, name, text) == value
 
 
 @pytest.mark.parametrize(
@@ -110,4 +110,4 @@ def test_value_of_a_swept_flag(name, text, value):
 def test_wrong_value_of_a_swept_flag(name, text, message):
     settings = programs.FinetuneSettings(run_dir="a", train_file="b", eval_file="c")
     with pytest.raises(InputError, match=message):
-        declare.parsed(settings, name, text)
+        absl_flags.parsed(settings, name, text)

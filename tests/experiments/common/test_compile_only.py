@@ -9,7 +9,7 @@ import math
 
 import pytest
 
-from experiments.common.compile_topology import format_report
+from experiments.common.compile_only import format_report
 from experiments.flags.programs import PretrainSettings
 from prelnroberta import params as parameters
 from prelnroberta.config import RobertaPreLayerNormConfig

@@ -3,7 +3,7 @@
 import pytest
 
 from bridges.formats.detect import open_checkpoint
-from bridges.verify.conversion import verify_conversion
+from bridges.verify.conversion_check import verify_conversion
 from prelnroberta.errors import InputError
 from prelnroberta.pretrained import hf_checkpoint
 from tests.helpers.transformers_files import FILE_CONFIG, FILE_FORMS, tensors_of, write_config

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from bridges.formats.detect import open_checkpoint
-from bridges.verify.conversion import verify_conversion
+from bridges.verify.conversion_check import verify_conversion
 from bridges.verify.float64_reference import Float64Reference
 from prelnroberta.config import ARCHITECTURES
 from prelnroberta.errors import InputError
