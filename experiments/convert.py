@@ -22,7 +22,7 @@ from prelnroberta.files import atomic_write
 if TYPE_CHECKING:
     import tokenizers
 
-    from bridges.formats.checkpoint import Checkpoint
+    from bridges.formats.foreign_checkpoint import Checkpoint
 
 
 def main(settings: ConvertSettings) -> int:
@@ -31,7 +31,7 @@ def main(settings: ConvertSettings) -> int:
         check_output(settings)
 
     from bridges.formats.detect import find_tokenizer, open_checkpoint
-    from bridges.verify.conversion import verify_conversion
+    from bridges.verify.conversion_check import verify_conversion
 
     checkpoint = open_checkpoint(input_path(settings), settings.head)
     describe(checkpoint)

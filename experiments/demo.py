@@ -43,7 +43,7 @@ def main(settings: DemoSettings) -> int:
     signal.signal(signal.SIGINT, previous_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    from experiments.common.report import format_validation, read_records
+    from experiments.common.run_report import format_validation, read_records
 
     records = read_records(run_dir / "metrics.jsonl")
     first, *_, last = [record for record in records if record["kind"] == "validation"]

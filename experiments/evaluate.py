@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.common.model_folder import find_model_folder
+from experiments.common.find_model import find_model_folder
 from experiments.flags.checks import check_new_folder, check_positive
 from experiments.flags.launch import launch
 from experiments.flags.programs import EvaluateSettings

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.common.model_folder import find_model_folder
+from experiments.common.find_model import find_model_folder
 from experiments.flags.checks import check_installed, check_new_folder
 from experiments.flags.launch import launch
 from experiments.flags.programs import ExportSettings

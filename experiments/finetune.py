@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.common import sweep
-from experiments.common.model_folder import find_model_folder
+from experiments.common.find_model import find_model_folder
 from experiments.common.run_dir import check_run_dir, init_run_dir, read_record
 from experiments.flags.checks import check_positive
 from experiments.flags.launch import launch
 from experiments.flags.programs import FinetuneSettings
-from experiments.tasks.names import TASK_NAMES
+from experiments.tasks.task_names import TASK_NAMES
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 from prelnroberta.files import atomic_write
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from experiments.common.evaluator import Evaluator
     from experiments.common.training_run import TrainingRun
     from experiments.tasks.base import Task
-    from experiments.tasks.settings import TaskSettings
+    from experiments.tasks.task_settings import TaskSettings
     from prelnroberta.data.features.base import Features
     from prelnroberta.distributed.sharding import Layout
     from prelnroberta.model.losses import LossSettings, Scores
@@ -337,7 +337,7 @@ def run(
 ) -> int:
     """State -> steps -> the best state -> model and report."""
     from experiments.common.evaluator import Evaluator
-    from experiments.common.report import format_duration, read_records
+    from experiments.common.run_report import format_duration, read_records
     from experiments.common.training_run import TrainingRun
     from prelnroberta.distributed import multihost
     from prelnroberta.model.heads import MODULES

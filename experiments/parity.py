@@ -16,7 +16,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import TYPE_CHECKING, NamedTuple
 
-from experiments.common.model_folder import find_model_folder
+from experiments.common.find_model import find_model_folder
 from experiments.common.plots import pyplot
 from experiments.flags.checks import check_installed, check_positive
 from experiments.flags.launch import launch

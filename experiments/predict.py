@@ -22,13 +22,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.common.model_folder import find_model_folder
+from experiments.common.find_model import find_model_folder
 from experiments.common.text_input import TextInput
 from experiments.flags.checks import check_positive
 from experiments.flags.groups.task import read_task_json
 from experiments.flags.launch import launch
 from experiments.flags.programs import USES, PredictSettings
-from experiments.tasks.names import TASK_NAMES
+from experiments.tasks.task_names import TASK_NAMES
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 from prelnroberta.files import atomic_write
@@ -47,7 +47,7 @@ def main(settings: PredictSettings) -> int:
     folder = find_model_folder(settings.model)
     task = settings.task or trained_for(folder)
     if task == "embed":
-        from experiments.common.embeddings import embed
+        from experiments.common.text_embeddings import embed
 
         return embed(settings, folder)
     if task == "attention":

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.common.model_folder import find_model_folder
+from experiments.common.find_model import find_model_folder
 from experiments.common.run_dir import check_run_dir, init_run_dir, read_record
 from experiments.flags.launch import launch
 from experiments.flags.programs import PretrainSettings
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from prelnroberta.data.pretraining.packing import Rows
     from prelnroberta.data.pretraining.token_files import TokenFiles
     from prelnroberta.distributed.sharding import Layout
-    from prelnroberta.metrics.unigram import UnigramBaseline
+    from prelnroberta.metrics.unigram_baseline import UnigramBaseline
     from prelnroberta.params import Tree
     from prelnroberta.training.train_step import ScoreFn, TrainState
 
@@ -82,7 +82,7 @@ def check_settings(settings: PretrainSettings) -> RobertaPreLayerNormConfig:
     settings.check_masking()
     config = settings.model_config(settings.vocab_size)
     if settings.fast_start and not settings.init_from:
-        from prelnroberta.training.fast_start import check_length
+        from prelnroberta.training.fast_start_init import check_length
 
         check_length(config, settings.sequence_length)
     settings.check_rows(config)
@@ -94,7 +94,7 @@ def check_settings(settings: PretrainSettings) -> RobertaPreLayerNormConfig:
 
 def compile_only(settings: PretrainSettings, config: RobertaPreLayerNormConfig) -> int:
     """--compile_topology"""
-    from experiments.common.compile_topology import compile_topology
+    from experiments.common.compile_only import compile_topology
     from prelnroberta.training import optimizer as optimizers
 
     L = settings.sequence_length
@@ -244,7 +244,7 @@ def initial_state(
 
     from prelnroberta import params as parameters
     from prelnroberta.training import optimizer as optimizers
-    from prelnroberta.training.fast_start import fast_start
+    from prelnroberta.training.fast_start_init import fast_start
     from prelnroberta.training.train_step import TrainState
 
     optimizer = optimizers.make_optimizer(settings.optimizer_config(), config)
@@ -273,7 +273,7 @@ def run(
     train_files: TokenFiles,
 ) -> int:
     """State -> steps -> report -> model."""
-    from experiments.common.report import format_duration
+    from experiments.common.run_report import format_duration
     from experiments.common.training_run import TrainingRun
     from prelnroberta import params as parameters
     from prelnroberta.distributed import multihost
@@ -370,7 +370,7 @@ def make_validate(
 def unigram_baseline(train_files: TokenFiles) -> UnigramBaseline:
     """Token frequencies of the training text, of all tokens that can be masked."""
     from prelnroberta.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID
-    from prelnroberta.metrics.unigram import UnigramBaseline
+    from prelnroberta.metrics.unigram_baseline import UnigramBaseline
 
     mask_id = len(train_files.counts) - 1
     return UnigramBaseline(train_files.counts, (BOS_ID, PAD_ID, EOS_ID, UNK_ID, mask_id))

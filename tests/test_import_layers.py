@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -131,24 +132,25 @@ def sources() -> dict[str, Path]:
     return {module_name(path): path for path in paths}
 
 
+def imported_names(tree: ast.AST, top_level: bool = False) -> Iterator[str]:
+    """Dotted names that are imported; `from a import b` gives a.b."""
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if top_level and isinstance(child, ast.FunctionDef | ast.Lambda):
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert not child.level, "a relative import"
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+        yield from imported_names(child, top_level)
+
+
 @functools.cache
 def imports(path: Path, top_level: bool = False) -> frozenset[str]:
-    """Dotted names that a file imports; `from a import b` gives a.b."""
-
-    def visit(node: ast.AST) -> Iterator[str]:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-                continue
-            if top_level and isinstance(child, ast.FunctionDef | ast.Lambda):
-                continue
-            if isinstance(child, ast.Import):
-                yield from (alias.name for alias in child.names)
-            elif isinstance(child, ast.ImportFrom):
-                assert not child.level, f"{path}: a relative import"
-                yield from (f"{child.module}.{alias.name}" for alias in child.names)
-            yield from visit(child)
-
-    return frozenset(visit(ast.parse(path.read_text(encoding="utf-8"))))
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return frozenset(imported_names(tree, top_level))
 
 
 def imported_packages(path: Path) -> set[str]:
@@ -243,6 +245,21 @@ def test_test_modules_are_marked_with_the_frameworks_they_import():
         packages = packages_at_import(module, set())
         needed = {marker for marker, names in PACKAGES.items() if packages & set(names)}
         assert needed <= module_markers(path), f"{module} imports {sorted(needed)}"
+
+
+def test_test_functions_are_marked_with_the_frameworks_they_import():
+    """Imports in a test function need the marker on it, unless the module has it."""
+    for path in sources().values():
+        if not path.name.startswith("test_"):
+            continue
+        for function in ast.parse(path.read_text(encoding="utf-8")).body:
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            found = {name.partition(".")[0] for name in imported_names(function)}
+            needed = {marker for marker, names in PACKAGES.items() if found & set(names)}
+            decorators = " ".join(map(ast.unparse, function.decorator_list))
+            marked = module_markers(path) | set(re.findall(r"pytest\.mark\.(\w+)", decorators))
+            assert needed <= marked, f"{path.name}: {function.name} imports {sorted(needed)}"
 
 
 def run(code: str) -> str:

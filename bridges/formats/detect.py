@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bridges.formats import torch_pickle
-from bridges.formats import transformers as transformers_files
-from bridges.formats.checkpoint import Checkpoint
+from bridges.formats import transformers_legacy as transformers_files
 from bridges.formats.fairseq import fsdp_shards, reader
+from bridges.formats.foreign_checkpoint import Checkpoint
 from prelnroberta.errors import InputError
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from bridges.tensorflow.keras_backend import require_tensorflow
 
 require_tensorflow()
 
-from bridges.tensorflow.models import (  # noqa: E402
+from bridges.tensorflow.pretrained import TFRobertaPreLayerNormPreTrainedModel  # noqa: E402
+from bridges.tensorflow.task_models import (  # noqa: E402
     TFRobertaPreLayerNormForCausalLM,
     TFRobertaPreLayerNormForMaskedLM,
     TFRobertaPreLayerNormForMultipleChoice,
@@ -21,7 +22,6 @@ from bridges.tensorflow.models import (  # noqa: E402
     TFRobertaPreLayerNormForTokenClassification,
     TFRobertaPreLayerNormModel,
 )
-from bridges.tensorflow.pretrained import TFRobertaPreLayerNormPreTrainedModel  # noqa: E402
 
 __all__ = [
     "TFRobertaPreLayerNormForCausalLM",

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bridges.formats.checkpoint import OriginalModel
+from bridges.formats.foreign_checkpoint import OriginalModel
 
 Array = np.ndarray
 

@@ -89,7 +89,7 @@ def run_cases(cases: list[Case], rounds: int, output: Path, results: dict[str, A
     from experiments.benchmark import report
     from experiments.benchmark.cases import tokenized_documents, write_case, write_weights
     from experiments.benchmark.runner import matrix_product_gflops, run_case
-    from experiments.common.report import format_duration
+    from experiments.common.run_report import format_duration
 
     done = {record["case"] for record in results["cases"]}
     todo = [case for case in cases if case.name not in done]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.benchmark.contenders.workload import Workload
+from experiments.benchmark.workload import Workload
 
 
 def main(module: str, weights: str, case_folder: str, *variants: str) -> None:

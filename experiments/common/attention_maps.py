@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.common.embeddings import load_encoder
+from experiments.common.text_embeddings import load_encoder
 from experiments.flags.checks import check_new_folder
 from prelnroberta.errors import InputError
 from prelnroberta.files import atomic_write

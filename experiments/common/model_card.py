@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.common.report import read_records
+from experiments.common.run_report import read_records
 from prelnroberta.config import ARCHITECTURES
 
 if TYPE_CHECKING:

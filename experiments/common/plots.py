@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.common.report import read_records
+from experiments.common.run_report import read_records
 from prelnroberta.files import atomic_write
 
 

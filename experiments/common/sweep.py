@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.flags.declare import parsed
+from experiments.flags.absl_flags import parsed
 from prelnroberta.errors import InputError
 from prelnroberta.files import atomic_write
 

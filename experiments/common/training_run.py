@@ -12,8 +12,8 @@ from collections.abc import Callable
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
-from experiments.common.loop import Cadence, compile_step, restore_latest, train
-from experiments.common.report import NullReport, Report, format_validation
+from experiments.common.run_report import NullReport, Report, format_validation
+from experiments.common.training_loop import Cadence, compile_step, restore_latest, train
 from prelnroberta.distributed import multihost
 from prelnroberta.training.checkpoint import CheckpointManager
 from prelnroberta.training.optimizer import OptimizerConfig, learning_rate_schedule

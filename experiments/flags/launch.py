@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from experiments.flags.declare import declare, read
+from experiments.flags.absl_flags import declare, read
 from prelnroberta.errors import InputError
 
 # What the machine refuses, in any call: not bugs, and no program can check for them beforehand.

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 
 from experiments.flags.field import flag, required
+from experiments.flags.groups.batches import BatchSettings
 from experiments.flags.groups.compute import ComputeSettings
 from experiments.flags.groups.corpus import CorpusSettings
 from experiments.flags.groups.devices import DeviceSettings
 from experiments.flags.groups.masking import MaskingSettings
 from experiments.flags.groups.model import ModelSettings
 from experiments.flags.groups.optimizer import OptimizerSettings
-from experiments.flags.groups.rows import RowSettings
 from experiments.flags.groups.run import RunSettings
 from experiments.flags.groups.task import TaskFlags
-from experiments.tasks.names import TASK_NAMES
+from experiments.tasks.task_names import TASK_NAMES
 
 # What predict does with any model, in addition to the tasks.
 USES = ("fill_mask", "generate", "embed", "attention")
@@ -31,13 +31,13 @@ class TrainingSettings(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainSettings(TrainingSettings, CorpusSettings, RowSettings, MaskingSettings):
+class PretrainSettings(TrainingSettings, CorpusSettings, BatchSettings, MaskingSettings):
     """Flags of experiments.pretrain."""
 
     fast_start: bool = flag(
         False,
         "Start with first-layer heads that attend to neighbouring tokens, which ends the plateau "
-        "at the unigram loss early (prelnroberta/training/fast_start.py).",
+        "at the unigram loss early (prelnroberta/training/fast_start_init.py).",
     )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from experiments.flags.declare import flagfile
+from experiments.flags.absl_flags import flagfile
 from prelnroberta.errors import InputError
 
 # The first line of flags.txt, a comment to absl. Raise the number when flags are renamed.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from experiments.tasks.base import EvalResult, Prediction, RowOutputs, Task, truncation_message
-    from experiments.tasks.by_name import TASKS
-    from experiments.tasks.settings import TaskSettings
+    from experiments.tasks.task_classes import TASKS
+    from experiments.tasks.task_settings import TaskSettings
 
 __all__ = [
     "TASKS",

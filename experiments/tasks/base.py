@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.tasks.settings import TaskSettings
+from experiments.tasks.task_settings import TaskSettings
 from prelnroberta.config import IGNORE_INDEX, RobertaPreLayerNormConfig
 from prelnroberta.data.batches.packed import PackedBatches
 from prelnroberta.data.features.base import Features

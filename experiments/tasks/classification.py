@@ -21,7 +21,7 @@ from experiments.tasks.base import (
     single_label_result,
     stack_outputs,
 )
-from experiments.tasks.settings import TaskSettings
+from experiments.tasks.task_settings import TaskSettings
 from prelnroberta.config import MULTI_LABEL, REGRESSION, RobertaPreLayerNormConfig
 from prelnroberta.data.features.base import Features
 from prelnroberta.data.features.multiple_choice import choice_features, mask_missing_choices

@@ -27,7 +27,7 @@ from prelnroberta.data.pretraining.masking import Masking
 from prelnroberta.data.readers.row_errors import RowErrors
 from prelnroberta.data.shuffle import Batch
 from prelnroberta.metrics.classification import perplexity
-from prelnroberta.metrics.unigram import UnigramBaseline
+from prelnroberta.metrics.unigram_baseline import UnigramBaseline
 from prelnroberta.model import losses
 from prelnroberta.model.encoder import TableModule
 from prelnroberta.model.losses import LossSettings, Scores

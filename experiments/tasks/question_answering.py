@@ -16,7 +16,7 @@ from experiments.tasks.base import (
     RowOutputs,
     Task,
 )
-from experiments.tasks.settings import TaskSettings
+from experiments.tasks.task_settings import TaskSettings
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.data.features.base import Features
 from prelnroberta.data.features.question_answering import predict_answers, question_features

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from bridges.formats import torch_pickle
-from bridges.formats.checkpoint import Checkpoint, OriginalModel, count_layers, shorten_list
 from bridges.formats.fairseq import tensor_names
+from bridges.formats.foreign_checkpoint import Checkpoint, OriginalModel, count_layers, shorten_list
 from prelnroberta.config import RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 from prelnroberta.pretrained import hf_checkpoint

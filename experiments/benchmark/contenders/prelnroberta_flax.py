@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from experiments.benchmark.cases import Case, comparison_batch, split_batches
-from experiments.benchmark.contenders.workload import Workload
-from experiments.common.loop import compile_step
+from experiments.benchmark.workload import Workload
+from experiments.common.training_loop import compile_step
 from prelnroberta.config import IGNORE_INDEX
 from prelnroberta.data.batches.packed import PackedBatches
 from prelnroberta.data.features.base import Features

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from experiments.benchmark.cases import Case, comparison_batch, split_batches
-from experiments.benchmark.contenders.workload import Workload
+from experiments.benchmark.workload import Workload
 
 Batch = dict[str, np.ndarray]
 

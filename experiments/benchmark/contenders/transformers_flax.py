@@ -14,7 +14,7 @@ import transformers
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from experiments.benchmark.cases import Case, comparison_batch, split_batches
-from experiments.benchmark.contenders.workload import Workload
+from experiments.benchmark.workload import Workload
 from prelnroberta.config import IGNORE_INDEX
 
 Batch = dict[str, np.ndarray]

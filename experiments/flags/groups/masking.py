@@ -35,11 +35,11 @@ class MaskingSettings:
         0, "Masked positions per logits chunk; 0 computes all of them together."
     )
 
-    def masking(self, vocab_size: int, word_starts: np.ndarray) -> Masking:
+    def masking(self, vocab_size: int, word_start_mask: np.ndarray) -> Masking:
         """The masks of training. What --mask_random and --mask_keep leave becomes `<mask>`.
 
         Args:
-            word_starts: [V] bool, tokens that begin a word.
+            word_start_mask: [V] bool, tokens that begin a word.
 
         Raises:
             InputError: naming the flag and the range that it must be in.
@@ -62,7 +62,7 @@ class MaskingSettings:
             mask=1.0 - self.mask_random - self.mask_keep,
             random=self.mask_random,
             keep=self.mask_keep,
-            word_start_mask=word_starts,
+            word_start_mask=word_start_mask,
         )
 
     def eval_masking(self, masking: Masking) -> Masking:

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from experiments.common.model_folder import find_model_folder
+from experiments.common.find_model import find_model_folder
 from experiments.flags.field import flag
 from prelnroberta.config import PRESETS, RobertaPreLayerNormConfig
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.flags.field import flag
-from experiments.tasks.names import TASK_NAMES
-from experiments.tasks.settings import TaskSettings
+from experiments.tasks.task_names import TASK_NAMES
+from experiments.tasks.task_settings import TaskSettings
 from prelnroberta.config import PROBLEM_TYPES, SINGLE_LABEL, RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from prelnroberta.data.text import iter_lines, iter_text_chunks
+from prelnroberta.data.text_chunks import iter_lines, iter_text_chunks
 from prelnroberta.errors import InputError
 
 

@@ -21,7 +21,7 @@ from prelnroberta.data.readers.bio_tags import (
 from prelnroberta.data.readers.labels import label_to_name
 from prelnroberta.data.readers.row_errors import RowErrors, ensure_collector
 from prelnroberta.data.readers.tables import stream_table, text_problem
-from prelnroberta.data.text import iter_lines, iter_text_chunks
+from prelnroberta.data.text_chunks import iter_lines, iter_text_chunks
 from prelnroberta.errors import InputError
 
 _CONLLU_COLUMNS = 10

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from prelnroberta.data.readers.row_errors import RowErrors, ensure_collector
 from prelnroberta.data.readers.tables import stream_table, text_problem
-from prelnroberta.data.text import iter_text_chunks
+from prelnroberta.data.text_chunks import iter_text_chunks
 from prelnroberta.errors import InputError
 
 

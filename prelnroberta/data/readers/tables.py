@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from prelnroberta.data.readers.row_errors import RowErrors, ensure_collector
-from prelnroberta.data.text import iter_lines, iter_text_chunks
+from prelnroberta.data.text_chunks import iter_lines, iter_text_chunks
 from prelnroberta.errors import InputError
 
 FORMATS = {

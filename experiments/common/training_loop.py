@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from experiments.common.report import NullReport, Report, format_time_breakdown
+from experiments.common.run_report import NullReport, Report, format_time_breakdown
 from prelnroberta.distributed import multihost
 from prelnroberta.distributed.hardware import find_chip_spec
 from prelnroberta.errors import InputError

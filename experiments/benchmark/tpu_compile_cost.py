@@ -1,6 +1,6 @@
 """Memory, FLOPs and bytes of the training step on a TPU, which is compiled here but not run.
 
-    python -m experiments.benchmark.tpu        # needs `make libtpu`; a minute a line
+    python -m experiments.benchmark.tpu_compile_cost        # needs `make libtpu`; a minute a line
 
 roberta-base, 16 rows of 512 at 15 % masks, bfloat16, no attention dropout, on one v5e chip.
 Temporaries are of the whole step. The compiler counts the FLOPs and bytes of a loop's body once:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bridges.formats import torch_pickle
-from bridges.formats.checkpoint import Checkpoint, OriginalModel, count_layers, shorten_list
+from bridges.formats.foreign_checkpoint import Checkpoint, OriginalModel, count_layers, shorten_list
 from bridges.formats.keras_h5 import H5_NAME, read_h5
 from prelnroberta.config import MODEL_TYPE, RobertaPreLayerNormConfig
 from prelnroberta.errors import InputError

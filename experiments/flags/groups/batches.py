@@ -1,4 +1,4 @@
-"""Rows of tokens, and how many a batch has."""
+"""Batches: how long a row is, how it is filled, and how many rows a batch has."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prelnroberta.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RowSettings:
+class BatchSettings:
     sequence_length: int = flag(128, "L, tokens in a row, including special tokens.")
     packing: str = flag(
         "contiguous",

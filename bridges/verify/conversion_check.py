@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 import prelnroberta
-from bridges.formats.checkpoint import Checkpoint
 from bridges.formats.detect import open_checkpoint
+from bridges.formats.foreign_checkpoint import Checkpoint
 from bridges.verify.float64_reference import Float64Reference
 from prelnroberta import params as parameters
 from prelnroberta.config import ARCHITECTURES
