@@ -170,7 +170,7 @@ def learning_rate_multipliers(
     N = config.num_hidden_layers
     if settings.freeze_layers > N:
         raise InputError(
-            f"freeze_layers={settings.freeze_layers}, expected 0 to num_hidden_layers={N}"
+            f"freeze_layers={settings.freeze_layers}, expected 0 to {N}, the number of layers"
         )
     depths = np.arange(N + 2)  # embeddings, N layers, final norm and head
     factors = np.float32(settings.layer_decay) ** (N + 1 - depths)
