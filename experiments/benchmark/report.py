@@ -33,8 +33,8 @@ def describe_machine() -> str:
 def code_digest() -> str:
     """Digest of the timed code: results of other code must not enter the same table."""
     root = Path(__file__).parents[2]
-    sources = [root / "experiments" / "common" / "loop.py"]  # has `compile_step`
-    for name in ("prelnroberta", "bridges", "experiments/benchmark"):
+    sources: list[Path] = []
+    for name in ("prelnroberta", "bridges", "experiments/benchmark", "experiments/common"):
         sources += sorted(root.joinpath(name).rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 

@@ -1,6 +1,6 @@
 """The six tasks; `base.py` defines what a task is.
 
-Loaded on first use: `names` and `settings` are imported by `--help` and must not load JAX.
+Loaded on first use, since `--help` imports `task_names` and `task_settings` and must not load JAX.
 """
 
 from importlib import import_module
@@ -25,5 +25,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = {"TASKS": "by_name", "TaskSettings": "settings"}.get(name, "base")
+    module = {"TASKS": "task_classes", "TaskSettings": "task_settings"}.get(name, "base")
     return getattr(import_module(f"{__name__}.{module}"), name)
