@@ -248,7 +248,7 @@ def test_frozen_parameters_stay_and_do_not_count_in_the_norm():
 def test_bad_settings_raise():
     with pytest.raises(InputError, match="freeze_layers=9, expected 0 to 2"):
         make_optimizer(OptimizerConfig(steps=1, learning_rate=1, freeze_layers=9), TINY)
-    with pytest.raises(InputError, match="freeze 'encodr/"):
+    with pytest.raises(InputError, match="freeze='encodr/"):
         make_optimizer(OptimizerConfig(steps=1, learning_rate=1, freeze=("encodr/*",)), TINY)
     with pytest.raises(InputError, match="layer_decay"):
         OptimizerConfig(steps=1, learning_rate=1, layer_decay=1.5)
