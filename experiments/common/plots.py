@@ -71,6 +71,8 @@ def draw_learning_curves(
             axes.axhline(baseline, linestyle="--", color="k", label="baseline")
     left.set(xlabel="step", ylabel="loss", title="Loss")
     right.set(xlabel="step", ylabel=metric, title=metric)
+    if metric == "accuracy":  # a share: an axis from 0 does not exaggerate it
+        right.set_ylim(bottom=0)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
