@@ -91,7 +91,7 @@ def test_stop_signals_save_and_rerun_resumes(tmp_path, name):
     assert "Traceback" not in err
     [line] = [line for line in out.splitlines() if line.startswith(name)]
     step = int(line.split("saved step ")[1].split(" ")[0])
-    assert f"of {LAST}" in line and "the same command goes on from there" in line
+    assert f"of {LAST}" in line and "run the same command to resume" in line
     assert assert_checkpoints_are_whole(run_dir, tmp_path / "copy") == step
     assert not (run_dir / "model").exists()
 
