@@ -116,7 +116,7 @@ def test_stopped_and_killed_job_resumes_to_the_same_result(tmp_path):
     codes = job.codes(timeout=60)  # heartbeat_timeout_seconds is 20
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, 2), job.said()
     assert time.monotonic() - begin < 60
-    assert "another host of this job is gone" in job.said(), job.said()
+    assert "another host of this job has stopped" in job.said(), job.said()
 
     job = Job(run_dir)
     assert job.codes() == [0, 0], job.said()
