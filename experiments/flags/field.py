@@ -40,6 +40,4 @@ def flag(
 
 def required(help: str, *, on_resume: OnResume = "same") -> Any:
     """A field without a default: the flag must be given."""
-    return dataclasses.field(
-        metadata={"help": help, "choices": (), "repeated": False, "on_resume": on_resume}
-    )
+    return flag(dataclasses.MISSING, help, on_resume=on_resume)
